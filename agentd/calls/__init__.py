@@ -1,0 +1,1 @@
+"""One tool call from request to result: validate, decide, journal, execute, record."""

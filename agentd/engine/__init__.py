@@ -1,0 +1,1 @@
+"""The model: load, prompt format, constrained decoding; its process and the link to it."""

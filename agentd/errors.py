@@ -1,0 +1,132 @@
+"""Every error that a person or a client can see: one hierarchy, one table of reasons.
+
+An error says what happened, to what, why, and what to do next. `api/` maps `Reason.code` to a gRPC
+status and puts the reason and the metadata into `google.rpc.ErrorInfo` (AIP-193); the command line
+prints the message. Anything that is not an `AgentdError` is a bug and reaches a client only as INTERNAL
+with an incident id.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Code(Enum):
+    """The gRPC status codes in use (names and numbers of google.rpc.Code), free of any gRPC import."""
+
+    CANCELLED = 1
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+
+
+class Reason(Enum):
+    """The reasons a request can fail with, and the status each maps to. Names are the wire contract."""
+
+    BAD_FIELD = Code.INVALID_ARGUMENT, "bad field"
+    BAD_PAGE_TOKEN = Code.INVALID_ARGUMENT, "bad page token"
+    BAD_ARGUMENTS = Code.INVALID_ARGUMENT, "bad tool arguments"
+    PROMPT_TOO_LONG = Code.INVALID_ARGUMENT, "prompt too long"
+    CONFIG_INVALID = Code.FAILED_PRECONDITION, "bad configuration"
+    MANIFEST_INVALID = Code.FAILED_PRECONDITION, "bad manifest"
+    TOOL_NOT_FOUND = Code.NOT_FOUND, "unknown tool"
+    RUN_NOT_FOUND = Code.NOT_FOUND, "unknown run"
+    CALL_NOT_FOUND = Code.NOT_FOUND, "unknown call"
+    EVENT_NOT_FOUND = Code.NOT_FOUND, "unknown event"
+    GRANT_REQUIRED = Code.PERMISSION_DENIED, "not granted"
+    REQUEST_ID_REUSED = Code.ALREADY_EXISTS, "request id reused"
+    MODEL_INVALID = Code.FAILED_PRECONDITION, "model unusable"
+    ENGINE_CRASHED = Code.UNAVAILABLE, "engine crashed"
+    ENGINE_TIMEOUT = Code.UNAVAILABLE, "engine did not answer"
+    MODEL_BUSY = Code.UNAVAILABLE, "engine busy"
+    SANDBOX_UNSUPPORTED = Code.FAILED_PRECONDITION, "sandbox unavailable"
+    TOOL_FAILED = Code.ABORTED, "tool failed"
+    TOOL_TIMEOUT = Code.DEADLINE_EXCEEDED, "tool ran past its deadline"
+    NOT_UNDOABLE = Code.FAILED_PRECONDITION, "not undoable"
+    UNDO_CONFLICT = Code.FAILED_PRECONDITION, "changed since"
+    STORE_FULL = Code.RESOURCE_EXHAUSTED, "disk full"
+    STORE_LOCKED = Code.FAILED_PRECONDITION, "state folder in use"
+    AUDIT_UNAVAILABLE = Code.UNAVAILABLE, "audit log cannot be written"
+    AUDIT_TAMPERED = Code.DATA_LOSS, "audit log damaged"
+    SOCKET_TAKEN = Code.FAILED_PRECONDITION, "socket in use"
+    SOCKET_INVALID = Code.FAILED_PRECONDITION, "socket unusable"
+    DAEMON_UNREACHABLE = Code.UNAVAILABLE, "daemon not reachable"
+    DAEMON_STOPPING = Code.UNAVAILABLE, "daemon is stopping"
+    CANCELLED = Code.CANCELLED, "cancelled"
+    INTERNAL = Code.INTERNAL, "bug in agentd"
+
+    def __init__(self, code: Code, summary: str) -> None:
+        self.code = code
+        self.summary = summary
+
+
+class AgentdError(Exception):
+    """Base of all errors meant to be seen.
+
+    `message` says what happened and why, `hint` what to do next. `metadata` repeats every variable of the
+    message (AIP-193), `field` names the offending request field where there is one.
+    """
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        hint: str = "",
+        field: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.hint = hint
+        self.field = field
+        self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class RequestError(AgentdError):
+    """The request itself is wrong: repeat it changed, not as it is."""
+
+
+class ConfigError(AgentdError):
+    """A configuration file or manifest is wrong; names file and key."""
+
+
+class EngineError(AgentdError):
+    """The model cannot be loaded or its process died; the daemon lives on."""
+
+
+class SandboxError(AgentdError):
+    """No worker can be confined here; no tool runs."""
+
+
+class ToolError(AgentdError):
+    """A tool call ended without a result."""
+
+
+class StoreError(AgentdError):
+    """The store cannot be read or written; nothing that changes anything runs."""
+
+
+class JournalError(AgentdError):
+    """A change cannot be captured or put back."""
+
+
+class DaemonError(AgentdError):
+    """The daemon cannot start, be reached or go on."""

@@ -1,0 +1,1 @@
+"""The bundled tools: data to the daemon, run only in workers, never imported as code."""

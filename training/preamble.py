@@ -1,0 +1,26 @@
+"""The prompt the pocket model lives in: the daemon's own system text and the bundled tools, as at run time."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from agentd.engine.prompt import Conversation, ToolSpec, Turn
+
+SYSTEM = "You are agentd, an assistant on a small device. Use the tools."
+
+
+def tools() -> tuple[ToolSpec, ...]:
+    """The bundled tools in the order the daemon declares them: by name."""
+    specs = []
+    for manifest in sorted(Path("tools").glob("*/tool.toml")):
+        bundle = tomllib.loads(manifest.read_text())
+        for tool in bundle["tool"]:
+            name = f"{bundle['bundle']}.{tool['name']}"
+            specs.append(ToolSpec(name, tool["description"], tool.get("parameters", {})))
+    return tuple(sorted(specs, key=lambda spec: spec.name))
+
+
+def conversation(turns: tuple[Turn, ...], *, bare: bool = False) -> Conversation:
+    """A conversation in the daemon's prompt; `bare` leaves out the system turn (early training)."""
+    return Conversation("", (), turns) if bare else Conversation(SYSTEM, tools(), turns)
