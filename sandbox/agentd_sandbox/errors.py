@@ -1,0 +1,32 @@
+"""What can go wrong with a worker. Messages name what happened; callers add to what and what to do next."""
+
+from __future__ import annotations
+
+
+class SandboxFailure(Exception):
+    """Base of all failures of the sandbox itself or of a worker in it."""
+
+
+class Unsupported(SandboxFailure):
+    """This kernel or processor cannot confine a worker; `call` and `errno` name what it refused."""
+
+    def __init__(self, call: str, errno: int, why: str) -> None:
+        super().__init__(f"{call}: {why}")
+        self.call = call
+        self.errno = errno
+
+
+class WorkerDied(SandboxFailure):
+    """The worker ended without an answer: killed by the filter, by a limit, or by itself."""
+
+
+class WorkerTimeout(SandboxFailure):
+    """The worker was killed at its deadline."""
+
+
+class WorkerCancelled(SandboxFailure):
+    """The caller gave up on the call; the worker was killed."""
+
+
+class OutputTooLarge(SandboxFailure):
+    """The worker's answer went past the cap; it was killed."""

@@ -1,0 +1,106 @@
+"""A worker: locks itself down, and only then learns what it is to do. Runs one call and is never reused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import struct
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from agentd_sandbox import kernel, sdk
+from agentd_sandbox.errors import Unsupported
+from agentd_sandbox.filters import profile
+
+if TYPE_CHECKING:
+    import socket
+    from types import CodeType
+
+HELLO = struct.Struct("=cii")
+"""First message: b"P", pid, listener; or b"E", errno, 0 if this kernel can't confine it."""
+LENGTH = struct.Struct("=I")
+_MIB = 1 << 20
+LIMITS = {
+    resource.RLIMIT_AS: 512 * _MIB,
+    resource.RLIMIT_CPU: 60,
+    resource.RLIMIT_FSIZE: 64 * _MIB,
+    resource.RLIMIT_NOFILE: 64,
+    resource.RLIMIT_CORE: 0,
+}
+
+
+def main(channel: socket.socket, programs: dict[str, CodeType]) -> NoReturn:
+    """Never returns: answers one request over `channel` and exits."""
+    try:
+        _lock(channel)
+        request = json.loads(_receive(channel))
+        body = json.dumps(_run(request, programs), ensure_ascii=True).encode()
+        channel.sendall(LENGTH.pack(len(body)) + body)
+    except ConnectionError:  # the daemon has no use for us any more
+        pass
+    except BaseException as e:  # noqa: BLE001 - whatever it was, this process must not live on
+        os.write(2, f"worker: {e!r}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def _lock(channel: socket.socket) -> None:
+    """From here on the process can do nothing that the policy does not name."""
+    keep = channel.fileno()
+    os.closerange(3, keep)
+    os.closerange(keep + 1, 1 << 16)
+    kernel.die_with_parent()
+    for limit, value in LIMITS.items():
+        resource.setrlimit(limit, (value, value))
+    random.seed()  # all workers are forks of one process
+    kernel.drop_capabilities()
+    kernel.stay_inspectable()
+    try:
+        listener = kernel.lock(profile())
+    except Unsupported as e:
+        channel.sendall(HELLO.pack(b"E", e.errno, 0))
+        raise
+    channel.sendall(HELLO.pack(b"P", os.getpid(), listener))
+    if channel.recv(1) != b"g":  # the daemon has its copy of the listener now
+        os._exit(0)
+    os.close(listener)  # whoever holds it could approve its own calls
+
+
+def _receive(channel: socket.socket) -> bytes:
+    (length,) = LENGTH.unpack(_exactly(channel, LENGTH.size))
+    return _exactly(channel, length)
+
+
+def _exactly(channel: socket.socket, n: int) -> bytes:
+    data = b""
+    while len(data) < n:
+        chunk = channel.recv(n - len(data))
+        if not chunk:
+            os._exit(0)
+        data += chunk
+    return data
+
+
+def _run(request: dict[str, Any], programs: dict[str, CodeType]) -> dict[str, Any]:
+    answer: dict[str, Any]
+    try:
+        sdk.variables.update(request["variables"])
+        exec(programs[request["bundle"]], {"__name__": f"agentd_tool.{request['bundle']}"})  # noqa: S102
+        result = sdk.registered[request["tool"]](**request["arguments"])
+        if not isinstance(result, dict):
+            raise TypeError(f"returned {type(result).__name__}, not an object")
+        answer = {"result": result}
+    except sdk.ToolFailure as e:
+        answer = {"error": str(e)}
+    except OSError as e:
+        answer = {"error": sdk.explain(e)}
+    except MemoryError:
+        answer = {"error": "the tool ran out of memory"}
+    except Exception as e:  # noqa: BLE001 - a bug of the tool is an answer, not a crash of ours
+        answer = {"error": f"the tool failed: {type(e).__name__}: {e}"}
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    answer["usage"] = {"cpu_us": round((usage.ru_utime + usage.ru_stime) * 1e6), "rss_kb": usage.ru_maxrss}
+    sys.stdout.flush()
+    return answer
