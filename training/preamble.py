@@ -7,7 +7,7 @@ from pathlib import Path
 
 from agentd.engine.prompt import Conversation, ToolSpec, Turn
 
-SYSTEM = "You are agentd, an assistant on a small device. Use the tools."
+from agentd.config import SYSTEM
 
 
 def tools() -> tuple[ToolSpec, ...]:

@@ -1,0 +1,92 @@
+"""The log itself: append within a transaction, list, verify.
+
+leaf = SHA-256(0x00 || body), as in RFC 6962; chain = SHA-256(chain of the row before || leaf). The first row
+continues 32 zero bytes. A changed, missing or inserted row breaks every chain value after it. Cutting off the
+end cannot be seen by any chain: that needs an anchor outside the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agentd.store import new_id
+
+if TYPE_CHECKING:
+    import apsw
+
+    from agentd.audit.events import Event
+    from agentd.store import Store
+
+_START = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A stored event: its number, the body as parsed JSON, and the chain value that covers it."""
+
+    seq: int
+    body: dict[str, Any]
+    chain: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """`bad` is the first row that is not what was written, or None; `valid` counts the rows before it."""
+
+    valid: int
+    head: bytes
+    bad: int | None
+    why: str = ""
+
+
+class AuditLog:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.boot = new_id()
+
+    def append(self, db: apsw.Connection, event: Event) -> int:
+        """Add an event inside a transaction of the store's writer; returns its number."""
+        head = db.execute("SELECT seq, chain FROM event ORDER BY seq DESC LIMIT 1").get
+        seq, chain = (head[0] + 1, head[1]) if head else (1, _START)
+        body = event.body(seq=seq, time_ns=time.time_ns(), boot=self.boot)
+        db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, body, _link(chain, body)))
+        return seq
+
+    def record(self, event: Event) -> int:
+        """Add an event and wait until it is durable. Not for the event loop."""
+        return self._store.write(lambda db: self.append(db, event))
+
+    def entries(self, *, after: int = 0, limit: int = 100, newest_first: bool = False, call: str = "") -> list[Entry]:
+        """Up to `limit` entries past number `after` (before it, if newest first), optionally of one call."""
+        order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
+        start = after or (1 << 62 if newest_first else 0)
+        where = f"seq {compare} ?" + (" AND body ->> 'call' = ?" if call else "")
+        query = f"SELECT seq, body, chain FROM event WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608
+        values = (start, call, limit) if call else (start, limit)
+        rows = self._store.read(lambda db: list(db.execute(query, values)))
+        return [Entry(seq, json.loads(body), chain) for seq, body, chain in rows]
+
+    def verify(self) -> Verification:
+        """Recompute the whole chain from the stored bytes."""
+        return self._store.read(_verify)
+
+
+def _link(chain: bytes, body: str) -> bytes:
+    leaf = hashlib.sha256(b"\0" + body.encode()).digest()
+    return hashlib.sha256(chain + leaf).digest()
+
+
+def _verify(db: apsw.Connection) -> Verification:
+    chain, expected = _START, 1
+    for seq, body, stored in db.execute("SELECT seq, body, chain FROM event ORDER BY seq"):
+        if seq != expected:
+            return Verification(expected - 1, chain, expected, f"event {expected} is missing")
+        computed = _link(chain, body)
+        if computed != stored:
+            return Verification(expected - 1, chain, seq, f"event {seq} does not continue the chain")
+        chain, expected = computed, expected + 1
+    return Verification(expected - 1, chain, None)

@@ -1,0 +1,164 @@
+"""Tool bundles: a manifest and a program each. A manifest that says anything unknown is refused whole."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from agentd.errors import ConfigError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from importlib.resources.abc import Traversable
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+TEMPLATE = re.compile(r"\{([a-z0-9_]+)\}")
+VARIABLES = frozenset({"sysfs", "proc", "folder"})
+"""Settings of the daemon that needs may name beside arguments."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Parameter(_Strict):
+    """The part of JSON Schema that Gemma's template can express. `format = "path"` marks a path of this device."""
+
+    type: Literal["string", "integer", "number", "boolean", "array", "object"]
+    description: str = ""
+    format: Literal["path"] | None = None
+    enum: tuple[str, ...] | None = None
+    nullable: bool = False
+    items: Parameter | None = None
+    properties: dict[Name, Parameter] | None = None
+    required: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> Self:
+        if (self.enum is not None or self.format is not None) and self.type != "string":
+            raise ValueError("enum and format are for strings")
+        if (self.items is not None) != (self.type == "array"):
+            raise ValueError("an array needs items, and only an array has them")
+        if (self.properties is not None) != (self.type == "object"):
+            raise ValueError("an object needs properties, and only an object has them")
+        return self
+
+
+class Parameters(_Strict):
+    type: Literal["object"] = "object"
+    properties: dict[Name, Parameter] = {}
+    required: tuple[Name, ...] = ()
+
+    @model_validator(mode="after")
+    def _required_exist(self) -> Self:
+        for name in self.required:
+            if name not in self.properties:
+                raise ValueError(f"required names {name!r}, which is not among the properties")
+        return self
+
+
+class Needs(_Strict):
+    """What a call touches, as templates over its arguments."""
+
+    read: tuple[str, ...] = ()
+    write: tuple[str, ...] = ()
+    connect: tuple[str, ...] = ()
+
+
+class ToolManifest(_Strict):
+    name: Name
+    description: str = Field(min_length=1, max_length=400)
+    parameters: Parameters = Parameters()
+    needs: Needs = Needs()
+    effect: Literal["none", "files", "external"]
+    deadline_s: float = Field(default=10, gt=0, le=600)
+    output_bytes: int = Field(default=16384, ge=256, le=1 << 20)
+
+    @model_validator(mode="after")
+    def _needs_are_known(self) -> Self:
+        for template in (*self.needs.read, *self.needs.write, *self.needs.connect):
+            for name in TEMPLATE.findall(template):
+                if name not in VARIABLES and name not in self.parameters.properties:
+                    raise ValueError(f"need {template!r} names {name!r}, which is no parameter")
+        if self.needs.write and self.effect == "none":
+            raise ValueError('needs write, so its effect is not "none"')
+        return self
+
+
+class BundleManifest(_Strict):
+    bundle: Name
+    version: str
+    description: str
+    program: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*\.py$")]
+    tool: tuple[ToolManifest, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool as the daemon knows it. `name` is bundle and tool with a dot; `digest` covers manifest and program."""
+
+    name: str
+    bundle: str
+    version: str
+    manifest: ToolManifest
+    digest: str
+
+    def schema(self) -> dict[str, Any]:
+        """The parameters as JSON Schema."""
+        return self.manifest.parameters.model_dump(exclude_defaults=True) | {"type": "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class Toolbox:
+    """All loaded tools by name, and the programs by bundle."""
+
+    tools: dict[str, Tool]
+    programs: dict[str, bytes]
+
+
+def load(folders: Iterable[Traversable]) -> Toolbox:
+    """Read every bundle (a folder with a `tool.toml`) below `folders`. Raises ConfigError (MANIFEST_INVALID)."""
+    tools: dict[str, Tool] = {}
+    programs: dict[str, bytes] = {}
+    for folder in folders:
+        for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+            if entry.is_dir() and (file := entry.joinpath("tool.toml")).is_file():
+                _load_bundle(entry, file, tools, programs)
+    return Toolbox(dict(sorted(tools.items())), programs)
+
+
+def _load_bundle(entry: Traversable, file: Traversable, tools: dict[str, Tool], programs: dict[str, bytes]) -> None:
+    text = file.read_bytes()
+    try:
+        bundle = BundleManifest.model_validate(tomllib.loads(text.decode()), strict=False)
+        program = entry.joinpath(bundle.program).read_bytes()
+        compile(program, str(entry.joinpath(bundle.program)), "exec", dont_inherit=True)
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(str(part) for part in error["loc"])
+        raise _invalid(file, f"{where}: {error['msg']}" if where else error["msg"]) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, SyntaxError, OSError, ValueError) as e:
+        raise _invalid(file, str(e)) from None
+    if bundle.bundle in programs:
+        raise _invalid(file, f"there is already a bundle {bundle.bundle!r}")
+    programs[bundle.bundle] = program
+    digest = hashlib.sha256(text + b"\0" + program).hexdigest()
+    for tool in bundle.tool:
+        name = f"{bundle.bundle}.{tool.name}"
+        if name in tools:
+            raise _invalid(file, f"there is already a tool {name!r}")
+        tools[name] = Tool(name, bundle.bundle, bundle.version, tool, digest)
+
+
+def _invalid(file: Traversable, why: str) -> ConfigError:
+    return ConfigError(
+        Reason.MANIFEST_INVALID,
+        f"The manifest {file} is wrong: {why}.",
+        hint="Mend it or remove the bundle; docs/tools.md lists every key.",
+        metadata={"file": str(file), "why": why},
+    )

@@ -1,0 +1,126 @@
+"""The configuration: `agentd.toml`, read and checked once. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from agentd.errors import ConfigError, Reason
+
+SYSTEM = "You are agentd, an assistant on a small device. Use the tools."
+
+
+def _expanded(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
+
+
+Folder = Annotated[Path, AfterValidator(_expanded)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineConfig(_Strict):
+    """`model` is `pocket` or the path of a Gemma 4 GGUF. `threads` 0 means one for each core."""
+
+    model: str = "pocket"
+    context: int = Field(default=4096, ge=256, le=131072)
+    threads: int = Field(default=0, ge=0, le=256)
+    batch: int = Field(default=128, ge=16, le=2048)
+    repack: Literal["off", "auto"] = "off"
+    thinking: bool = False
+    system: str = SYSTEM
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    load_timeout_s: float = Field(default=120, gt=0)
+
+
+class RunsConfig(_Strict):
+    """Limits of one run. `repeats` is how often the very same call may be made."""
+
+    steps: int = Field(default=8, ge=1, le=100)
+    tokens: int = Field(default=2048, ge=16)
+    seconds: float = Field(default=300, gt=0)
+    repeats: int = Field(default=2, ge=1, le=10)
+
+
+class JournalConfig(_Strict):
+    file_limit_mib: int = Field(default=64, ge=1, le=4096)
+
+
+class ToolsConfig(_Strict):
+    """`bundles` are folders of bundles beside the bundled ones. Relative paths in calls start at `folder`."""
+
+    folder: Folder = Field(default=Path("~"), validate_default=True)
+    bundles: tuple[Folder, ...] = ()
+    sysfs: str = "/sys"
+    proc: str = "/proc"
+
+
+class GrantConfig(_Strict):
+    """One rule. `scope` is `*` or `kind:pattern` with kind read, write, connect or call."""
+
+    principal: str = "*"
+    tool: str
+    scope: Annotated[str, Field(pattern=r"^(\*|(read|write|connect|call):.+)$")]
+    decision: Literal["allow", "ask", "deny"] = "allow"
+
+
+class Config(_Strict):
+    state: Folder = Field(default_factory=lambda: _expanded(_xdg("XDG_STATE_HOME", "~/.local/state") / "agentd"))
+    socket: Folder = Field(default_factory=lambda: default_socket())
+    engine: EngineConfig = EngineConfig()
+    runs: RunsConfig = RunsConfig()
+    journal: JournalConfig = JournalConfig()
+    tools: ToolsConfig = ToolsConfig()
+    grants: tuple[GrantConfig, ...] = ()
+
+
+def _xdg(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or default)
+
+
+def default_socket() -> Path:
+    """Where daemon and clients meet if nobody says otherwise: in the user's own runtime folder."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "agentd" if runtime else _xdg("XDG_STATE_HOME", "~/.local/state") / "agentd"
+    return _expanded(Path(os.environ.get("AGENTD_SOCKET") or folder / "agentd.sock"))
+
+
+def default_file() -> Path:
+    return _expanded(_xdg("XDG_CONFIG_HOME", "~/.config") / "agentd" / "agentd.toml")
+
+
+def load(file: Path | None) -> Config:
+    """Read `file`, or the default one if it is there. Raises ConfigError naming file and key."""
+    chosen = file or default_file()
+    try:
+        text = chosen.read_text()
+    except FileNotFoundError:
+        if file is None:
+            return Config()
+        hint = "Give the path of an agentd.toml, or leave --config out to use the defaults."
+        raise ConfigError(Reason.CONFIG_INVALID, f"There is no configuration file {file}.", hint=hint) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise _invalid(chosen, str(e)) from None
+    try:
+        return Config.model_validate(tomllib.loads(text))
+    except ValidationError as e:
+        error = e.errors()[0]
+        raise _invalid(chosen, f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+    except tomllib.TOMLDecodeError as e:
+        raise _invalid(chosen, str(e)) from None
+
+
+def _invalid(file: Path, why: str) -> ConfigError:
+    return ConfigError(
+        Reason.CONFIG_INVALID,
+        f"The configuration {file} is wrong: {why}.",
+        hint="docs/configuration.md lists every key.",
+        metadata={"file": str(file), "why": why},
+    )

@@ -1,0 +1,249 @@
+"""Transactions over paths, undo of a call, recovery after a kill.
+
+The order is what counts: pre-image durable together with the intent event, then the change, then the end event.
+A transaction that has no end when the daemon starts is rolled back; what recovery overwrites is kept as a
+pre-image of the recovery itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agentd_sandbox import Refusal
+
+from agentd.audit import Event, FileTouched
+from agentd.errors import AgentdError, JournalError, Reason
+from agentd.journal.state import INLINE_BYTES, PathState, TooLarge, look, make_durable, put_back, take, write_object
+from agentd.store import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    import apsw
+    from agentd_sandbox.broker import Change
+
+    from agentd.audit import AuditLog
+    from agentd.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    path: bytes
+    before: PathState
+    content: bytes
+    after: PathState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """What an undo did: the call that recorded it, and the paths put back."""
+
+    call: str
+    files: tuple[FileTouched, ...]
+
+
+@dataclass(slots=True)
+class Transaction:
+    """The changes of one call. Is the recorder of its worker's broker (`before_change`)."""
+
+    _journal: Journal
+    call: str
+    _images: dict[bytes, _Image] = field(default_factory=dict)
+
+    def before_change(self, change: Change) -> None:
+        """Make the pre-image of a path durable, once per path. Raises Refusal where that can't be done."""
+        if change.path in self._images:
+            return
+        try:
+            self._journal.capture(self, [change.path], None)
+        except JournalError as e:
+            raise Refusal(errno.EFBIG, str(e)) from None
+        except AgentdError as e:
+            raise Refusal(errno.ENOSPC if e.reason is Reason.STORE_FULL else errno.EIO, str(e)) from None
+
+    def finish(self, event: Event) -> tuple[FileTouched, ...]:
+        """Record the end of the call with what it changed; durable when it returns."""
+        return self._journal.finish(self, event)
+
+    def roll_back(self, event: Event) -> None:
+        """Put everything back and record that the call had no effect."""
+        self._journal.roll_back(self, event)
+
+
+class Journal:
+    """Undo records in the store; large pre-images in `objects`. `file_limit` is in bytes."""
+
+    def __init__(self, store: Store, audit: AuditLog, objects: Path, *, file_limit: int) -> None:
+        self._store, self._audit, self._objects, self._file_limit = store, audit, objects, file_limit
+
+    def begin(self, call: str, intent: Event, paths: Iterable[bytes]) -> Transaction:
+        """Record the intent and the present state of the declared paths in one commit.
+
+        Raises JournalError (NOT_UNDOABLE) if a content is too large to keep, StoreError if it can't be written.
+        """
+        transaction = Transaction(self, call)
+        self.capture(transaction, paths, intent)
+        return transaction
+
+    def capture(self, transaction: Transaction, paths: Iterable[bytes], intent: Event | None) -> None:
+        """Add pre-images to a transaction; with `intent`, the event and the transaction itself too."""
+        images = [self._image(path) for path in dict.fromkeys(paths) if path not in transaction._images]
+        first = len(transaction._images)
+        objects = {image.path: self._object(image) for image in images}
+
+        def commit(db: apsw.Connection) -> None:
+            if intent is not None:
+                self._audit.append(db, intent)
+                db.execute("INSERT INTO journal VALUES (?, 'open')", (transaction.call,))
+            for n, image in enumerate(images, first):
+                kept = objects[image.path]
+                inline = None if kept else image.content
+                row = (transaction.call, n, image.path, image.before.to_json(), inline, kept)
+                db.execute("INSERT INTO pre_image VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
+
+        self._store.write(commit)
+        transaction._images.update({image.path: image for image in images})
+
+    def finish(self, transaction: Transaction, event: Event, settled: tuple[str, str] = ("", "")) -> tuple[FileTouched, ...]:
+        """Record the end; `settled` is another call and the state that this one brings it to, in the same commit."""
+        after = {path: self._after(path) for path in transaction._images}
+        files = tuple(
+            touched
+            for path, image in transaction._images.items()
+            if (touched := _touched(path, image.before, after[path])) is not None
+        )
+        for file in files:
+            make_durable(os.fsencode(file.path))
+
+        def commit(db: apsw.Connection) -> None:
+            for path, state in after.items():
+                values = (state.to_json(), transaction.call, path)
+                db.execute("UPDATE pre_image SET after = ? WHERE call = ? AND path = ?", values)
+            db.execute("UPDATE journal SET state = 'done' WHERE call = ?", (transaction.call,))
+            db.execute("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
+            self._audit.append(db, event.model_copy(update={"files": files, "undoable": bool(files)}))
+
+        self._store.write(commit)
+        return files
+
+    def roll_back(self, transaction: Transaction, event: Event) -> None:
+        for image in reversed(transaction._images.values()):
+            if not look(image.path).same_as(image.before):
+                put_back(image.path, image.before, image.content)
+
+        def commit(db: apsw.Connection) -> None:
+            db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (transaction.call,))
+            self._audit.append(db, event)
+
+        self._store.write(commit)
+
+    def undo(self, call: str, principal: str) -> Undone:
+        """Put back all that a call changed. Raises JournalError (UNDO_CONFLICT) and does nothing if any path is
+        not as the call left it; NOT_UNDOABLE for a call that changed nothing or is undone already.
+        """
+        images = [image for image in self._images(call, "done") if image.after and not image.after.same_as(image.before)]
+        if not images:
+            raise self._not_undoable(call)
+        for image in images:
+            if image.after is None or not look(image.path).same_as(image.after):
+                path = os.fsdecode(image.path)
+                raise JournalError(
+                    Reason.UNDO_CONFLICT,
+                    f"{path} was changed after call {call}; nothing was undone.",
+                    hint="Undo the later call first, or put the file back by hand.",
+                    metadata={"path": path, "call": call},
+                )
+        undo = new_id()
+        detail = {"undoes": call}
+        intent = Event(kind="undo.intent", principal=principal, call=undo, cause=call, detail=detail)
+        transaction = self.begin(undo, intent, [image.path for image in images])
+        for image in reversed(images):
+            put_back(image.path, image.before, image.content)
+        end = Event(kind="undo.end", principal=principal, call=undo, cause=call, detail=detail)
+        return Undone(undo, self.finish(transaction, end, (call, "undone")))
+
+    def recover(self) -> list[str]:
+        """Roll back what a killed daemon left open, newest first; returns the calls concerned."""
+        query = "SELECT call FROM journal WHERE state = 'open' ORDER BY call DESC"
+        open_calls = [call for (call,) in self._store.read(lambda db: list(db.execute(query)))]
+        for call in open_calls:
+            images = self._images(call, "open")
+            changed = [image for image in images if not look(image.path).same_as(image.before)]
+            recovery = new_id()
+            detail = {"recovers": call, "paths": [os.fsdecode(image.path) for image in changed]}
+            intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
+            transaction = self.begin(recovery, intent, [image.path for image in changed])
+            for image in reversed(changed):
+                put_back(image.path, image.before, image.content)
+            end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
+            self.finish(transaction, end, (call, "rolled_back"))
+        return open_calls
+
+    def _not_undoable(self, call: str) -> JournalError:
+        state = self._store.read(lambda db: db.execute("SELECT state FROM journal WHERE call = ?", (call,)).get)
+        if state is None:
+            known = self._audit.entries(call=call, limit=1)
+            why = "changes nothing that can be put back" if known else "is not known"
+            reason = Reason.NOT_UNDOABLE if known else Reason.CALL_NOT_FOUND
+        else:
+            reason = Reason.NOT_UNDOABLE
+            why = {"undone": "is undone already", "open": "is still running"}.get(str(state), "changed nothing")
+        hint = "`agentd audit list` shows the calls."
+        return JournalError(reason, f"Call {call} {why}.", hint=hint, metadata={"call": call})
+
+    def _image(self, path: bytes) -> _Image:
+        try:
+            state, content = take(path, limit=self._file_limit)
+        except TooLarge:
+            shown, limit = os.fsdecode(path), self._file_limit >> 20
+            raise JournalError(
+                Reason.NOT_UNDOABLE,
+                f"{shown} is larger than the {limit} MiB the journal keeps, so changing it could not be undone.",
+                hint="Raise journal.file_limit_mib in agentd.toml if it must be changed.",
+                metadata={"path": shown, "limit_mib": str(limit)},
+            ) from None
+        except OSError as e:
+            if e.errno in (errno.ENOENT, errno.ENOTDIR):  # not even the folder is there
+                return _Image(path, PathState("absent"), b"")
+            shown = os.fsdecode(path)
+            raise JournalError(
+                Reason.NOT_UNDOABLE,
+                f"{shown} can't be read for the journal: {e.strerror}.",
+                hint="Check the path and its permissions.",
+                metadata={"path": shown},
+            ) from e
+        return _Image(path, state, content)
+
+    def _object(self, image: _Image) -> str | None:
+        return write_object(self._objects, image.content) if len(image.content) > INLINE_BYTES else None
+
+    def _after(self, path: bytes) -> PathState:
+        try:
+            return look(path)
+        except OSError:
+            return PathState("absent")  # a folder on the way is gone
+
+    def _images(self, call: str, state: str) -> list[_Image]:
+        query = """SELECT path, before, content, object, after FROM pre_image JOIN journal USING (call)
+                   WHERE call = ? AND state = ? ORDER BY n"""
+        rows = self._store.read(lambda db: list(db.execute(query, (call, state))))
+        return [
+            _Image(
+                path,
+                PathState.from_json(before),
+                content if name is None else (self._objects / name[:2] / name).read_bytes(),
+                PathState.from_json(after) if after else None,
+            )
+            for path, before, content, name, after in rows
+        ]
+
+
+def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:
+    if before.same_as(after):
+        return None
+    return FileTouched(path=os.fsdecode(path), before=before.digest or None, after=after.digest or None)
+

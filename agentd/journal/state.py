@@ -1,0 +1,188 @@
+"""The state of one path: taken, compared, put back. Follows no link and leaves other paths alone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import stat
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from agentd_sandbox.paths import Resolved, resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+INLINE_BYTES = 32 << 10
+"""Contents up to this size go into the store's own commit; larger ones into a file of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class PathState:
+    """What is at a path. `kind` is absent, file, folder, link or other; `digest` the SHA-256 of a file's content."""
+
+    kind: str
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    digest: str = ""
+    target: str = ""
+
+    def same_as(self, other: PathState) -> bool:
+        """Whether the path looks the same to its owner: times apart, which reading programs may set."""
+        mine, its = (self.kind, self.mode, self.digest, self.target), (other.kind, other.mode, other.digest, other.target)
+        return mine == its
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> PathState:
+        return cls(**json.loads(text))
+
+
+class TooLarge(Exception):
+    """The content is larger than the journal keeps."""
+
+
+def look(path: bytes) -> PathState:
+    """The present state of a real path, content digested but not kept."""
+    with _at(path) as place:
+        return _state(place, None)
+
+
+def take(path: bytes, *, limit: int) -> tuple[PathState, bytes]:
+    """The present state of a real path with its content. Raises TooLarge past `limit` bytes."""
+    with _at(path) as place:
+        content = bytearray()
+        state = _state(place, content, limit)
+        return state, bytes(content)
+
+
+def put_back(path: bytes, state: PathState, content: bytes) -> None:
+    """Make the path what `state` says, replacing in one step what is there; durable when it returns."""
+    with _at(path) as place:
+        current = _state(place, None)
+        match state.kind:
+            case "absent":
+                _remove(place, current)
+            case "folder":
+                if current.kind != "folder":
+                    _remove(place, current)
+                    os.mkdir(place.name, dir_fd=place.parent)
+                os.chmod(f"/proc/self/fd/{place.parent}/{os.fsdecode(place.name)}", state.mode)
+            case "link":
+                _remove(place, current)
+                os.symlink(os.fsencode(state.target), place.name, dir_fd=place.parent)
+            case "file":
+                if current.kind == "folder":
+                    _remove(place, current)
+                _replace(place, state, content)
+            case _:
+                raise OSError(errno.EINVAL, f"a {state.kind} can't be put back", os.fsdecode(path))
+        sync_folder(place.parent)
+
+
+def make_durable(path: bytes) -> None:
+    """What a call wrote is to be on disk before its end is recorded."""
+    with _at(path) as place:
+        if place.exists and stat.S_ISREG(os.fstat(place.descriptor).st_mode):
+            opened = os.open(f"/proc/self/fd/{place.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
+        sync_folder(place.parent)
+
+
+def sync_folder(descriptor: int) -> None:
+    opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_object(folder: Path, content: bytes) -> str:
+    """Keep a large content under its digest; durable when it returns. The name is the SHA-256."""
+    name = hashlib.sha256(content).hexdigest()
+    target = folder / name[:2] / name
+    if target.exists():
+        return name
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(target)
+    descriptor = os.open(target.parent, os.O_PATH | os.O_CLOEXEC)
+    try:
+        sync_folder(descriptor)
+    finally:
+        os.close(descriptor)
+    return name
+
+
+def _at(path: bytes) -> Resolved:
+    place = resolve(path, follow=False)
+    if place.real != path:
+        with place:
+            raise OSError(errno.ELOOP, "the way there now leads elsewhere", os.fsdecode(path))
+    return place
+
+
+def _state(place: Resolved, content: bytearray | None, limit: int = 0) -> PathState:
+    if not place.exists:
+        return PathState("absent")
+    status = os.fstat(place.descriptor)
+    fields = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns)
+    if stat.S_ISDIR(status.st_mode):
+        return PathState("folder", *fields)
+    if stat.S_ISLNK(status.st_mode):
+        return PathState("link", *fields, target=os.fsdecode(os.readlink(b"", dir_fd=place.descriptor)))
+    if not stat.S_ISREG(status.st_mode):
+        return PathState("other", *fields)
+    if content is not None and status.st_size > limit:
+        raise TooLarge
+    digest = hashlib.sha256()
+    with open(f"/proc/self/fd/{place.descriptor}", "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            if content is not None:
+                content += chunk
+                if len(content) > limit:
+                    raise TooLarge
+    return PathState("file", *fields, digest=digest.hexdigest())
+
+
+def _remove(place: Resolved, current: PathState) -> None:
+    if current.kind == "folder":
+        os.rmdir(place.name, dir_fd=place.parent)
+    elif current.kind != "absent":
+        os.unlink(place.name, dir_fd=place.parent)
+
+
+def _replace(place: Resolved, state: PathState, content: bytes) -> None:
+    temporary = b".agentd-" + secrets.token_hex(8).encode()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o600, dir_fd=place.parent)
+    try:
+        with open(descriptor, "wb", closefd=True) as file:
+            file.write(content)
+            file.flush()
+            with contextlib.suppress(PermissionError):  # another owner's file: the content matters more
+                os.fchown(file.fileno(), state.uid, state.gid)
+            os.fchmod(file.fileno(), state.mode)
+            os.utime(file.fileno(), ns=(state.mtime_ns, state.mtime_ns))
+            os.fsync(file.fileno())
+        os.rename(temporary, place.name, src_dir_fd=place.parent, dst_dir_fd=place.parent)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=place.parent)
+        raise

@@ -1,0 +1,14 @@
+"""Names of runs and calls: ULIDs, so that they sort by time and say nothing else."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford base 32, https://github.com/ulid/spec
+
+
+def new_id() -> str:
+    """26 characters: 48 bits of milliseconds, 80 bits of chance."""
+    value = time.time_ns() // 1_000_000 << 80 | secrets.randbits(80)
+    return "".join(_ALPHABET[value >> shift & 31] for shift in range(125, -1, -5))

@@ -1,0 +1,48 @@
+"""The tables, as named migrations that are only ever appended to; `migration` records what has been applied."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import apsw
+
+MIGRATIONS: tuple[tuple[str, str], ...] = (
+    (
+        "0001_first_light",
+        """
+        -- The audit log. `body` is hashed exactly as stored; no secondary indexes (they triple the writes).
+        CREATE TABLE event (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, chain BLOB NOT NULL) STRICT;
+
+        -- One row for each call that may change files. open -> done -> undone; open -> rolled_back.
+        CREATE TABLE journal (
+            call TEXT PRIMARY KEY, state TEXT NOT NULL CHECK (state IN ('open', 'done', 'undone', 'rolled_back'))
+        ) STRICT, WITHOUT ROWID;
+
+        -- The state of a path before its first change by a call, and after its end.
+        CREATE TABLE pre_image (
+            call TEXT NOT NULL REFERENCES journal (call), n INTEGER NOT NULL, path BLOB NOT NULL, before TEXT NOT NULL,
+            content BLOB, object TEXT, after TEXT,
+            PRIMARY KEY (call, n)
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE run (
+            id TEXT PRIMARY KEY, session TEXT NOT NULL, request_id TEXT UNIQUE, state TEXT NOT NULL, body TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX run_by_session ON run (session, id);
+        CREATE TABLE run_event (
+            run TEXT NOT NULL REFERENCES run (id), sequence INTEGER NOT NULL, body TEXT NOT NULL, PRIMARY KEY (run, sequence)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    ),
+)
+
+
+def migrate(db: apsw.Connection) -> None:
+    db.execute("CREATE TABLE IF NOT EXISTS migration (name TEXT PRIMARY KEY, applied INTEGER NOT NULL) STRICT")
+    applied = {name for (name,) in db.execute("SELECT name FROM migration")}
+    for name, statements in MIGRATIONS:
+        if name not in applied:
+            with db:
+                db.execute(statements)
+                db.execute("INSERT INTO migration VALUES (?, unixepoch())", (name,))
