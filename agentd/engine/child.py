@@ -1,0 +1,203 @@
+"""The engine process: owns the model, decodes on its main thread, talks over one socket.
+
+    python -I -m agentd.engine.child DESCRIPTOR
+
+A thread reads messages so that a cancellation reaches a decode under way; when the daemon goes, so does this.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import llama_cpp.llama_cpp as C
+
+from agentd.engine.grammar import Grammars
+from agentd.engine.link import LARGEST, LENGTH, Delta, Done, Failed, Generate, Load, Malformed, Ready, ToolCall
+from agentd.engine.link import Cancel, frame, to_engine, unpack
+from agentd.engine.model import Aborted, Model, greedy_or_sampled
+from agentd.engine.parser import CallOut, MalformedOut, StreamParser, TextOut
+from agentd.engine.prompt import CALL_OPEN, RESPONSE_OPEN
+from agentd.errors import EngineError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Literal
+
+    from pydantic import BaseModel
+
+    from agentd.engine.grammar import Matcher
+    from agentd.engine.parser import Output
+
+    Ending = Literal["stop", "tool", "length", "context"]
+
+
+class Inbox:
+    """Reads messages on a thread of its own. `cancelled` says whether the request at work has been given up."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._requests: queue.SimpleQueue[Load | Generate] = queue.SimpleQueue()
+        self._cancelled: set[int] = set()
+        self.working_on = 0
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def next(self) -> Load | Generate:
+        return self._requests.get()
+
+    def cancelled(self) -> bool:
+        return self.working_on in self._cancelled
+
+    def _read(self) -> None:
+        while True:
+            (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
+            if length > LARGEST:
+                os._exit(1)
+            message = to_engine.validate_json(self._exactly(length))
+            if isinstance(message, Cancel):
+                self._cancelled.add(message.id)
+            else:
+                self._requests.put(message)
+
+    def _exactly(self, n: int) -> bytes:
+        data = bytearray()
+        while len(data) < n:
+            chunk = self._link.recv(n - len(data))
+            if not chunk:
+                os._exit(0)  # the daemon is gone, and nothing here is worth keeping
+            data += chunk
+        return bytes(data)
+
+
+class Engine:
+    def __init__(self, link: socket.socket) -> None:
+        self._link, self._inbox = link, Inbox(link)
+
+    def run(self) -> None:
+        load = self._inbox.next()
+        assert isinstance(load, Load)
+        started = time.monotonic()
+        try:
+            model = Model(
+                Path(load.path),
+                context=load.context,
+                batch=load.batch,
+                threads=load.threads,
+                repack=load.repack,
+                should_stop=self._inbox.cancelled,
+            )
+            self._grammars = Grammars(model.vocabulary_pointer, model.words.size)
+        except EngineError as e:
+            self._send(_failed(0, e))
+            return
+        self._model = model
+        took = round((time.monotonic() - started) * 1000)
+        info = {"name": model.name, "parameters": model.parameters, "size": model.size, "context": model.context}
+        self._send(Ready(load_ms=took, tools=True, **info))
+        while True:
+            request = self._inbox.next()
+            assert isinstance(request, Generate)
+            self._inbox.working_on = request.id
+            try:
+                self._generate(request)
+            except EngineError as e:
+                self._send(_failed(request.id, e))
+
+    def _generate(self, request: Generate) -> None:
+        model = self._model
+        prompt = model.words.encode(unpack(request.prompt))
+        if len(prompt) >= model.context:
+            raise EngineError(
+                Reason.PROMPT_TOO_LONG,
+                f"The prompt has {len(prompt)} tokens; the context holds {model.context}, the answer included.",
+                hint="Ask for less at once, or raise engine.context.",
+                metadata={"tokens": str(len(prompt)), "context": str(model.context)},
+            )
+        started = time.monotonic()
+        cached = model.rewind(prompt)
+        generated: list[int] = []
+        reason: Ending | Literal["cancelled"]
+        decoding = started
+        try:
+            model.decode(prompt[cached:])
+            decoding = time.monotonic()
+            reason = self._decode(request, generated)
+        except Aborted:
+            reason = "cancelled"
+        now = time.monotonic()
+        self._send(
+            Done(
+                id=request.id,
+                reason=reason,
+                ids=tuple(generated),
+                prompt_tokens=len(prompt),
+                cached_tokens=cached,
+                prefill_ms=round((decoding - started) * 1000),
+                decode_ms=round((now - decoding) * 1000),
+            )
+        )
+
+    def _decode(self, request: Generate, generated: list[int]) -> Ending:
+        """Sample until the model ends, or may not go on; `generated` grows with every token kept."""
+        model, words = self._model, self._model.words
+        parser = StreamParser(words.special, frozenset(words.guarded.values()))
+        sampler = greedy_or_sampled(request.temperature, request.seed)
+        matcher: Matcher | None = None
+        try:
+            while len(generated) < request.max_tokens:
+                if matcher:
+                    matcher.restrict(model.logits())
+                token = model.sample(sampler)
+                if words.ends_generation(token) and not matcher:
+                    self._tell(request.id, parser.finish())
+                    return "tool" if token == words.special[RESPONSE_OPEN] else "stop"
+                if matcher and not matcher.advance(token):
+                    matcher = None
+                elif token == words.special[CALL_OPEN] and request.tools:
+                    matcher = self._grammars.matcher(request.tools)
+                self._tell(request.id, parser.feed(token, words.piece(token)))
+                generated.append(token)
+                if len(model.tokens) >= model.context:
+                    self._tell(request.id, parser.finish())
+                    return "context"
+                model.decode([token])
+            self._tell(request.id, parser.finish())
+            return "length"
+        finally:
+            C.llama_sampler_free(sampler)
+
+    def _tell(self, request: int, outputs: Iterable[Output]) -> None:
+        for output in outputs:
+            match output:
+                case TextOut(text, thought):
+                    self._send(Delta(id=request, thought=thought, text=text))
+                case CallOut(tool, arguments):
+                    self._send(ToolCall(id=request, tool=tool, arguments=arguments))
+                case MalformedOut(why):
+                    self._send(Malformed(id=request, why=why))
+
+    def _send(self, message: BaseModel) -> None:
+        self._link.sendall(frame(message))
+
+
+def _failed(request: int, error: EngineError) -> Failed:
+    told = {"reason": error.reason.name, "message": error.message, "hint": error.hint}
+    return Failed(id=request, metadata=dict(error.metadata), **told)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when we stop
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    Engine(socket.socket(fileno=int(sys.argv[1]))).run()
+
+
+if __name__ == "__main__":
+    main()

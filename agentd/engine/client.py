@@ -1,0 +1,235 @@
+"""The daemon's side of the engine: starts the process, sends one request at a time, survives its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from agentd.engine.link import LARGEST, LENGTH, Cancel, Delta, Done, Failed, Generate, Load, Malformed, Ready, ToolCall
+from agentd.engine.link import frame, from_engine, pack
+from agentd.engine.prompt import Conversation, render
+from agentd.engine.selftest import repack_is_usable
+from agentd.errors import EngineError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from pydantic import BaseModel
+
+STOP_TIMEOUT_S = 5.0
+CANCEL_TIMEOUT_S = 10.0
+WAITING_REQUESTS = 16
+_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH", "PREFIX", "LANG")
+
+Output = Delta | ToolCall | Malformed | Done
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to load the model. `repack` "auto" tries it in a throw-away process first."""
+
+    path: Path
+    context: int
+    batch: int
+    threads: int
+    repack: str
+    load_timeout_s: float
+
+
+@dataclass(slots=True)
+class _Process:
+    process: subprocess.Popen[bytes]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    model: Ready
+
+
+class Engine:
+    """Loads on first use, or on `load`. One generation at a time; others wait, up to WAITING_REQUESTS."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self._process: _Process | None = None
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._ids = itertools.count(1)
+        self._repack: bool | None = False if settings.repack == "off" else None
+
+    @property
+    def model(self) -> Ready | None:
+        """What is loaded now, if anything."""
+        return self._process.model if self._process else None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.process.pid if self._process else None
+
+    async def load(self) -> Ready:
+        """Load the model unless it is. Raises EngineError: MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT."""
+        async with self._turn:
+            return (await self._started()).model
+
+    async def generate(
+        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
+    ) -> AsyncIterator[Output]:
+        """Go on with a conversation; ends with Done. Closing the iterator cancels the generation.
+
+        Raises EngineError: PROMPT_TOO_LONG, MODEL_BUSY, MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT.
+        """
+        if self._waiting >= WAITING_REQUESTS:
+            message = f"The model is busy and {self._waiting} requests wait already."
+            raise EngineError(Reason.MODEL_BUSY, message, hint="Try again later.", metadata={"waiting": str(self._waiting)})
+        request = Generate(
+            id=next(self._ids),
+            prompt=pack(render(conversation)),
+            tools=tuple((tool.name, dict(tool.parameters)) for tool in conversation.tools),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            process = await self._started()
+            async with contextlib.aclosing(self._exchange(process, request)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            self._turn.release()
+
+    async def stop(self) -> None:
+        """End the process; a running generation fails with ENGINE_CRASHED."""
+        if process := self._process:
+            self._process = None
+            process.writer.close()
+            await _ended(process.process)
+
+    async def _exchange(self, process: _Process, request: Generate) -> AsyncIterator[Output]:
+        ended = False
+        try:
+            await self._send(process, request)
+            while not ended:
+                message = await self._receive(process.reader, process.process)
+                if isinstance(message, Failed):
+                    ended = True
+                    raise _error(message)
+                if isinstance(message, Ready) or message.id != request.id:
+                    continue
+                ended = isinstance(message, Done)
+                yield message
+        except EngineError as e:
+            if e.reason is Reason.ENGINE_CRASHED:
+                ended = True
+                self._process = None
+            raise
+        finally:
+            if not ended:  # our reader went away in the middle
+                await asyncio.shield(self._abandon(process, request.id))
+
+    async def _abandon(self, process: _Process, request: int) -> None:
+        """Cancel and wait for the end, so that the next request finds a quiet link; kill what does not answer."""
+        try:
+            async with asyncio.timeout(CANCEL_TIMEOUT_S):
+                await self._send(process, Cancel(id=request))
+                while True:
+                    message = await self._receive(process.reader, process.process)
+                    if isinstance(message, Done | Failed) and message.id == request:
+                        return
+        except (EngineError, TimeoutError):
+            process.process.kill()
+            self._process = None
+
+    async def _started(self) -> _Process:
+        if self._process is not None and self._process.process.poll() is None:
+            return self._process
+        if self._repack is None:
+            self._repack = await repack_is_usable(self.settings.path)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            child = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [sys.executable, "-I", "-m", "agentd.engine.child", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | {"MALLOC_ARENA_MAX": "2"},
+                start_new_session=True,
+            )
+        reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
+        s = self.settings
+        load = Load(path=str(s.path), context=s.context, batch=s.batch, threads=s.threads, repack=self._repack)
+        try:
+            async with asyncio.timeout(s.load_timeout_s):
+                writer.write(frame(load))
+                message = await self._receive(reader, child)
+        except TimeoutError:
+            message = Failed(id=0, reason="ENGINE_TIMEOUT", message=f"The model was not loaded after {s.load_timeout_s:g} s.")
+        except asyncio.CancelledError:
+            child.kill()
+            raise
+        if not isinstance(message, Ready):
+            writer.close()
+            child.kill()
+            await _ended(child)
+            raise _error(message) if isinstance(message, Failed) else _crashed(child)
+        self._process = _Process(child, reader, writer, message)
+        return self._process
+
+    async def _send(self, process: _Process, message: BaseModel) -> None:
+        try:
+            process.writer.write(frame(message))
+            await process.writer.drain()
+        except ConnectionError:
+            await _ended(process.process)
+            raise _crashed(process.process) from None
+
+    async def _receive(
+        self, reader: asyncio.StreamReader, child: subprocess.Popen[bytes]
+    ) -> Ready | Delta | ToolCall | Malformed | Done | Failed:
+        try:
+            (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+            if length > LARGEST:
+                raise EngineError(Reason.ENGINE_CRASHED, "The engine process sent nonsense.")
+            return from_engine.validate_json(await reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError, ValidationError):
+            await _ended(child)
+            raise _crashed(child) from None
+
+
+async def _ended(child: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that is to end; kill it if it does not."""
+    try:
+        await asyncio.to_thread(child.wait, STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        await asyncio.to_thread(child.wait, STOP_TIMEOUT_S)
+
+
+def _crashed(child: subprocess.Popen[bytes]) -> EngineError:
+    code = child.poll()
+    how = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
+    return EngineError(
+        Reason.ENGINE_CRASHED,
+        f"The engine process died ({how}) and this request with it.",
+        hint="The next request starts it again; if it keeps dying, the model file or the memory is too much for it.",
+        metadata={"how": how},
+    )
+
+
+def _error(message: Failed) -> EngineError:
+    reason = Reason[message.reason] if message.reason in Reason.__members__ else Reason.ENGINE_CRASHED
+    return EngineError(reason, message.message, hint=message.hint, metadata=message.metadata)

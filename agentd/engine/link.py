@@ -1,0 +1,140 @@
+"""The messages between the daemon and the engine process: JSON behind a length, over a socket pair.
+
+A token costs well under a millisecond. The daemon treats what comes from the engine as it would a client's: a
+model file is hostile input to a C++ program, so the process that holds it is not trusted.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from agentd.engine.prompt import Piece, Text, Tokens
+
+LENGTH = struct.Struct("!I")
+LARGEST = 64 << 20
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Load(_Message):
+    """First message: what to load and how. `threads` 0 means all cores."""
+
+    kind: Literal["load"] = "load"
+    path: str
+    context: int
+    batch: int
+    threads: int
+    repack: bool = False
+
+
+class Generate(_Message):
+    """Go on behind the prompt. `tools` are (name, JSON Schema) pairs that calls are constrained to."""
+
+    kind: Literal["generate"] = "generate"
+    id: int
+    prompt: tuple[tuple[str, bool] | tuple[int, ...], ...]
+    tools: tuple[tuple[str, dict[str, Any]], ...] = ()
+    max_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Cancel(_Message):
+    """Stop generating for request `id`, in the middle of a decode if need be."""
+
+    kind: Literal["cancel"] = "cancel"
+    id: int
+
+
+class Ready(_Message):
+    """The model is loaded. `size` is the bytes of its tensors, `context` in tokens, `load_ms` wall time."""
+
+    kind: Literal["ready"] = "ready"
+    name: str
+    parameters: int
+    size: int
+    context: int
+    load_ms: int
+    tools: bool
+
+
+class Delta(_Message):
+    """Text of the answer, or of the thoughts before it."""
+
+    kind: Literal["delta"] = "delta"
+    id: int
+    thought: bool
+    text: str
+
+
+class ToolCall(_Message):
+    """A well-formed call."""
+
+    kind: Literal["call"] = "call"
+    id: int
+    tool: str
+    arguments: dict[str, Any]
+
+
+class Malformed(_Message):
+    """Something that began as a call and is none."""
+
+    kind: Literal["malformed"] = "malformed"
+    id: int
+    why: str
+
+
+class Done(_Message):
+    """End of a generation. `ids` are the tokens the model produced, without the one that ended it."""
+
+    kind: Literal["done"] = "done"
+    id: int
+    reason: Literal["stop", "tool", "length", "context", "cancelled"]
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_ms: int
+    decode_ms: int
+
+
+class Failed(_Message):
+    """The request (or the load, id 0) can't be done. `reason` names an agentd.errors.Reason."""
+
+    kind: Literal["failed"] = "failed"
+    id: int
+    reason: str
+    message: str
+    hint: str = ""
+    metadata: dict[str, str] = {}
+
+
+ToEngine = Annotated[Load | Generate | Cancel, Field(discriminator="kind")]
+FromEngine = Annotated[Ready | Delta | ToolCall | Malformed | Done | Failed, Field(discriminator="kind")]
+to_engine: TypeAdapter[Load | Generate | Cancel] = TypeAdapter(ToEngine)
+from_engine: TypeAdapter[Ready | Delta | ToolCall | Malformed | Done | Failed] = TypeAdapter(FromEngine)
+
+
+def frame(message: BaseModel) -> bytes:
+    body = message.model_dump_json().encode()
+    return LENGTH.pack(len(body)) + body
+
+
+def pack(pieces: list[Piece]) -> tuple[tuple[str, bool] | tuple[int, ...], ...]:
+    """A prompt as it travels: (text, trusted) pairs and runs of token ids."""
+    return tuple((p.text, p.trusted) if isinstance(p, Text) else p.ids for p in pieces)
+
+
+def unpack(prompt: tuple[tuple[str, bool] | tuple[int, ...], ...]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for part in prompt:
+        match part:
+            case (str() as text, bool() as trusted):
+                pieces.append(Text(text, trusted))
+            case ids:
+                pieces.append(Tokens(tuple(int(i) for i in ids)))
+    return pieces
