@@ -21,6 +21,21 @@ def _expanded(path: Path) -> Path:
 Folder = Annotated[Path, AfterValidator(_expanded)]
 
 
+def _xdg(variable: str, default: str) -> Path:
+    return Path(os.environ.get(variable) or default)
+
+
+def _state() -> Path:
+    return _expanded(_xdg("XDG_STATE_HOME", "~/.local/state") / "agentd")
+
+
+def default_socket() -> Path:
+    """Where daemon and clients meet if nobody says otherwise: in the user's own runtime folder."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "agentd" if runtime else _state()
+    return _expanded(Path(os.environ.get("AGENTD_SOCKET") or folder / "agentd.sock"))
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,24 +87,13 @@ class GrantConfig(_Strict):
 
 
 class Config(_Strict):
-    state: Folder = Field(default_factory=lambda: _expanded(_xdg("XDG_STATE_HOME", "~/.local/state") / "agentd"))
-    socket: Folder = Field(default_factory=lambda: default_socket())
+    state: Folder = Field(default_factory=_state)
+    socket: Folder = Field(default_factory=default_socket)
     engine: EngineConfig = EngineConfig()
     runs: RunsConfig = RunsConfig()
     journal: JournalConfig = JournalConfig()
     tools: ToolsConfig = ToolsConfig()
     grants: tuple[GrantConfig, ...] = ()
-
-
-def _xdg(variable: str, default: str) -> Path:
-    return Path(os.environ.get(variable) or default)
-
-
-def default_socket() -> Path:
-    """Where daemon and clients meet if nobody says otherwise: in the user's own runtime folder."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "agentd" if runtime else _xdg("XDG_STATE_HOME", "~/.local/state") / "agentd"
-    return _expanded(Path(os.environ.get("AGENTD_SOCKET") or folder / "agentd.sock"))
 
 
 def default_file() -> Path:

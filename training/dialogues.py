@@ -55,6 +55,7 @@ raven ribbon saddle saffron scarf shadow silk sparrow spinach squash stadium sun
 velvet village violet volcano waffle whisper willow wizard zipper
 """.split()
 EXTENSIONS = [".txt", ".txt", ".md", ".md", ".log", ".csv", ".json", ".py", ".toml", ".conf", ".yaml", ".html", ".sh"]
+QUESTIONS = {"what", "how", "which", "is", "are", "do", "does", "where", "who", "what's", "I", "the"}
 ERRORS = ["permission denied", "timed out", "no space left", "not a text file", "the daemon is stopping", "too large"]
 
 
@@ -258,7 +259,7 @@ class Dialogues:
     def _polite(self, request: str, *, dotted: bool = True) -> str:
         r = self._r
         before = r.choice(phrases.BEFORE)
-        question = request.split()[0] in {"what", "how", "which", "is", "are", "do", "does", "where", "who", "what's", "I", "the"}
+        question = request.split(maxsplit=1)[0] in QUESTIONS
         if question and before not in ("", "hey, ", "now ", "ok, ", "then "):
             before = ""
         text = before + request

@@ -5,9 +5,8 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from agentd.engine.prompt import Conversation, ToolSpec, Turn
-
 from agentd.config import SYSTEM
+from agentd.engine.prompt import Conversation, ToolSpec, Turn
 
 
 def tools() -> tuple[ToolSpec, ...]:

@@ -15,16 +15,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.models.gemma4 import Gemma4ForCausalLM
 
 from agentd.engine.prompt import QUOTE, RESPONSE_OPEN, TURN_CLOSE, Called, Said, Text, Turn, render
-from agentd.engine.tokens import Vocabulary
 from training import model as shape
 from training import vocabulary
 from training.dialogues import Dialogues
 from training.preamble import conversation
+
+if TYPE_CHECKING:
+    from agentd.engine.tokens import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ LONGEST_TEXT = 4096
 """Longer strings in arguments are recorded by digest and length: the log is no copy of the user's files."""
 
 Kind = Literal[
-    "boot", "stop", "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered", "undo.intent", "undo.end"
+    "boot", "stop", "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
+    "undo.intent", "undo.end",
 ]  # fmt: skip
 
 

@@ -1,1 +1,6 @@
 """One tool call from request to result: validate, decide, journal, execute, record."""
+
+from agentd.calls.manifest import Tool, Toolbox, load
+from agentd.calls.service import CallRequest, CallResult, Calls, Denied, Places
+
+__all__ = ["CallRequest", "CallResult", "Calls", "Denied", "Places", "Tool", "Toolbox", "load"]

@@ -16,7 +16,6 @@ from agentd_sandbox import Access, Job, Outcome, OutputTooLarge, SandboxFailure,
 from agentd.audit import Event, FileTouched, SandboxUse, ToolIdentity, Verdict
 from agentd.calls.arguments import Arguments
 from agentd.errors import AgentdError, Reason, RequestError, SandboxError, ToolError
-from agentd.grants import Scope
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls.manifest import Tool, Toolbox
-    from agentd.grants import Decision, Grants
+    from agentd.grants import Decision, Grants, Scope
     from agentd.journal import Journal, Transaction
 
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
@@ -74,6 +73,34 @@ class CallResult:
     def failed(self) -> bool:
         return "error" in self.output
 
+    def told(self) -> dict[str, Any]:
+        """Everything about the call but its tool, arguments and output, as JSON."""
+        return {
+            "call": self.id,
+            "scopes": list(self.scopes),
+            "decision": self.decision.verdict,
+            "reason": self.decision.reason,
+            "changed": [file.path for file in self.files],
+            "level": self.level,
+            "denied": self.denied,
+            "wall_us": self.wall_us,
+        }
+
+
+class Denied(RequestError):
+    """The grants said no (GRANT_REQUIRED). The refusal is on record as call `call`."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        decision = prepared.decision
+        super().__init__(
+            Reason.GRANT_REQUIRED,
+            f"{prepared.tool.name} was denied: {decision.reason}.",
+            hint=f"To allow it, add a grant for {decision.scope} to agentd.toml.",
+            metadata={"tool": prepared.tool.name, "scope": decision.scope, "call": prepared.id},
+        )
+        self.call, self.decision = prepared.id, decision
+        self.scopes = [str(scope) for scope in prepared.scopes]
+
 
 @dataclass(frozen=True, slots=True)
 class Places:
@@ -91,7 +118,14 @@ class Calls:
     """Executes tool calls. `execute` may be awaited concurrently; at most CONCURRENT_CALLS workers run at once."""
 
     def __init__(
-        self, toolbox: Toolbox, grants: Grants, journal: Journal, audit: AuditLog, sandbox: Sandbox, level: Level, places: Places
+        self,
+        toolbox: Toolbox,
+        grants: Grants,
+        journal: Journal,
+        audit: AuditLog,
+        sandbox: Sandbox,
+        level: Level,
+        places: Places,
     ) -> None:
         self.toolbox, self.grants = toolbox, grants
         self._journal, self._audit, self._sandbox = journal, audit, sandbox
@@ -102,10 +136,14 @@ class Calls:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    async def call(self, request: CallRequest) -> CallResult:
+        """`prepare` and `execute`: raises what they raise."""
+        return await self.execute(await self.prepare(request))
+
     async def prepare(self, request: CallRequest) -> Prepared:
         """Validate and decide; a refusal is on record when this raises.
 
-        Raises RequestError: TOOL_NOT_FOUND, BAD_ARGUMENTS, GRANT_REQUIRED.
+        Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS), Denied.
         """
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, request)
 
@@ -142,12 +180,7 @@ class Calls:
         prepared = Prepared(call, request, tool, arguments, scopes, decision)
         if decision.verdict != "allow":
             self._audit.record(_event("call.deny", prepared))
-            raise RequestError(
-                Reason.GRANT_REQUIRED,
-                f"{tool.name} was denied: {decision.reason}.",
-                hint=f"To allow it, add a grant for {decision.scope} to agentd.toml.",
-                metadata={"tool": tool.name, "scope": decision.scope, "call": call},
-            )
+            raise Denied(prepared)
         return prepared
 
     def _execute(self, prepared: Prepared, cancelled: threading.Event) -> CallResult:

@@ -21,8 +21,22 @@ from typing import TYPE_CHECKING
 import llama_cpp.llama_cpp as C
 
 from agentd.engine.grammar import Grammars
-from agentd.engine.link import LARGEST, LENGTH, Delta, Done, Failed, Generate, Load, Malformed, Ready, ToolCall
-from agentd.engine.link import Cancel, frame, to_engine, unpack
+from agentd.engine.link import (
+    LARGEST,
+    LENGTH,
+    Cancel,
+    Delta,
+    Done,
+    Failed,
+    Generate,
+    Load,
+    Malformed,
+    Ready,
+    ToolCall,
+    frame,
+    to_engine,
+    unpack,
+)
 from agentd.engine.model import Aborted, Model, greedy_or_sampled
 from agentd.engine.parser import CallOut, MalformedOut, StreamParser, TextOut
 from agentd.engine.prompt import CALL_OPEN, RESPONSE_OPEN
@@ -100,8 +114,8 @@ class Engine:
             return
         self._model = model
         took = round((time.monotonic() - started) * 1000)
-        info = {"name": model.name, "parameters": model.parameters, "size": model.size, "context": model.context}
-        self._send(Ready(load_ms=took, tools=True, **info))
+        ready = Ready(name=model.name, parameters=model.parameters, size=model.size, context=model.context, load_ms=took)
+        self._send(ready)
         while True:
             request = self._inbox.next()
             assert isinstance(request, Generate)
@@ -189,8 +203,8 @@ class Engine:
 
 
 def _failed(request: int, error: EngineError) -> Failed:
-    told = {"reason": error.reason.name, "message": error.message, "hint": error.hint}
-    return Failed(id=request, metadata=dict(error.metadata), **told)
+    metadata = dict(error.metadata)
+    return Failed(id=request, reason=error.reason.name, message=error.message, hint=error.hint, metadata=metadata)
 
 
 def main() -> None:

@@ -15,14 +15,28 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from agentd.engine.link import LARGEST, LENGTH, Cancel, Delta, Done, Failed, Generate, Load, Malformed, Ready, ToolCall
-from agentd.engine.link import frame, from_engine, pack
+from agentd.engine.link import (
+    LARGEST,
+    LENGTH,
+    Cancel,
+    Delta,
+    Done,
+    Failed,
+    Generate,
+    Load,
+    Malformed,
+    Ready,
+    ToolCall,
+    frame,
+    from_engine,
+    pack,
+)
 from agentd.engine.prompt import Conversation, render
 from agentd.engine.selftest import repack_is_usable
 from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
 
     from pydantic import BaseModel
@@ -82,7 +96,7 @@ class Engine:
 
     async def generate(
         self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output, None]:
         """Go on with a conversation; ends with Done. Closing the iterator cancels the generation.
 
         Raises EngineError: PROMPT_TOO_LONG, MODEL_BUSY, MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT.
@@ -118,7 +132,7 @@ class Engine:
             process.writer.close()
             await _ended(process.process)
 
-    async def _exchange(self, process: _Process, request: Generate) -> AsyncIterator[Output]:
+    async def _exchange(self, process: _Process, request: Generate) -> AsyncGenerator[Output, None]:
         ended = False
         try:
             await self._send(process, request)
@@ -160,7 +174,7 @@ class Engine:
             self._repack = await repack_is_usable(self.settings.path)
         ours, theirs = socket.socketpair()
         with theirs:
-            child = subprocess.Popen(  # noqa: S603 - our own interpreter
+            child = subprocess.Popen(  # noqa: ASYNC220 - a spawn takes a millisecond
                 [sys.executable, "-I", "-m", "agentd.engine.child", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -60,7 +60,6 @@ class Ready(_Message):
     size: int
     context: int
     load_ms: int
-    tools: bool
 
 
 class Delta(_Message):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as C
@@ -22,6 +21,7 @@ from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 

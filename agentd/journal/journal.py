@@ -246,4 +246,3 @@ def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | 
     if before.same_as(after):
         return None
     return FileTouched(path=os.fsdecode(path), before=before.digest or None, after=after.digest or None)
-

@@ -75,8 +75,12 @@ class Store:
 
     def read(self, do: Callable[[apsw.Connection], T]) -> T:
         """Run `do` on a read-only connection, within one snapshot. Not for the event loop."""
-        with self._reading, self._reader:
-            return do(self._reader)
+        with self._reading:
+            self._reader.execute("BEGIN")
+            try:
+                return do(self._reader)
+            finally:
+                self._reader.execute("ROLLBACK")
 
     def close(self) -> None:
         self._queue.put(None)
@@ -91,7 +95,8 @@ class Store:
         db = self._open(self._path)
         os.chmod(self._path, 0o600)
         db.set_busy_timeout(_BUSY_MS)
-        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON; PRAGMA journal_size_limit=4194304")
+        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON")
+        db.execute("PRAGMA journal_size_limit=4194304")
         synchronous = db.execute("PRAGMA synchronous").get
         if synchronous != 2:  # some builds change the default: a log that can lose its end is none
             raise apsw.Error(f"synchronous={synchronous} instead of FULL")
@@ -122,7 +127,7 @@ class Store:
                         results.append((work, work.do(self._writer)))
                 except (apsw.FullError, apsw.IOError, apsw.CorruptError):
                     raise
-                except Exception as e:  # noqa: BLE001 - the caller's own, handed back to it
+                except Exception as e:
                     work.done.set_exception(e)
             self._writer.execute("COMMIT")
         except apsw.Error as e:

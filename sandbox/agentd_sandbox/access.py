@@ -32,7 +32,7 @@ class PathRule:
     def lies_below(self, folder: bytes) -> bool:
         """Whether `folder` is on the way to this path: it may be seen to exist, nothing more."""
         fixed = self.path.split(b"*", 1)[0] if self.glob else self.path
-        return folder == b"/" or fixed == folder or fixed.startswith(folder + b"/")
+        return folder in (b"/", fixed) or fixed.startswith(folder + b"/")
 
 
 @dataclass(frozen=True, slots=True)

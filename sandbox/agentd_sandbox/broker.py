@@ -185,7 +185,7 @@ class Broker:
         allowed = {"see": access.may_see, "read": access.may_read, "write": access.may_write}[right]
         if allowed(real) and not _PROCESSES.match(real):
             return
-        if real in _DEVICES and right != "write" or real == b"/dev/null":
+        if (real in _DEVICES and right != "write") or real == b"/dev/null":
             return
         self._deny(_name(call), os.fsdecode(real), f"no scope to {right} it")
         visible = access.may_see(real) and not _PROCESSES.match(real)

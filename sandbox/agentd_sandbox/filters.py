@@ -43,5 +43,3 @@ def profile() -> Profile:
         raise Unsupported("seccomp", errno.ENOSYS, f"no filter for {struct.calcsize('P') * 8}-bit {machine}")
     numbers: dict[str, int] = json.loads(file.with_suffix(".json").read_text())["numbers"]
     return Profile(machine, file.read_bytes(), numbers, {number: name for name, number in numbers.items()})
-
-

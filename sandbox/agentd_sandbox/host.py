@@ -219,7 +219,7 @@ class Sandbox:
         ours, theirs = socket.socketpair()
         package_root = str(Path(__file__).resolve().parent.parent)
         with theirs:
-            self._zygote = subprocess.Popen(  # noqa: S603 - our own interpreter
+            self._zygote = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _START, package_root, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -44,7 +44,7 @@ def probe() -> Level:
     """Probe in a process of its own; a kernel that kills whoever asks costs only that process."""
     root = str(Path(__file__).resolve().parent.parent)
     try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter
+        done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _START, root], capture_output=True, timeout=_PROBE_TIMEOUT_S, check=False
         )
         answer = json.loads(done.stdout)
@@ -95,7 +95,7 @@ def _confine_a_child() -> None:
 
 def _landlock_missing() -> list[str]:
     # A second layer for later; asked for here so that `doctor` can say why it is not there.
-    version: int = kernel._syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION)  # noqa: SLF001
+    version: int = kernel._syscall(_LANDLOCK_CREATE_RULESET, None, 0, _LANDLOCK_VERSION)
     return [] if version > 0 else ["not in this kernel"]
 
 

@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
+from typing import Self
 
 _LINKS = 40  # as the kernel: path_resolution(7)
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -38,7 +39,7 @@ class Resolved:
     def exists(self) -> bool:
         return self.descriptor >= 0
 
-    def __enter__(self) -> Resolved:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +118,7 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
                 walk.up(to_root=True)
             todo.extend(part for part in reversed(target.split(b"/")) if part not in (b"", b"."))
         elif not todo:
-            return _found(walk, name, found, mode, trailing)
+            return _found(walk, name, found, mode, trailing=trailing)
         elif stat.S_ISDIR(mode):
             walk.enter(name, found)
         else:
@@ -129,7 +130,7 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
     return Resolved(walk.real, os.dup(parent), name or b".", os.dup(here), trailing_slash=True)
 
 
-def _found(walk: _Walk, name: bytes, found: int, mode: int, trailing: bool) -> Resolved:
+def _found(walk: _Walk, name: bytes, found: int, mode: int, *, trailing: bool) -> Resolved:
     real = _join(walk.real, name)
     if trailing and not stat.S_ISDIR(mode):
         os.close(found)

@@ -6,9 +6,10 @@
     def read_file(path: str) -> dict[str, object]:
         ...
 
-The name is that of the tool in the manifest; arguments come by keyword. A tool returns a JSON object with identifiers for keys. `ToolFailure("sentence")` and any OSError become the
-result `{"error": "sentence"}`. The program runs once, in a process that can open only what the call's scopes
-name; everything else does not exist for it.
+The name is that of the tool in the manifest; arguments come by keyword. A tool returns a JSON object with
+identifiers for keys. `ToolFailure("sentence")` and any OSError become the result
+`{"error": "sentence"}`. The program runs once, in a process that can open only what the call's scopes name;
+everything else does not exist for it.
 """
 
 from __future__ import annotations

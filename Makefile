@@ -1,0 +1,56 @@
+# make demo    see it work (installs everything into .venv on first use)
+# make test    run the tests
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+# On PCs a wheel that pip caches may be reused on another CPU: AVX2 at most. Boards build for the CPU they are.
+ifeq ($(shell uname -m),x86_64)
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
+endif
+
+.PHONY: demo test bench check lint types generated install train evaluate clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/agentd demo
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m tests.bench
+
+check: lint types generated test
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(VENV)/bin/mypy
+
+generated: $(VENV)/.installed-dev
+	scripts/check-generated.sh
+
+$(VENV)/.installed: pyproject.toml
+	@scripts/prerequisites.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade pip
+	@echo "Installing agentd into $(VENV); the first time llama.cpp is compiled, which takes some minutes."
+	$(VENV)/bin/pip install --disable-pip-version-check --progress-bar on --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(VENV)/bin/pip install --disable-pip-version-check --quiet -e '.[dev]'
+	@touch $@
+
+train:
+	@scripts/prerequisites.sh $(PYTHON)
+	$(PYTHON) -m venv .venv-train
+	.venv-train/bin/pip install --disable-pip-version-check --quiet -e '.[train]'
+	.venv-train/bin/python -m training.train --out agentd/models/pocket.gguf
+
+evaluate: $(VENV)/.installed
+	$(VENV)/bin/python -m training.evaluate agentd/models/pocket.gguf
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

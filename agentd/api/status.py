@@ -1,0 +1,104 @@
+"""Errors as `google.rpc.Status` (AIP-193), from the one table in `agentd.errors`."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from agentd.errors import AgentdError, Code, Reason
+from agentd.store import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from google.protobuf.message import Message
+
+DOMAIN = "agentd.local"
+_log = logging.getLogger(__name__)
+_RETRY_AFTER_S = {Reason.MODEL_BUSY: 5, Reason.ENGINE_CRASHED: 1, Reason.ENGINE_TIMEOUT: 5, Reason.DAEMON_STOPPING: 5}
+
+
+def to_status(error: AgentdError) -> status_pb2.Status:
+    """Exactly one ErrorInfo; further details where the code has one made for it."""
+    info = error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=dict(error.metadata))
+    if error.hint:
+        info.metadata["hint"] = error.hint
+    details: list[Message] = [info]
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.reason.code is Code.FAILED_PRECONDITION:
+        failed = error_details_pb2.PreconditionFailure.Violation(type=error.reason.name, description=error.message)
+        details.append(error_details_pb2.PreconditionFailure(violations=[failed]))
+    if error.reason.code is Code.RESOURCE_EXHAUSTED:
+        subject = error.reason.name.lower()
+        quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message)
+        details.append(error_details_pb2.QuotaFailure(violations=[quota]))
+    if seconds := _RETRY_AFTER_S.get(error.reason):
+        details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=seconds)))
+    status = status_pb2.Status(code=error.reason.code.value, message=str(error))
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+class ErrorsToStatuses(grpc.aio.ServerInterceptor):
+    """Wraps every method, so that no servicer has to. What is not an AgentdError is a bug: only its number gets out."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(
+                _unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(
+                _stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+
+def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def guarded(request: Any, context: Any) -> Any:
+        try:
+            return await method(request, context)
+        except AgentdError as e:
+            await context.abort_with_status(rpc_status.to_status(to_status(e)))
+        except grpc.aio.AbortError:
+            raise
+        except Exception:  # a bug: kept here, numbered for the client
+            await context.abort_with_status(rpc_status.to_status(to_status(_bug())))
+
+    return guarded
+
+
+def _stream(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            async for response in method(request, context):
+                yield response
+        except AgentdError as e:
+            await context.abort_with_status(rpc_status.to_status(to_status(e)))
+        except (grpc.aio.AbortError, GeneratorExit):
+            raise
+        except Exception:  # as above
+            await context.abort_with_status(rpc_status.to_status(to_status(_bug())))
+
+    return guarded
+
+
+def _bug() -> AgentdError:
+    incident = new_id()
+    _log.exception("incident %s", incident)
+    message = f"A bug in agentd stopped this request (incident {incident})."
+    return AgentdError(Reason.INTERNAL, message, hint="The daemon's log has the details.", metadata={"incident": incident})

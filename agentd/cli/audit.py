@@ -1,0 +1,114 @@
+"""`agentd audit` and `agentd undo`: what has happened, and putting it back."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import TYPE_CHECKING
+
+import click
+from google.protobuf import json_format
+from rich.table import Table
+
+from agentd.cli.output import as_dict, console, json_option, print_json, shown
+from agentd.client import Client
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from agentd.v1 import audit_pb2
+
+TAMPERED = 3  # exit status
+
+
+@click.group()
+def audit() -> None:
+    """Read and verify the audit log."""
+
+
+@audit.command("list", epilog="Example: agentd audit list -n 20")
+@click.option("-n", "--lines", default=20, show_default=True, help="How many events, counted from the newest.")
+@json_option
+@click.pass_obj
+def list_(socket: Path | None, lines: int, *, as_json: bool) -> None:
+    """List the newest events, oldest of them first."""
+    with Client(socket) as client:
+        events = list(itertools.islice(client.audit_events(newest_first=True), lines))
+    _print_events(list(reversed(events)), as_json=as_json)
+
+
+@audit.command(epilog="Example: agentd audit show 01kz5t3q8m0v9r6w2e4y7x1abc")
+@click.argument("call")
+@json_option
+@click.pass_obj
+def show(socket: Path | None, call: str, *, as_json: bool) -> None:
+    """Show everything recorded about CALL."""
+    with Client(socket) as client:
+        events = list(client.audit_events(call=f"calls/{call.removeprefix('calls/')}"))
+    if not events:
+        raise click.ClickException(f"No event names the call {call}; `agentd audit list` shows those that there are.")
+    for event in events:
+        if as_json:
+            print_json(event)
+            continue
+        console.print(f"[bold]{event.sequence} {event.kind}[/]  {_time(event)}  [dim]chain {event.chain.hex()[:16]}[/]")
+        body = json_format.MessageToDict(event.body)
+        for key in sorted(body.keys() - {"kind", "seq", "time_ns", "v", "boot", "call"}):
+            console.print(f"  [dim]{key:14}[/] {shown(str(body[key]))}")
+
+
+@audit.command(epilog="Example: agentd audit verify && echo fine")
+@json_option
+@click.pass_obj
+def verify(socket: Path | None, *, as_json: bool) -> None:
+    """Recompute the hash chain of the whole log. Exit status: 0 if it is whole, 3 if not."""
+    with Client(socket) as client:
+        found = client.verify()
+    if as_json:
+        print_json(as_dict(found) | {"head": found.head.hex()})
+    elif found.first_bad_sequence:
+        console.print(f"[red bold]damaged:[/] {found.why}; the {found.valid_events} events before it are as written")
+    else:
+        console.print(f"[green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
+    sys.exit(TAMPERED if found.first_bad_sequence else 0)
+
+
+@click.command(epilog="Example: agentd undo 01kz5t3q8m0v9r6w2e4y7x1abc")
+@click.argument("call")
+@json_option
+@click.pass_obj
+def undo(socket: Path | None, call: str, *, as_json: bool) -> None:
+    """Put back every path that CALL has changed; all of them or none. An undo can be undone."""
+    with Client(socket) as client:
+        done = client.undo(f"calls/{call.removeprefix('calls/')}")
+    if as_json:
+        print_json(done)
+        return
+    for path in done.restored_paths:
+        console.print(f"[green]put back[/] {shown(path)}")
+    console.print(f"[dim]recorded as {done.name.removeprefix('calls/')}; undo that to have the change again[/]")
+
+
+def _print_events(events: list[audit_pb2.AuditEvent], *, as_json: bool) -> None:
+    if as_json:
+        for event in events:
+            print_json(event)
+        return
+    table = Table("#", "time", "kind", "tool", "decision", "scopes or reason", "call", box=None, header_style="bold")
+    for event in events:
+        body = json_format.MessageToDict(event.body)
+        decision = body.get("decision", {})
+        what = body.get("error") or (decision.get("reason") if event.kind == "call.deny" else ", ".join(body.get("scopes", [])))
+        colour = {"call.deny": "red", "call.abort": "red", "call.end": "green"}.get(event.kind, "default")
+        tool = body.get("tool", {}).get("name", "")
+        row = (tool, decision.get("verdict", ""), what or "", event_call(body))
+        table.add_row(str(event.sequence), _time(event), f"[{colour}]{event.kind}[/]", *map(shown, row))
+    console.print(table)
+
+
+def event_call(body: dict[str, str]) -> str:
+    return body.get("call", "")
+
+
+def _time(event: audit_pb2.AuditEvent) -> str:
+    return event.event_time.ToDatetime().strftime("%H:%M:%S.%f")[:-3]

@@ -1,0 +1,197 @@
+"""`agentd demo`: everything works, shown with a real daemon in a scratch folder."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from google.protobuf import json_format
+
+from agentd.cli.output import as_dict, console, json_option, print_call, print_json, shown
+from agentd.client import Client
+from agentd.errors import AgentdError, DaemonError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agentd.v1 import run_pb2, tool_pb2
+
+START_TIMEOUT_S = 30.0
+PROMPTS = (
+    "what files are in notes?",
+    'add "buy milk" to notes/shopping.txt',
+    "read notes/shopping.txt",
+    "delete /etc/hostname",
+    "how much memory is free?",
+)
+_CONFIG = """
+state = "{folder}/state"
+socket = "{folder}/agentd.sock"
+[tools]
+folder = "{folder}/home"
+[[grants]]
+tool = "files.*"
+scope = "read:{folder}/home/notes"
+[[grants]]
+tool = "files.*"
+scope = "write:{folder}/home/notes"
+[[grants]]
+tool = "system.*"
+scope = "*"
+"""
+
+
+@click.command(epilog="Example: agentd demo")
+@json_option
+@click.option("--keep", is_flag=True, help="Leave the scratch folder behind.")
+def demo(*, as_json: bool, keep: bool) -> None:
+    """Five prompts for the pocket model, in a scratch folder: calls, scopes, decisions, log; one undo; the chain verified.
+
+    The pocket model that comes with agentd knows only the bundled tools: it stands in for a real one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="agentd-demo-"))
+    try:
+        _prepare(folder)
+        with _daemon(folder) as client:
+            ok = _Demo(client, folder, as_json=as_json).play()
+    finally:
+        if keep:
+            click.echo(f"left behind: {folder}", err=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(0 if ok else 1)
+
+
+def _prepare(folder: Path) -> None:
+    notes = folder / "home" / "notes"
+    notes.mkdir(parents=True)
+    (notes / "shopping.txt").write_text("bread\neggs\n")
+    (notes / "ideas.md").write_text("# Ideas\nwater the plants\n")
+    (folder / "agentd.toml").write_text(_CONFIG.format(folder=folder))
+
+
+@contextlib.contextmanager
+def _daemon(folder: Path) -> Iterator[Client]:
+    """A daemon of its own for the demo; raises DaemonError with its last words if it does not start."""
+    log = folder / "daemon.log"
+    with log.open("wb") as output:
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "agentd", "serve", "--config", str(folder / "agentd.toml"), "--log-level", "warning"],
+            stdin=subprocess.DEVNULL,
+            stderr=output,
+        )
+    try:
+        with Client(folder / "agentd.sock") as client:
+            _wait_until_ready(daemon, folder / "agentd.sock", client, log)
+            yield client
+    finally:
+        daemon.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(START_TIMEOUT_S)
+        daemon.kill()
+
+
+def _wait_until_ready(daemon: subprocess.Popen[bytes], socket: Path, client: Client, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with console.status("starting the daemon"):
+        while time.monotonic() < deadline and daemon.poll() is None:
+            if socket.exists():
+                with contextlib.suppress(AgentdError):
+                    client.status()
+                    return
+            time.sleep(0.05)
+    words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+    raise DaemonError(Reason.DAEMON_UNREACHABLE, f"The daemon did not start: {words[0]}", hint="Try `agentd doctor`.")
+
+
+class _Demo:
+    def __init__(self, client: Client, folder: Path, *, as_json: bool) -> None:
+        self._client, self._folder, self._json = client, folder, as_json
+        self._changing: tool_pb2.ToolCall | None = None
+        self._denied = 0
+
+    def play(self) -> bool:
+        """Whether everything was as it should be."""
+        answered = [self._prompt(number, prompt) for number, prompt in enumerate(PROMPTS, 1)]
+        self._log()
+        undone = self._undo()
+        whole = self._verify()
+        return all(answered) and undone and whole and self._denied == 1
+
+    def _say(self, title: str) -> None:
+        if not self._json:
+            console.print(f"\n[bold]{shown(title)}[/]")
+
+    def _prompt(self, number: int, prompt: str) -> bool:
+        self._say(f"{number}. {prompt}")
+        run: run_pb2.Run | None = None
+        for event in self._client.run(prompt):
+            if self._json:
+                print_json(event)
+            match event.WhichOneof("event"):
+                case "call":
+                    self._note(event.call)
+                case "run":
+                    run = event.run
+        if run is not None and not self._json:
+            console.print(f"  [bold green]answer[/]      {shown(run.answer or run.error.message)}")
+        return run is not None and bool(run.answer)
+
+    def _note(self, call: tool_pb2.ToolCall) -> None:
+        if call.changed_paths:
+            self._changing = call
+        self._denied += call.decision == call.DECISION_DENY
+        if not self._json:
+            print_call(call)
+
+    def _log(self) -> None:
+        self._say("The audit log of it")
+        for event in self._client.audit_events():
+            if self._json:
+                print_json(event)
+                continue
+            body: dict[str, Any] = json_format.MessageToDict(event.body)
+            what = body.get("tool", {}).get("name", "")
+            changed = body.get("files", [])
+            files = "".join(f"  {f['path']} {_digest(f, 'before')} -> {_digest(f, 'after')}" for f in changed)
+            console.print(
+                f"  {event.sequence:3} {event.kind:12} {what:14} [dim]chain {event.chain.hex()[:12]}[/]{shown(files)}"
+            )
+
+    def _undo(self) -> bool:
+        self._say("Undo of the call that changed a file")
+        if self._changing is None:
+            console.print("  [red]no call has changed a file[/]")
+            return False
+        file = self._folder / "home" / "notes" / "shopping.txt"
+        before = file.read_text()
+        done = self._client.undo(self._changing.name)
+        after = file.read_text()
+        if self._json:
+            print_json(as_dict(done))
+        else:
+            for path in done.restored_paths:
+                console.print(f"  [green]put back[/] {shown(path)}: {shown(repr(before))} -> {shown(repr(after))}")
+        return after == "bread\neggs\n"
+
+    def _verify(self) -> bool:
+        self._say("The chain")
+        found = self._client.verify()
+        if self._json:
+            print_json(found)
+        elif found.first_bad_sequence:
+            console.print(f"  [red]damaged:[/] {found.why}")
+        else:
+            console.print(f"  [green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
+        return found.first_bad_sequence == 0
+
+
+def _digest(file: dict[str, Any], side: str) -> str:
+    return str(file.get(side) or "nothing")[:8]

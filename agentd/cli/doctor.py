@@ -1,0 +1,96 @@
+"""`agentd doctor`: whether everything that agentd needs is there, and how well tools are confined."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+from agentd_sandbox import probe
+
+from agentd import config as configuration
+from agentd import models
+from agentd.cli.output import console, json_option, print_json, shown
+from agentd.client import Client
+from agentd.errors import AgentdError, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `ok` false makes the exit status 1; `hint` says what to do."""
+
+    what: str
+    ok: bool
+    found: str
+    hint: str = ""
+
+
+@click.command(epilog="Example: agentd doctor --json")
+@click.option("--config", "file", type=click.Path(path_type=Path), help="Configuration to check.")
+@json_option
+@click.pass_obj
+def doctor(socket: Path | None, file: Path | None, *, as_json: bool) -> None:
+    """Check this machine, the configuration and the daemon. Exit status: 0, or 1 if something is missing."""
+    findings = _look(socket, file)
+    for finding in findings:
+        if as_json:
+            print_json(asdict(finding))
+            continue
+        mark = "[green]ok[/]  " if finding.ok else "[red]no[/]  "
+        console.print(f"{mark} [bold]{finding.what:10}[/] {shown(finding.found)}")
+        if finding.hint:
+            console.print(f"                [dim]{shown(finding.hint)}[/]")
+    sys.exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+def _look(socket: Path | None, file: Path | None) -> list[Finding]:
+    findings = [Finding("python", True, f"{sys.version.split()[0]} ({sys.executable})"), _sandbox(), _grammar()]
+    try:
+        config = configuration.load(file)
+    except AgentdError as e:
+        return [*findings, Finding("config", False, e.message, e.hint)]
+    return [*findings, _config(config, file), _model(config), _daemon(socket or config.socket)]
+
+
+def _sandbox() -> Finding:
+    level = probe()
+    missing = f"; not there: {'; '.join(level.missing)}" if level.missing else ""
+    hint = "" if level.confines else "No tool can run on this kernel: it needs Linux 5.14 or newer with seccomp."
+    return Finding("sandbox", level.confines, f"{level.name} on {level.architecture}, Linux {level.kernel}{missing}", hint)
+
+
+def _grammar() -> Finding:
+    there = find_spec("llguidance") is not None
+    found = "llguidance constrains tool calls" if there else "llguidance is missing"
+    return Finding("grammar", there, found, "" if there else "pip install llguidance")
+
+
+def _config(config: configuration.Config, file: Path | None) -> Finding:
+    path = file or configuration.default_file()
+    where = str(path) if path.exists() else f"defaults ({path} does not exist)"
+    hint = "" if config.grants else "Without grants every tool call is denied; see docs/configuration.md."
+    return Finding("config", True, f"{where}, {len(config.grants)} grants", hint)
+
+
+def _model(config: configuration.Config) -> Finding:
+    path = models.locate(config.engine.model)
+    there = os.access(path, os.R_OK)
+    size = f"{path.stat().st_size / 1e6:.1f} MB" if there else "cannot be read"
+    return Finding("model", there, f"{path}, {size}", "" if there else "Set engine.model to a Gemma 4 GGUF, or to `pocket`.")
+
+
+def _daemon(socket: Path) -> Finding:
+    try:
+        with Client(socket) as client:
+            status = client.status()
+    except AgentdError as e:
+        running = e.reason is not Reason.DAEMON_UNREACHABLE
+        return Finding("daemon", not running, f"not running ({socket})" if not running else e.message, e.hint)
+    model = status.model
+    size = f"{model.parameters / 1e6:.1f} M parameters"
+    loaded = f"{model.name}, {size}" if model.parameters else model.error or "no model loaded"
+    found = f"version {status.version}, pid {status.pid}, {status.tools} tools; {loaded}"
+    return Finding("daemon", not model.error, found)

@@ -1,0 +1,90 @@
+"""`agentd run` and `agentd chat`: give the model something to do."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from typing import TYPE_CHECKING
+
+import click
+
+from agentd.cli.output import console, json_option, print_call, print_json, safe, shown
+from agentd.client import Client
+from agentd.errors import AgentdError
+from agentd.v1 import run_pb2
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@click.command(epilog='Example: agentd run "add milk to notes/shopping.txt"')
+@click.argument("prompt")
+@click.option("--session", default="", help="Go on with the conversation of this name.")
+@json_option
+@click.pass_obj
+def run(socket: Path | None, prompt: str, session: str, *, as_json: bool) -> None:
+    """Run PROMPT to its answer, showing every tool call on the way. Ctrl-C cancels the run.
+
+    Exit status: 0 if the model answered, 1 if not. With --json: one event a line.
+    """
+    with Client(socket) as client:
+        ended = follow(client, prompt, session, as_json=as_json)
+    answered = ended is not None and ended.stop_reason == run_pb2.Run.STOP_REASON_ANSWERED
+    sys.exit(0 if answered else 1)
+
+
+@click.command(epilog="Example: agentd chat")
+@click.pass_obj
+def chat(socket: Path | None) -> None:
+    """Talk to the model; every line sees the ones before it. End with Ctrl-D."""
+    session = uuid.uuid4().hex
+    with Client(socket) as client:
+        client.status()  # say at once if there is no daemon
+        while True:
+            try:
+                prompt = console.input("[bold green]you[/]  ")
+            except EOFError:
+                console.print()
+                return
+            if prompt.strip():
+                try:
+                    follow(client, prompt, session, as_json=False)
+                except AgentdError as e:  # the conversation goes on
+                    console.print(f"[red]error:[/] {shown(str(e))}")
+
+
+def follow(client: Client, prompt: str, session: str, *, as_json: bool) -> run_pb2.Run | None:
+    """Show a run until it has ended; returns it as it ended."""
+    ended: run_pb2.Run | None = None
+    open_line = False
+    for event in client.run(prompt, session=session):
+        kind = event.WhichOneof("event")
+        if kind == "run":
+            ended = event.run
+        if as_json:
+            print_json(event)
+            continue
+        if open_line and kind not in ("text", "thought"):
+            console.print()
+            open_line = False
+        match kind:
+            case "text" | "thought":
+                console.print(
+                    safe(event.text or event.thought), style="dim" if kind == "thought" else "bold", end="", markup=False
+                )
+                open_line = True
+            case "call":
+                print_call(event.call)
+            case "run":
+                _print_end(event.run)
+    return ended
+
+
+def _print_end(run: run_pb2.Run) -> None:
+    if run.state == run_pb2.Run.STATE_FAILED:
+        console.print(f"[red]failed:[/] {shown(run.error.message)}")
+    elif run.state == run_pb2.Run.STATE_CANCELLED:
+        console.print("[yellow]cancelled[/]")
+    elif run.stop_reason != run_pb2.Run.STOP_REASON_ANSWERED:
+        reason = run_pb2.Run.StopReason.Name(run.stop_reason).removeprefix("STOP_REASON_").lower().replace("_", " ")
+        console.print(f"[yellow]stopped:[/] {reason}")

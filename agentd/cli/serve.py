@@ -1,0 +1,44 @@
+"""`agentd serve`: the daemon in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from agentd import config as configuration
+
+
+@dataclass(frozen=True)
+class _Ready:
+    socket: Path
+    grants: int
+
+    def __call__(self) -> None:
+        click.echo(f"agentd is ready on {self.socket}", err=True)
+        if not self.grants:
+            click.echo(f"No grants: every tool call will be denied. Add some to {configuration.default_file()}", err=True)
+
+
+@click.command(epilog="Example: agentd serve --config ~/.config/agentd/agentd.toml")
+@click.option(
+    "--config", "file", type=click.Path(path_type=Path), help="Configuration.  [default: ~/.config/agentd/agentd.toml]"
+)
+@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True)
+@click.pass_obj
+def serve(socket: Path | None, file: Path | None, log_level: str) -> None:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C.
+
+    It says when it is ready; the model loads meanwhile. Prints to standard error only.
+    """
+    from agentd.daemon import Daemon  # noqa: PLC0415 - the client commands must start fast
+
+    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    config = configuration.load(file)
+    if socket:
+        config = config.model_copy(update={"socket": Path(socket).expanduser().absolute()})
+    daemon = Daemon(config)
+    asyncio.run(daemon.run(_Ready(config.socket, len(config.grants))))

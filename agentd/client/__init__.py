@@ -1,0 +1,168 @@
+"""The Python client of agentd, over gRPC on its unix socket.
+
+    from agentd.client import Client
+
+    with Client() as agentd:
+        for event in agentd.run("read notes/todo.txt"):
+            ...
+
+Every error is an `AgentdError` with the daemon's reason, message and hint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import grpc
+from google.protobuf import struct_pb2
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from agentd.config import default_socket
+from agentd.errors import AgentdError, DaemonError, Reason
+from agentd.v1 import (
+    audit_pb2,
+    audit_pb2_grpc,
+    journal_pb2,
+    journal_pb2_grpc,
+    run_pb2,
+    run_pb2_grpc,
+    system_pb2,
+    system_pb2_grpc,
+    tool_pb2,
+    tool_pb2_grpc,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+__all__ = ["Client"]
+
+T = TypeVar("T")
+DEADLINE_S = 60.0
+"""Of everything but runs, which have limits of their own."""
+
+
+class Client:
+    """A connection to the daemon. `socket` defaults to where the daemon listens by default. Close after use."""
+
+    def __init__(self, socket: Path | None = None) -> None:
+        self.socket = socket or default_socket()
+        self._channel = grpc.insecure_channel(f"unix:{self.socket}")
+        self._runs = run_pb2_grpc.RunServiceStub(self._channel)
+        self._tools = tool_pb2_grpc.ToolServiceStub(self._channel)
+        self._audit = audit_pb2_grpc.AuditServiceStub(self._channel)
+        self._journal = journal_pb2_grpc.JournalServiceStub(self._channel)
+        self._system = system_pb2_grpc.SystemServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def create_run(self, prompt: str, *, session: str = "", request_id: str = "") -> run_pb2.Run:
+        """Start a run; sending the same `request_id` again gives the same run."""
+        run = run_pb2.Run(prompt=prompt, session=session)
+        request = run_pb2.CreateRunRequest(run=run, request_id=request_id or uuid.uuid4().hex)
+        return self._call(self._runs.CreateRun, request)
+
+    def watch_run(self, name: str, *, after: int = 0) -> Iterator[run_pb2.WatchRunResponse]:
+        """The events of a run past number `after`, until it has ended."""
+        try:
+            yield from self._runs.WatchRun(run_pb2.WatchRunRequest(name=name, after_sequence=after))
+        except grpc.RpcError as e:
+            raise self._error(e) from None
+
+    def run(self, prompt: str, *, session: str = "") -> Iterator[run_pb2.WatchRunResponse]:
+        """Start a run and follow it. Closing the iterator early cancels the run."""
+        run = self.create_run(prompt, session=session)
+        ended = False
+        try:
+            for event in self.watch_run(run.name):
+                ended = event.WhichOneof("event") == "run"
+                yield event
+        finally:
+            if not ended:
+                with contextlib.suppress(AgentdError):
+                    self.cancel_run(run.name)
+
+    def get_run(self, name: str) -> run_pb2.Run:
+        return self._call(self._runs.GetRun, run_pb2.GetRunRequest(name=name))
+
+    def cancel_run(self, name: str) -> run_pb2.Run:
+        return self._call(self._runs.CancelRun, run_pb2.CancelRunRequest(name=name))
+
+    def list_runs(self) -> Iterator[run_pb2.Run]:
+        """All runs, newest first."""
+        token = ""
+        while True:
+            page = self._call(self._runs.ListRuns, run_pb2.ListRunsRequest(page_token=token))
+            yield from page.runs
+            if not (token := page.next_page_token):
+                return
+
+    def tools(self) -> Iterator[tool_pb2.Tool]:
+        """All tools, by name."""
+        token = ""
+        while True:
+            page = self._call(self._tools.ListTools, tool_pb2.ListToolsRequest(page_token=token))
+            yield from page.tools
+            if not (token := page.next_page_token):
+                return
+
+    def call(self, tool: str, arguments: Mapping[str, Any]) -> tool_pb2.ToolCall:
+        """Call a tool, such as `files.read`, without a model."""
+        struct = struct_pb2.Struct()
+        struct.update(dict(arguments))
+        request = tool_pb2.CallToolRequest(name=f"tools/{tool}", arguments=struct)
+        return self._call(self._tools.CallTool, request, deadline_s=None)
+
+    def audit_events(self, *, call: str = "", newest_first: bool = False) -> Iterator[audit_pb2.AuditEvent]:
+        """The audit log, oldest first unless said otherwise; `call` is `calls/{call}`."""
+        token = ""
+        while True:
+            request = audit_pb2.ListAuditEventsRequest(call=call, newest_first=newest_first, page_token=token)
+            page = self._call(self._audit.ListAuditEvents, request)
+            yield from page.audit_events
+            if not (token := page.next_page_token):
+                return
+
+    def verify(self) -> audit_pb2.VerifyAuditLogResponse:
+        return self._call(self._audit.VerifyAuditLog, audit_pb2.VerifyAuditLogRequest(), deadline_s=None)
+
+    def undo(self, call: str) -> journal_pb2.UndoCallResponse:
+        """Put back what a call (`calls/{call}`) has changed."""
+        return self._call(self._journal.UndoCall, journal_pb2.UndoCallRequest(name=call))
+
+    def status(self) -> system_pb2.Status:
+        return self._call(self._system.GetStatus, system_pb2.GetStatusRequest())
+
+    def _call(self, method: Callable[..., T], request: Any, *, deadline_s: float | None = DEADLINE_S) -> T:
+        try:
+            return method(request, timeout=deadline_s)
+        except grpc.RpcError as e:
+            raise self._error(e) from None
+
+    def _error(self, error: grpc.RpcError) -> AgentdError:
+        """What the daemon said, as the error it raised there."""
+        assert isinstance(error, grpc.Call)
+        status = rpc_status.from_call(error)
+        for detail in status.details if status else ():
+            info = error_details_pb2.ErrorInfo()
+            if detail.Unpack(info) and info.reason in Reason.__members__:
+                metadata = dict(info.metadata)
+                hint = metadata.pop("hint", "")
+                message = status.message.removesuffix(hint).rstrip()
+                return AgentdError(Reason[info.reason], message, hint=hint, metadata=metadata)
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            message = f"No daemon answers on {self.socket}."
+            metadata = {"socket": str(self.socket)}
+            return DaemonError(Reason.DAEMON_UNREACHABLE, message, hint="Start it with `agentd serve`.", metadata=metadata)
+        return AgentdError(Reason.INTERNAL, f"The request failed: {error.code().name}: {error.details()}")

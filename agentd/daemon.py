@@ -1,0 +1,184 @@
+"""The composition root: the one place that knows all parts, starts them in order and stops them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pwd
+import signal
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from agentd_sandbox import Sandbox, SandboxFailure, probe
+
+from agentd import __version__, calls, models
+from agentd.api import ApiParts, ApiServer
+from agentd.audit import AuditLog, Event
+from agentd.calls import Calls, Places
+from agentd.engine.client import Engine, EngineSettings
+from agentd.engine.prompt import ToolSpec
+from agentd.errors import AgentdError, EngineError
+from agentd.grants import Grants, Rule
+from agentd.journal import Journal
+from agentd.runs import Limits, ModelSettings, Runs
+from agentd.runs.record import RunRecords
+from agentd.store import Store
+from agentd.v1 import system_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agentd_sandbox import Level
+
+    from agentd.calls import Toolbox
+    from agentd.config import Config
+
+_log = logging.getLogger(__name__)
+_GRACE_S = 5.0
+
+
+class Daemon:
+    """Builds everything from a configuration. `start`, then `stop`; `run` does both around the signals."""
+
+    def __init__(self, config: Config) -> None:
+        """Opens the store and reads the tools. Raises StoreError, ConfigError."""
+        self._config = config
+        self._toolbox = calls.load([files("agentd.bundled_tools"), *config.tools.bundles])
+        self._store = Store(config.state)
+        self._audit = AuditLog(self._store)
+        limit = config.journal.file_limit_mib << 20
+        self._journal = Journal(self._store, self._audit, config.state / "objects", file_limit=limit)
+        self._records = RunRecords(self._store)
+        self._recovered: list[str] = []
+        self._model_error = ""
+        self._preload: asyncio.Task[None] | None = None
+
+    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+        """Serve until SIGTERM or SIGINT; a second one ends at once."""
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+
+        def on_signal() -> None:
+            if stop.is_set():
+                os._exit(1)  # nothing is lost: the next start puts back what is open
+            stop.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            await self.start()
+            ready()
+            await stop.wait()
+        finally:
+            await self.stop()
+
+    async def start(self) -> None:
+        """Recover, confine, listen; the model loads meanwhile. Raises DaemonError."""
+        config = self._config
+        self._recovered = self._journal.recover()
+        self._records.close_lost()
+        self._level = probe()
+        self._sandbox = Sandbox(self._toolbox.programs, config.tools.folder)
+        if self._level.confines:
+            self._start_sandbox()
+        places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc)
+        grants = Grants(_rules(config))
+        self._calls = Calls(self._toolbox, grants, self._journal, self._audit, self._sandbox, self._level, places)
+        self._engine = Engine(_engine_settings(config))
+        limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
+        self._runs = Runs(self._records, self._engine, self._calls, _model_settings(config, self._toolbox), limits)
+        principal = f"unix:{pwd.getpwuid(os.getuid()).pw_name}"
+        parts = ApiParts(self._runs, self._calls, self._audit, self._journal, self.status, principal)
+        self._server = ApiServer(parts, config.socket)
+        self._audit.record(_boot(self._level, grants, self._toolbox, self._recovered))
+        await self._server.start()
+        self._preload = asyncio.create_task(self._load_model(), name="load model")
+
+    async def stop(self) -> None:
+        """In reverse order; each step even if the one before failed."""
+        if self._preload:
+            self._preload.cancel()
+            await asyncio.wait([self._preload])
+            await self._runs.stop()
+            await self._server.stop(_GRACE_S)
+            await self._engine.stop()
+            self._calls.close()
+            with contextlib.suppress(AgentdError):  # a full disk must not keep the daemon from stopping
+                self._audit.record(Event(kind="stop", principal="agentd"))
+        if hasattr(self, "_sandbox"):
+            self._sandbox.stop()
+        self._store.close()
+
+    def status(self) -> system_pb2.Status:
+        model, level = self._engine.model, self._level
+        return system_pb2.Status(
+            version=__version__,
+            pid=os.getpid(),
+            zygote_pid=self._sandbox.zygote_pid or 0,
+            engine_pid=self._engine.pid or 0,
+            model=system_pb2.Status.Model(
+                name=model.name if model else "",
+                path=str(self._engine.settings.path),
+                parameters=model.parameters if model else 0,
+                context=model.context if model else 0,
+                error=self._model_error,
+            ),
+            sandbox=system_pb2.Status.Sandbox(
+                level=level.name, architecture=level.architecture, kernel=level.kernel, missing=level.missing
+            ),
+            state_folder=str(self._config.state),
+            folder=str(self._config.tools.folder),
+            tools=len(self._toolbox.tools),
+            grants=len(self._config.grants),
+            recovered_calls=[f"calls/{call}" for call in self._recovered],
+        )
+
+    def _start_sandbox(self) -> None:
+        try:
+            self._sandbox.start()
+        except (SandboxFailure, OSError) as e:  # the probe was right a moment ago: say so, refuse tools, go on
+            _log.error("the sandbox does not start: %s", e)
+            self._level = type(self._level)("L0", self._level.architecture, self._level.kernel, (str(e),))
+
+    async def _load_model(self) -> None:
+        """Ahead of the first request; if it fails, that request says why again."""
+        try:
+            await self._engine.load()
+        except EngineError as e:
+            self._model_error = str(e)
+            _log.error("%s", e)
+
+
+def _rules(config: Config) -> list[Rule]:
+    return [
+        Rule(grant.principal, grant.tool, grant.scope, grant.decision, f"agentd.toml, grant {number}")
+        for number, grant in enumerate(config.grants, 1)
+    ]
+
+
+def _engine_settings(config: Config) -> EngineSettings:
+    engine = config.engine
+    return EngineSettings(
+        models.locate(engine.model), engine.context, engine.batch, engine.threads, engine.repack, engine.load_timeout_s
+    )
+
+
+def _model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
+    specs = tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in toolbox.tools.values())
+    engine = config.engine
+    return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)
+
+
+def _boot(level: Level, grants: Grants, toolbox: Toolbox, recovered: list[str]) -> Event:
+    detail = {
+        "version": __version__,
+        "pid": os.getpid(),
+        "sandbox": level.name,
+        "kernel": level.kernel,
+        "grants": [str(rule) for rule in grants.rules],
+        "tools": {tool.name: tool.digest for tool in toolbox.tools.values()},
+        "recovered": recovered,
+    }
+    return Event(kind="boot", principal="agentd", detail=detail)

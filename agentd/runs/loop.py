@@ -1,0 +1,182 @@
+"""The loop of one run: ask the model, make its calls, give it the results, until it answers or a limit ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from agentd.calls import CallRequest, CallResult, Denied
+from agentd.engine.link import Delta, Done, Malformed, ToolCall
+from agentd.engine.prompt import Called, Conversation, Generated, Part, Responded, Said, ToolSpec, Turn
+from agentd.errors import AgentdError, EngineError, Reason
+from agentd.runs.run import StopReason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from agentd.runs.run import Run
+
+MALFORMED_LIMIT = 3
+_NO_TOOL = "unknown"
+_PASSED_ON = frozenset({Reason.STORE_FULL, Reason.AUDIT_UNAVAILABLE, Reason.SANDBOX_UNSUPPORTED, Reason.INTERNAL})
+"""Errors of calls that no other call could do better: they end the run instead of going to the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one run: model steps, generated tokens, seconds, and how often the very same call may be made."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What every prompt of the daemon has in common."""
+
+    system: str
+    tools: tuple[ToolSpec, ...]
+    thinking: bool
+    temperature: float
+    seed: int
+
+
+class Model(Protocol):
+    """The part of the engine that the loop uses."""
+
+    def generate(
+        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
+    ) -> AsyncGenerator[Delta | ToolCall | Malformed | Done, None]: ...
+
+
+class Caller(Protocol):
+    """The part of `calls/` that the loop uses."""
+
+    async def call(self, request: CallRequest) -> CallResult: ...
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one generation gave."""
+
+    text: str = ""
+    calls: list[ToolCall | Malformed] = field(default_factory=list)
+    done: Done | None = None
+
+
+@dataclass(slots=True)
+class Loop:
+    """Runs once. `emit(kind, body)` tells of progress; the counters and `transcript` are up to date at any time."""
+
+    run: Run
+    model: Model
+    caller: Caller
+    settings: ModelSettings
+    limits: Limits
+    history: list[Turn]
+    emit: Callable[[str, dict[str, Any]], None]
+    answer: str = ""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    calls: int = 0
+    transcript: list[Part] = field(default_factory=list)
+    _parts: list[Part] = field(default_factory=list)
+    _malformed: int = 0
+    _made: dict[str, int] = field(default_factory=dict)
+
+    async def go(self) -> StopReason:
+        """Until the answer or a limit of steps, tokens or repetition. Raises AgentdError if it can't go on."""
+        for _ in range(self.limits.steps):
+            step = await self._generate()
+            assert step.done is not None
+            self._parts.append(Generated(step.done.ids))
+            for call in step.calls:
+                if (stop := await self._make(call)) is not None:
+                    return stop
+            if step.done.reason in ("length", "context"):
+                return StopReason.TOKEN_LIMIT if step.done.reason == "length" else StopReason.CONTEXT_FULL
+            if not step.calls and step.done.reason == "tool":  # it waits for a result that nobody asked for
+                if (stop := self._reject(_NO_TOOL, "no call was made")) is not None:
+                    return stop
+            elif not step.calls:
+                self.answer = step.text.strip()
+                self.transcript.append(Said(self.answer))
+                return StopReason.ANSWERED
+        return StopReason.STEP_LIMIT
+
+    async def _generate(self) -> _Step:
+        while True:
+            try:
+                return await self._generate_once()
+            except EngineError as e:
+                if e.reason is not Reason.PROMPT_TOO_LONG or not self.history:
+                    raise
+                self.history.pop(0)  # the oldest turn of the session has to go
+
+    async def _generate_once(self) -> _Step:
+        settings, step = self.settings, _Step()
+        turns = (*self.history, Turn(self.run.prompt, tuple(self._parts)))
+        conversation = Conversation(settings.system, settings.tools, turns, settings.thinking)
+        left = max(1, self.limits.tokens - self.generated_tokens)
+        outputs = self.model.generate(conversation, max_tokens=left, temperature=settings.temperature, seed=settings.seed)
+        async with contextlib.aclosing(outputs) as stream:
+            async for output in stream:
+                match output:
+                    case Delta():
+                        self.emit("thought" if output.thought else "text", {"text": output.text})
+                        step.text += "" if output.thought else output.text
+                    case ToolCall() | Malformed():
+                        step.calls.append(output)
+                    case Done():
+                        step.done = output
+                        self.generated_tokens += len(output.ids)
+                        self.prompt_tokens += output.prompt_tokens - output.cached_tokens
+        return step
+
+    async def _make(self, call: ToolCall | Malformed) -> StopReason | None:
+        if isinstance(call, Malformed):
+            return self._reject(_NO_TOOL, f"this is not a call: {call.why}")
+        arguments = json.dumps(call.arguments, sort_keys=True)
+        self.emit("call_started", {"tool": call.tool, "arguments": call.arguments})
+        if call.tool not in {tool.name for tool in self.settings.tools}:
+            # Its name is the model's own text: it must not get into the markup of the next prompt.
+            return self._reject(_NO_TOOL, "there is no such tool", call)
+        key = f"{call.tool} {arguments}"
+        self._made[key] = self._made.get(key, 0) + 1
+        if self._made[key] > self.limits.repeats:
+            self._tell(call, {"error": "this very call was made before"}, {})
+            return StopReason.REPEATED_CALL
+        self.calls += 1
+        await self._execute(call)
+        return None
+
+    async def _execute(self, call: ToolCall) -> None:
+        run = self.run
+        try:
+            result = await self.caller.call(CallRequest(run.principal, call.tool, call.arguments, run.session, run.id))
+        except Denied as e:
+            told = {"call": e.call, "scopes": e.scopes, "decision": e.decision.verdict, "reason": e.decision.reason}
+            self._tell(call, {"error": f"denied: {e.decision.reason}"}, told)
+        except AgentdError as e:
+            if e.reason in _PASSED_ON:
+                raise
+            self._tell(call, {"error": e.message}, {})
+        else:
+            self._tell(call, result.output, result.told())
+
+    def _tell(self, call: ToolCall, output: dict[str, Any], told: dict[str, Any]) -> None:
+        """Give the model the output and everyone else the event."""
+        self.emit("call", {"tool": call.tool, "arguments": call.arguments, "output": output, **told})
+        self._parts.append(Responded(call.tool, output))
+        self.transcript += [Called(call.tool, call.arguments), Responded(call.tool, output)]
+
+    def _reject(self, tool: str, why: str, call: ToolCall | None = None) -> StopReason | None:
+        arguments = call.arguments if call else {}
+        self.emit("call", {"tool": call.tool if call else "", "arguments": arguments, "output": {"error": why}})
+        self._parts.append(Responded(tool, {"error": why}))
+        self._malformed += 1
+        return StopReason.MALFORMED_CALLS if self._malformed >= MALFORMED_LIMIT else None

@@ -1,0 +1,88 @@
+"""Runs in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+from agentd.errors import Reason, RequestError
+from agentd.runs.run import Run, RunEvent, State
+
+if TYPE_CHECKING:
+    import apsw
+
+    from agentd.engine.prompt import Turn
+    from agentd.store import Store
+
+_REMEMBERED_TURNS = 32
+_LOST = ("DAEMON_STOPPING", "The daemon was killed while this run was going on.", "Start it again.")
+
+
+class RunRecords:
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def close_lost(self) -> int:
+        """Mark what a killed daemon left running as failed; returns how many. Called once, before any run starts."""
+
+        def close(db: apsw.Connection) -> int:
+            lost = [Run.from_json(body) for (body,) in db.execute("SELECT body FROM run WHERE state = 'running'")]
+            for run in lost:
+                ended = replace(run, state=State.FAILED, error=_LOST, end_ns=time.time_ns())
+                _finish(db, ended, [RunEvent(1, ended.end_ns, "run", {})])
+            return len(lost)
+
+        return self._store.write(close)
+
+    async def insert(self, run: Run, request_id: str | None) -> Run:
+        """Keep a new run; if `request_id` was used before, returns the run of that time instead."""
+
+        def insert(db: apsw.Connection) -> Run:
+            known = db.execute("SELECT body FROM run WHERE request_id = ?", (request_id,)).get
+            if known is not None:
+                return Run.from_json(str(known))
+            values = (run.id, run.session, request_id, run.state.value, run.to_json())
+            db.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?)", values)
+            return run
+
+        return await asyncio.wrap_future(self._store.submit(insert))
+
+    async def finish(self, run: Run, events: list[RunEvent]) -> None:
+        await asyncio.wrap_future(self._store.submit(lambda db: _finish(db, run, events)))
+
+    async def get(self, run: str) -> Run:
+        query = "SELECT body FROM run WHERE id = ?"
+        body = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (run,)).get)
+        if body is None:
+            hint = "Check its name; CreateRun gave it out."
+            message = f"There is no run {run!r}."
+            raise RequestError(Reason.RUN_NOT_FOUND, message, hint=hint, field="name", metadata={"run": run})
+        return Run.from_json(str(body))
+
+    async def page(self, before: str, limit: int) -> list[Run]:
+        query = "SELECT body FROM run WHERE id < ? ORDER BY id DESC LIMIT ?"
+        values = (before or "~", limit)
+        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
+        return [Run.from_json(body) for (body,) in rows]
+
+    async def events(self, run: str, after: int) -> list[RunEvent]:
+        await self.get(run)
+        query = "SELECT body FROM run_event WHERE run = ? AND sequence > ? ORDER BY sequence"
+        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, (run, after))))
+        return [RunEvent(**json.loads(body)) for (body,) in rows]
+
+    async def history(self, session: str) -> list[Turn]:
+        """What a session has said so far, oldest first."""
+        query = "SELECT body FROM run WHERE session = ? AND state = 'succeeded' ORDER BY id DESC LIMIT ?"
+        values = (session, _REMEMBERED_TURNS)
+        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
+        return [Run.from_json(body).turn() for (body,) in reversed(rows)]
+
+
+def _finish(db: apsw.Connection, run: Run, events: list[RunEvent]) -> None:
+    db.execute("UPDATE run SET state = ?, body = ? WHERE id = ?", (run.state.value, run.to_json(), run.id))
+    rows = [(run.id, event.sequence, json.dumps(asdict(event))) for event in events]
+    db.executemany("INSERT INTO run_event VALUES (?, ?, ?)", rows)

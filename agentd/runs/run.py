@@ -1,0 +1,85 @@
+"""A run and its events, as they are kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from agentd.engine.prompt import Called, Part, Responded, Said, Turn
+
+
+class State(Enum):
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class StopReason(Enum):
+    """Why a run that succeeded has ended."""
+
+    ANSWERED = "answered"
+    STEP_LIMIT = "step_limit"
+    TOKEN_LIMIT = "token_limit"  # noqa: S105 - not a secret
+    TIME_LIMIT = "time_limit"
+    REPEATED_CALL = "repeated_call"
+    MALFORMED_CALLS = "malformed_calls"
+    CONTEXT_FULL = "context_full"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run. Times are nanoseconds since 1970; `error` is (reason, message, hint) of an AgentdError."""
+
+    id: str
+    principal: str
+    prompt: str
+    session: str
+    state: State
+    create_ns: int
+    stop_reason: StopReason | None = None
+    answer: str = ""
+    error: tuple[str, str, str] | None = None
+    end_ns: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    calls: int = 0
+    transcript: tuple[Part, ...] = field(default=(), repr=False)
+    """Calls, results and answer, thoughts left out: what later runs of the session see of this one."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state is not State.RUNNING
+
+    def turn(self) -> Turn:
+        return Turn(self.prompt, self.transcript)
+
+    def to_json(self) -> str:
+        fields = asdict(replace(self, transcript=()))
+        fields["state"] = self.state.value
+        fields["stop_reason"] = self.stop_reason.value if self.stop_reason else None
+        fields["transcript"] = [{type(part).__name__: asdict(part)} for part in self.transcript]
+        return json.dumps(fields)
+
+    @classmethod
+    def from_json(cls, text: str) -> Run:
+        fields = json.loads(text)
+        fields["state"] = State(fields["state"])
+        fields["stop_reason"] = StopReason(fields["stop_reason"]) if fields["stop_reason"] else None
+        fields["error"] = tuple(fields["error"]) if fields["error"] else None
+        kinds: dict[str, Any] = {"Said": Said, "Called": Called, "Responded": Responded}
+        parts = (next(iter(part.items())) for part in fields["transcript"])
+        fields["transcript"] = tuple(kinds[name](**values) for name, values in parts)
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """What happened, in order: `kind` is text, thought, call_started, call or run; `body` is JSON."""
+
+    sequence: int
+    time_ns: int
+    kind: str
+    body: dict[str, Any]

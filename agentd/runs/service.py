@@ -1,0 +1,165 @@
+"""All runs: started, watched, kept, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from agentd.errors import AgentdError, DaemonError, Reason, RequestError
+from agentd.runs.loop import Caller, Limits, Loop, Model, ModelSettings
+from agentd.runs.run import Run, RunEvent, State, StopReason
+from agentd.store import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from agentd.runs.record import RunRecords
+
+__all__ = ["Limits", "ModelSettings", "Runs"]
+
+_log = logging.getLogger(__name__)
+LONGEST_PROMPT = 1 << 20
+STOP_TIMEOUT_S = 15.0
+
+
+@dataclass(slots=True)
+class _Live:
+    """A run that is going on: its events so far, and a flag that is replaced whenever there are more."""
+
+    run: Run
+    events: list[RunEvent] = field(default_factory=list)
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    def add(self, kind: str, body: dict[str, Any]) -> None:
+        self.events.append(RunEvent(len(self.events) + 1, time.time_ns(), kind, body))
+        self.more.set()
+        self.more = asyncio.Event()
+
+
+class Runs:
+    """Owns the tasks of all runs. Lives on the event loop; the store is asked on other threads."""
+
+    def __init__(self, records: RunRecords, model: Model, caller: Caller, settings: ModelSettings, limits: Limits) -> None:
+        self._records, self._model, self._caller = records, model, caller
+        self._settings, self._limits = settings, limits
+        self._live: dict[str, _Live] = {}
+        self._stopping = False
+
+    async def create(self, principal: str, prompt: str, session: str, request_id: str) -> Run:
+        """Start a run. The same `request_id` gives the run it started the first time.
+
+        Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; StoreError; DaemonError (DAEMON_STOPPING).
+        """
+        _check(prompt, session, request_id)
+        if self._stopping:
+            raise DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
+        run = Run(new_id(), principal, prompt, session or new_id(), State.RUNNING, time.time_ns())
+        history = await self._records.history(session) if session else []
+        kept = await self._records.insert(run, request_id or None)
+        if kept.id != run.id:
+            if (kept.prompt, kept.principal) != (prompt, principal):
+                message = f"The request id {request_id!r} was used for another prompt."
+                raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
+            return kept
+        live = self._live[run.id] = _Live(run)
+        loop = Loop(run, self._model, self._caller, self._settings, self._limits, history, live.add)
+        live.task = asyncio.create_task(self._go(live, loop), name=f"run {run.id}")
+        return run
+
+    async def get(self, run: str) -> Run:
+        """Raises RequestError (RUN_NOT_FOUND)."""
+        if live := self._live.get(run):
+            return live.run
+        return await self._records.get(run)
+
+    async def page(self, before: str, limit: int) -> list[Run]:
+        """Up to `limit` runs older than `before` (or the newest), newest first."""
+        return await self._records.page(before, limit)
+
+    async def watch(self, run: str, after: int) -> AsyncIterator[RunEvent]:
+        """The events past number `after`, until the run has ended. Raises RequestError (RUN_NOT_FOUND)."""
+        if (live := self._live.get(run)) is None:
+            for event in await self._records.events(run, after):
+                yield event
+            return
+        while True:
+            more = live.more
+            for event in live.events[after:]:
+                yield event
+                after = event.sequence
+            if live.run.ended:
+                return
+            await more.wait()
+
+    async def cancel(self, run: str) -> Run:
+        """End a run and wait until it has ended. Raises RequestError (RUN_NOT_FOUND)."""
+        live = self._live.get(run)
+        if live and live.task:
+            live.task.cancel()
+            await asyncio.wait([live.task], timeout=STOP_TIMEOUT_S)
+        return await self.get(run)
+
+    async def stop(self) -> None:
+        """Cancel what is going on and let nothing new begin."""
+        self._stopping = True
+        tasks = [live.task for live in self._live.values() if live.task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+
+    async def _go(self, live: _Live, loop: Loop) -> None:
+        end: dict[str, Any]
+        try:
+            async with asyncio.timeout(self._limits.seconds):
+                stop = await loop.go()
+            end = {"state": State.SUCCEEDED, "stop_reason": stop}
+        except TimeoutError:
+            end = {"state": State.SUCCEEDED, "stop_reason": StopReason.TIME_LIMIT}
+        except asyncio.CancelledError:
+            end = {"state": State.CANCELLED}
+        except AgentdError as e:
+            end = {"state": State.FAILED, "error": (e.reason.name, e.message, e.hint)}
+        except Exception:  # a bug of ours must end this run only, and be found in the log
+            incident = new_id()
+            _log.exception("incident %s in run %s", incident, live.run.id)
+            end = {"state": State.FAILED, "error": ("INTERNAL", f"A bug in agentd ended this run (incident {incident}).", "")}
+        answer = loop.answer or "".join(e.body["text"] for e in live.events if e.kind == "text").strip()
+        live.run = replace(
+            live.run,
+            **end,
+            answer=answer,
+            end_ns=time.time_ns(),
+            prompt_tokens=loop.prompt_tokens,
+            generated_tokens=loop.generated_tokens,
+            calls=loop.calls,
+            transcript=tuple(loop.transcript),
+        )
+        live.add("run", {})
+        await asyncio.shield(self._keep(live))
+
+    async def _keep(self, live: _Live) -> None:
+        """Only what is on disk may leave the memory."""
+        with contextlib.suppress(AgentdError):  # a full disk: the run stays readable while the daemon lives
+            await self._records.finish(live.run, live.events)
+            self._live.pop(live.run.id, None)
+
+
+def _check(prompt: str, session: str, request_id: str) -> None:
+    def bad(field: str, why: str) -> RequestError:
+        return RequestError(Reason.BAD_FIELD, f"{field} {why}.", field=field, metadata={"field": field})
+
+    if not prompt.strip():
+        raise bad("run.prompt", "is empty")
+    if len(prompt) > LONGEST_PROMPT:
+        raise bad("run.prompt", f"has {len(prompt)} characters; {LONGEST_PROMPT} are the most")
+    if "\0" in prompt:
+        raise bad("run.prompt", "contains a NUL character")
+    for field_name, value in (("run.session", session), ("request_id", request_id)):
+        if len(value) > 64 or not value.isprintable():
+            raise bad(field_name, "is longer than 64 characters or not printable")

@@ -1,0 +1,1 @@
+"""Generated from protos/agentd/v1 by scripts/generate.sh; never edited."""
