@@ -1,0 +1,170 @@
+"""Measurements, each beside a baseline of the same run: `make bench`. Nothing here is asserted.
+
+python -m tests.bench [--json] [--calls 300]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from agentd.client import Client
+from tests.e2e.conftest import DaemonProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measurement. `wanted` is the bound it should keep, `baseline` what it is compared with."""
+
+    what: str
+    value: float
+    unit: str
+    wanted: float | None = None
+    baseline: str = ""
+    baseline_value: float | None = None
+
+
+def resident_mb(pid: int) -> float:
+    """VmRSS in MB (10^6 bytes)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise ValueError(pid)
+
+
+def milliseconds(do: Callable[[], object], times: int, label: str) -> list[float]:
+    taken = []
+    for _ in track(range(times), description=f"{label:32}", console=console, transient=True):
+        start = time.perf_counter()
+        do()
+        taken.append((time.perf_counter() - start) * 1000)
+    return sorted(taken)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return values[min(len(values) - 1, int(len(values) * share))]
+
+
+def bare_interpreter(file: Path) -> Callable[[], object]:
+    """What a home-made agent script does: a fresh, unconfined interpreter reads the file."""
+    code = f"print(open({str(file)!r}).read())"
+    return lambda: subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, check=True)
+
+
+def durable_write(file: Path) -> Callable[[], object]:
+    """Two small appends with fdatasync: what a durable intent and a durable end cost on this disk at least."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def write() -> None:
+        for _ in range(2):
+            os.write(descriptor, bytes(1000))
+            os.fdatasync(descriptor)
+
+    return write
+
+
+def tool_calls(daemon: DaemonProcess, client: Client, calls: int) -> list[Figure]:
+    file = daemon.home / "kilobyte.txt"
+    file.write_text(("x" * 63 + "\n") * 16)
+    client.call("files.read", {"path": str(file)})
+    taken = milliseconds(lambda: client.call("files.read", {"path": str(file)}), calls, "files.read of 1 KB")
+    status = milliseconds(client.status, calls, "empty gRPC request")
+    fresh = milliseconds(bare_interpreter(file), max(20, calls // 10), "fresh unconfined interpreter")
+    synced = milliseconds(durable_write(daemon.root / "synced"), calls, "two fdatasync")
+    change = milliseconds(
+        lambda: client.call("files.write", {"path": str(file), "text": str(time.time_ns())}), calls, "files.write"
+    )
+    name = "fresh unconfined interpreter, p50"
+    return [
+        Figure("tool call files.read 1 KB, p50", percentile(taken, 0.5), "ms", 10, name, percentile(fresh, 0.5)),
+        Figure("tool call files.read 1 KB, p99", percentile(taken, 0.99), "ms", None, name, percentile(fresh, 0.5)),
+        Figure(
+            "tool call files.write, p50", percentile(change, 0.5), "ms", None, "two fdatasync, p50", percentile(synced, 0.5)
+        ),
+        Figure("empty request (GetStatus), p50", percentile(status, 0.5), "ms"),
+    ]
+
+
+def memory(client: Client) -> list[Figure]:
+    list(client.run("what time is it"))
+    status = client.status()
+    daemon = resident_mb(status.pid) + resident_mb(status.zygote_pid)
+    bare = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(30)"])
+    time.sleep(0.3)
+    baseline = resident_mb(bare.pid)
+    bare.kill()
+    bare.wait()
+    return [
+        Figure("resident: daemon + zygote", daemon, "MB", 110, "bare interpreter", baseline),
+        Figure("resident: engine, pocket model", resident_mb(status.engine_pid), "MB", 90, "bare interpreter", baseline),
+    ]
+
+
+def starts(folder: Path, times: int) -> list[Figure]:
+    taken = []
+    for n in track(range(times), description=f"{'agentd serve':32}", console=console, transient=True):
+        root = folder / f"start{n}"
+        root.mkdir()
+        daemon = DaemonProcess(root)
+        start = time.perf_counter()
+        daemon.start()
+        taken.append(time.perf_counter() - start)
+        daemon.stop()
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import grpc, pydantic, apsw"], check=True)
+    imports = time.perf_counter() - start
+    return [
+        Figure(
+            "agentd serve until it answers, p50", statistics.median(taken), "s", 2, "import of grpc, pydantic, apsw", imports
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one figure a line")
+    parser.add_argument("--calls", type=int, default=300)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "daemon").mkdir()
+        daemon = DaemonProcess(folder / "daemon").start()
+        with Client(daemon.socket) as client:
+            figures = [*tool_calls(daemon, client, args.calls), *memory(client)]
+        daemon.stop()
+        figures += starts(folder, 5)
+    if args.json:
+        for figure in figures:
+            print(json.dumps(asdict(figure)))
+        return
+    table = Table("what", "measured", "wanted", "baseline in this run", "ratio", box=None, header_style="bold")
+    for f in figures:
+        wanted = f"under {f.wanted:g} {f.unit}" if f.wanted else ""
+        kept = "" if not f.wanted else "green" if f.value < f.wanted else "red"
+        measured = f"[{kept}]{f.value:.2f} {f.unit}[/]" if kept else f"{f.value:.2f} {f.unit}"
+        baseline = f"{f.baseline}: {f.baseline_value:.2f} {f.unit}" if f.baseline_value else ""
+        ratio = f"x{f.value / f.baseline_value:.2f}" if f.baseline_value else ""
+        table.add_row(f.what, measured, wanted, baseline, ratio)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The house: what is installed, and which room may use which."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BELOW: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "store": {"errors"},
+    "engine": {"errors"},
+    "models": set(),
+    "audit": {"store", "errors"},
+    "journal": {"store", "audit", "errors"},
+    "grants": {"store", "errors"},
+    "calls": {"grants", "journal", "audit", "store", "errors"},
+    "runs": {"engine", "calls", "store", "errors"},
+    "api": {"runs", "calls", "journal", "audit", "store", "v1", "errors"},
+    "client": {"v1", "errors", "config"},
+    "cli": {"client", "v1", "errors", "config", "models", "daemon"},
+}
+"""For each room, the rooms it may import. `daemon` is the composition root and may import all."""
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_imports_point_downwards(room: str):
+    """A room imports only the rooms below it."""
+    found = set()
+    path = ROOT / "agentd" / room
+    for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("agentd."):
+                found.add(node.module.split(".")[1])  # type: ignore[union-attr]
+    assert found - {room} <= BELOW[room]
+
+
+def test_every_package_folder_is_declared():
+    """A room that is not in pyproject.toml would be missing from the wheel."""
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "agentd").rglob("__init__.py")}
+    assert folders | {"agentd.bundled_tools", "agentd_sandbox"} == declared
+
+
+def test_the_sandbox_stands_alone():
+    """It loads nothing of agentd and nothing outside the standard library."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import agentd_sandbox, agentd_sandbox.zygote; print(*sys.modules)"
+    command = [sys.executable, "-I", "-S", "-c", code, str(ROOT / "sandbox")]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    foreign = {name.split(".")[0] for name in loaded} - set(sys.stdlib_module_names) - {"agentd_sandbox", "__main__"}
+    assert not {name for name in foreign if not name.startswith("_")}
+
+
+def test_the_wheel_holds_our_two_packages_and_nothing_else(tmp_path: Path):
+    """Top level: agentd and agentd_sandbox; with filters, tools and model inside."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"agentd", "agentd_sandbox"}
+    for name in ("agentd/bundled_tools/files/tool.toml", "agentd/models/pocket.gguf", "agentd_sandbox/profiles/aarch64.bpf"):
+        assert name in names
+
+
+def test_the_pocket_model_is_at_most_8_mb():
+    """It travels with the package."""
+    assert (ROOT / "agentd" / "models" / "pocket.gguf").stat().st_size <= 8_000_000
+
+
+def test_nothing_is_said_twice_in_the_errors_table():
+    """Each reason has its own name and sentence (an Enum would silently merge equal ones)."""
+    from agentd.errors import Reason
+
+    assert len(Reason.__members__) == len(list(Reason))
+    assert all(len(name) <= 63 for name in Reason.__members__)
