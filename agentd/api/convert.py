@@ -117,8 +117,8 @@ def run_message(run: Run) -> run_pb2.Run:
     return message
 
 
-def event_message(event: RunEvent, run: Run) -> run_pb2.WatchRunResponse:
-    """`run` is the run as it stands; used by the event that says how it ended."""
+def event_message(event: RunEvent, run: Run | None) -> run_pb2.WatchRunResponse:
+    """`run` is the run as it ended, for the event that says so."""
     message = run_pb2.WatchRunResponse(sequence=event.sequence, event_time=timestamp(event.time_ns))
     body = event.body
     match event.kind:
@@ -131,7 +131,7 @@ def event_message(event: RunEvent, run: Run) -> run_pb2.WatchRunResponse:
             message.call_started.arguments_json = json_text(body["arguments"])
         case "call":
             message.call.CopyFrom(call_message(body))
-        case _:
+        case _ if run is not None:
             message.run.CopyFrom(run_message(run))
     return message
 

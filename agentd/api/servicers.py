@@ -45,7 +45,7 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         if request.after_sequence < 0:
             raise RequestError(Reason.BAD_FIELD, "after_sequence is negative.", field="after_sequence")
         async for event in self._runs.watch(name, request.after_sequence):
-            yield convert.event_message(event, await self._runs.get(name))
+            yield convert.event_message(event, await self._runs.get(name) if event.kind == "run" else None)
 
     async def GetRun(self, request: run_pb2.GetRunRequest, context: Any) -> run_pb2.Run:  # noqa: N802
         return convert.run_message(await self._runs.get(convert.identifier(request.name, "runs")))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf import any_pb2
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from agentd.errors import AgentdError, Code, Reason
+from agentd.errors import AgentdError, Code, Reason, RequestError
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 DOMAIN = "agentd.local"
+_UNDECODABLE = object()
 _log = logging.getLogger(__name__)
 _RETRY_AFTER_S = {Reason.MODEL_BUSY: 5, Reason.ENGINE_CRASHED: 1, Reason.ENGINE_TIMEOUT: 5, Reason.DAEMON_STOPPING: 5}
 
@@ -59,19 +61,38 @@ class ErrorsToStatuses(grpc.aio.ServerInterceptor):
             return None
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                _unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+                _unary(handler.unary_unary), _lenient(handler.request_deserializer), handler.response_serializer
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                _stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+                _stream(handler.unary_stream), _lenient(handler.request_deserializer), handler.response_serializer
             )
         return handler
+
+
+def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """gRPC answers what it can't decode with a bare INTERNAL and a traceback in our log; we say what is wrong."""
+
+    def attempt(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _UNDECODABLE
+
+    return attempt
+
+
+def _decoded(request: Any) -> Any:
+    if request is _UNDECODABLE:
+        message = "The request is not a valid protobuf message; strings must be UTF-8."
+        raise RequestError(Reason.BAD_FIELD, message, hint="Build it from the .proto files of this version.")
+    return request
 
 
 def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
-            return await method(request, context)
+            return await method(_decoded(request), context)
         except AgentdError as e:
             await context.abort_with_status(rpc_status.to_status(to_status(e)))
         except grpc.aio.AbortError:
@@ -85,7 +106,7 @@ def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any],
 def _stream(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for response in method(request, context):
+            async for response in method(_decoded(request), context):
                 yield response
         except AgentdError as e:
             await context.abort_with_status(rpc_status.to_status(to_status(e)))

@@ -92,10 +92,11 @@ class Denied(RequestError):
 
     def __init__(self, prepared: Prepared) -> None:
         decision = prepared.decision
+        add = f"To allow it, add a grant for {decision.scope} to agentd.toml."
         super().__init__(
             Reason.GRANT_REQUIRED,
             f"{prepared.tool.name} was denied: {decision.reason}.",
-            hint=f"To allow it, add a grant for {decision.scope} to agentd.toml.",
+            hint=f"It stands in {decision.rules[0]}; no grant can overrule it." if decision.rules else add,
             metadata={"tool": prepared.tool.name, "scope": decision.scope, "call": prepared.id},
         )
         self.call, self.decision = prepared.id, decision
@@ -160,6 +161,8 @@ class Calls:
         except asyncio.CancelledError:
             cancelled.set()
             await asyncio.wait([work], timeout=prepared.tool.manifest.deadline_s + 10)
+            if work.done() and not work.cancelled():
+                work.exception()  # it is on record; nobody is left to tell
             raise
 
     def _prepare(self, request: CallRequest) -> Prepared:

@@ -127,13 +127,20 @@ class Journal:
             db.execute("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
             self._audit.append(db, event.model_copy(update={"files": files, "undoable": bool(files)}))
 
-        self._store.write(commit)
+        try:
+            self._store.write(commit)
+        except AgentdError:  # a change without its record must not stand; the next start closes the transaction
+            self._put_back(transaction)
+            raise
         return files
 
-    def roll_back(self, transaction: Transaction, event: Event) -> None:
+    def _put_back(self, transaction: Transaction) -> None:
         for image in reversed(transaction._images.values()):
             if not look(image.path).same_as(image.before):
                 put_back(image.path, image.before, image.content)
+
+    def roll_back(self, transaction: Transaction, event: Event) -> None:
+        self._put_back(transaction)
 
         def commit(db: apsw.Connection) -> None:
             db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (transaction.call,))
