@@ -11,6 +11,7 @@ from agentd.calls import CallRequest, CallResult, Denied
 from agentd.engine.link import Delta, Done, Malformed, ToolCall
 from agentd.engine.prompt import Called, Conversation, Generated, Part, Responded, Said, ToolSpec, Turn
 from agentd.errors import AgentdError, EngineError, Reason
+from agentd.runs.results import for_the_model
 from agentd.runs.run import StopReason
 
 if TYPE_CHECKING:
@@ -171,8 +172,9 @@ class Loop:
     def _tell(self, call: ToolCall, output: dict[str, Any], told: dict[str, Any]) -> None:
         """Give the model the output and everyone else the event."""
         self.emit("call", {"tool": call.tool, "arguments": call.arguments, "output": output, **told})
-        self._parts.append(Responded(call.tool, output))
-        self.transcript += [Called(call.tool, call.arguments), Responded(call.tool, output)]
+        response = Responded(call.tool, for_the_model(output))
+        self._parts.append(response)
+        self.transcript += [Called(call.tool, call.arguments), response]
 
     def _reject(self, tool: str, why: str, call: ToolCall | None = None) -> StopReason | None:
         arguments = call.arguments if call else {}

@@ -11,22 +11,20 @@ import errno
 import os
 import re
 import stat
-import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from agentd_sandbox import kernel, network
 from agentd_sandbox.filters import profile
 from agentd_sandbox.paths import Resolved, WalkError, resolve
+from agentd_sandbox.target import AT_FDCWD, signed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agentd_sandbox.access import Access
+    from agentd_sandbox.target import Target
 
-_PATH_MAX = 4096
-_PAGE = os.sysconf("SC_PAGESIZE")  # 16 KiB on a Raspberry Pi 5
-_AT_FDCWD = -100
 _O_TMPFILE = 0o20000000
 _KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
 _UMASK = 0o022
@@ -75,31 +73,22 @@ class _Answered(Exception):
 
 @dataclass(slots=True)
 class Broker:
-    """Answers the notifications of one worker. `folder` is its working folder, which it can't change."""
+    """Answers the notifications of one worker."""
 
     listener: int
-    pid: int
-    pidfd: int
+    target: Target
     access: Access
     recorder: Recorder
-    folder: bytes
     deadline: float
     """monotonic(3) time past which nothing may block any more"""
     denials: list[Denial] = field(default_factory=list)
     denied: int = 0
     calls: int = 0
     peers: list[tuple[str, int]] = field(default_factory=list)
-    _memory: int = -1
     _handlers: dict[str, Callable[[kernel.Notification], int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         self._handlers = {name: getattr(self, f"_{name}") for name in profile().numbers if hasattr(self, f"_{name}")}
-
-    def close(self) -> None:
-        if self._memory >= 0:
-            os.close(self._memory)
-            self._memory = -1
 
     def serve_one(self) -> None:
         """Answer one waiting call. A call that is gone before its answer is no error."""
@@ -128,49 +117,18 @@ class Broker:
         if len(self.denials) < _RECORDED_DENIALS:
             self.denials.append(Denial(call, target, why))
 
-    # -- the worker's memory and descriptors
-
-    def _string(self, address: int) -> bytes:
-        data = b""
-        while len(data) < _PATH_MAX:
-            try:
-                chunk = os.pread(self._memory, _PAGE - address % _PAGE, address)
-            except (OSError, OverflowError):
-                raise OSError(errno.EFAULT, "path") from None
-            if not chunk:
-                raise OSError(errno.EFAULT, "path")
-            data += chunk
-            address += len(chunk)
-            if (end := data.find(b"\0")) >= 0:
-                return data[:end]
-        raise OSError(errno.ENAMETOOLONG, "path")
-
     def _poke(self, call: kernel.Notification, address: int, data: bytes) -> None:
         if not kernel.still_waiting(self.listener, call.id):
             raise OSError(errno.EINTR, "gone")
-        try:
-            os.pwrite(self._memory, data, address)
-        except (OSError, OverflowError):
-            raise OSError(errno.EFAULT, "buffer") from None
-
-    def _base(self, descriptor: int) -> bytes:
-        if descriptor == _AT_FDCWD:
-            return self.folder
-        try:
-            base = os.readlink(b"/proc/%d/fd/%d" % (self.pid, descriptor))
-        except OSError:
-            raise OSError(errno.EBADF, "dirfd") from None
-        if not base.startswith(b"/"):
-            raise OSError(errno.ENOTDIR, "dirfd")
-        return base
+        self.target.write(address, data)
 
     # -- from a path in the worker's memory to a real path that this call may see
 
     def _locate(self, call: kernel.Notification, descriptor: int, address: int, *, follow: bool) -> Resolved:
-        path = self._string(address)
+        path = self.target.string(address)
         if not path:
             raise OSError(errno.ENOENT, "empty path")
-        full = path if path.startswith(b"/") else self._base(_signed(descriptor)) + b"/" + path
+        full = path if path.startswith(b"/") else self.target.base(descriptor) + b"/" + path
         try:
             return resolve(full, follow=follow)
         except WalkError as e:
@@ -262,19 +220,19 @@ class Broker:
 
     def _open(self, call: kernel.Notification) -> int:
         path, flags, mode, *_ = call.arguments
-        return self._open_at(call, _AT_FDCWD, path, flags & 0xFFFF_FFFF, mode)
+        return self._open_at(call, AT_FDCWD, path, flags & 0xFFFF_FFFF, mode)
 
     def _creat(self, call: kernel.Notification) -> int:
         path, mode, *_ = call.arguments
-        return self._open_at(call, _AT_FDCWD, path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
+        return self._open_at(call, AT_FDCWD, path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
 
     # -- what a path is
 
     def _stat_at(self, call: kernel.Notification, descriptor: int, path: int, buffer: int, flags: int) -> int:
-        if flags & kernel.AT_EMPTY_PATH and not self._string(path):
-            if _signed(descriptor) == _AT_FDCWD:
+        if flags & kernel.AT_EMPTY_PATH and not self.target.string(path):
+            if signed(descriptor) == AT_FDCWD:
                 raise OSError(errno.EINVAL, "working folder")
-            own = kernel.take_descriptor(self.pidfd, _signed(descriptor))
+            own = self.target.take(descriptor)
             try:
                 data = kernel.raw_stat(own)
             finally:
@@ -296,10 +254,10 @@ class Broker:
         return self._stat_at(call, descriptor, path, buffer, flags & 0xFFFF_FFFF)
 
     def _stat(self, call: kernel.Notification) -> int:
-        return self._stat_at(call, _AT_FDCWD, call.arguments[0], call.arguments[1], 0)
+        return self._stat_at(call, AT_FDCWD, call.arguments[0], call.arguments[1], 0)
 
     def _lstat(self, call: kernel.Notification) -> int:
-        return self._stat_at(call, _AT_FDCWD, call.arguments[0], call.arguments[1], kernel.AT_SYMLINK_NOFOLLOW)
+        return self._stat_at(call, AT_FDCWD, call.arguments[0], call.arguments[1], kernel.AT_SYMLINK_NOFOLLOW)
 
     def _access_at(self, call: kernel.Notification, descriptor: int, path: int, mode: int) -> int:
         with self._locate(call, descriptor, path, follow=True) as target:
@@ -317,7 +275,7 @@ class Broker:
         return self._access_at(call, descriptor, path, mode & 7)
 
     def _access(self, call: kernel.Notification) -> int:
-        return self._access_at(call, _AT_FDCWD, call.arguments[0], call.arguments[1] & 7)
+        return self._access_at(call, AT_FDCWD, call.arguments[0], call.arguments[1] & 7)
 
     def _readlink_at(self, call: kernel.Notification, descriptor: int, path: int, buffer: int, size: int) -> int:
         with self._locate(call, descriptor, path, follow=False) as target:
@@ -335,13 +293,13 @@ class Broker:
 
     def _readlink(self, call: kernel.Notification) -> int:
         path, buffer, size, *_ = call.arguments
-        return self._readlink_at(call, _AT_FDCWD, path, buffer, size)
+        return self._readlink_at(call, AT_FDCWD, path, buffer, size)
 
     def _statfs(self, call: kernel.Notification) -> int:
         """Sizes of a file system; the working folder's may always be asked for."""
         path, buffer, *_ = call.arguments
-        with self._locate(call, _AT_FDCWD, path, follow=True) as target:
-            if target.real != self.folder:
+        with self._locate(call, AT_FDCWD, path, follow=True) as target:
+            if target.real != self.target.folder:
                 self._seen(call, target)
             data = kernel.raw_statfs(target.descriptor)
         self._poke(call, buffer, data)
@@ -351,7 +309,7 @@ class Broker:
 
     def _truncate(self, call: kernel.Notification) -> int:
         path, length, *_ = call.arguments
-        with self._locate(call, _AT_FDCWD, path, follow=True) as target:
+        with self._locate(call, AT_FDCWD, path, follow=True) as target:
             self._require(call, target, "write")
             if not target.exists:
                 raise OSError(errno.ENOENT, "missing")
@@ -379,10 +337,10 @@ class Broker:
         return self._remove(call, descriptor, path, folder=bool(flags & kernel.AT_REMOVEDIR))
 
     def _unlink(self, call: kernel.Notification) -> int:
-        return self._remove(call, _AT_FDCWD, call.arguments[0], folder=False)
+        return self._remove(call, AT_FDCWD, call.arguments[0], folder=False)
 
     def _rmdir(self, call: kernel.Notification) -> int:
-        return self._remove(call, _AT_FDCWD, call.arguments[0], folder=True)
+        return self._remove(call, AT_FDCWD, call.arguments[0], folder=True)
 
     def _mkdir_at(self, call: kernel.Notification, descriptor: int, path: int, mode: int) -> int:
         with self._locate(call, descriptor, path, follow=False) as target:
@@ -399,7 +357,7 @@ class Broker:
         return self._mkdir_at(call, descriptor, path, mode)
 
     def _mkdir(self, call: kernel.Notification) -> int:
-        return self._mkdir_at(call, _AT_FDCWD, call.arguments[0], call.arguments[1])
+        return self._mkdir_at(call, AT_FDCWD, call.arguments[0], call.arguments[1])
 
     def _rename_at(self, call: kernel.Notification, old: tuple[int, int], new: tuple[int, int]) -> int:
         with self._locate(call, *old, follow=False) as source, self._locate(call, *new, follow=False) as target:
@@ -427,7 +385,7 @@ class Broker:
         return self._rename_at(call, (old_folder, old), (new_folder, new))
 
     def _rename(self, call: kernel.Notification) -> int:
-        return self._rename_at(call, (_AT_FDCWD, call.arguments[0]), (_AT_FDCWD, call.arguments[1]))
+        return self._rename_at(call, (AT_FDCWD, call.arguments[0]), (AT_FDCWD, call.arguments[1]))
 
     # -- network
 
@@ -435,24 +393,14 @@ class Broker:
         descriptor, address, size, *_ = call.arguments
         if not 2 <= size <= network.ADDRESS_BYTES:
             raise OSError(errno.EINVAL, "address")
-        try:
-            raw = os.pread(self._memory, size, address)
-        except (OSError, OverflowError):
-            raise OSError(errno.EFAULT, "address") from None
-        peer = network.peer(raw)
+        peer = network.peer(self.target.read(address, size))
         if peer not in self.access.connect:
             self._deny("connect", f"{peer[0]}:{peer[1]}", "no scope to connect to it")
             raise OSError(errno.EACCES, "peer")
-        own = kernel.take_descriptor(self.pidfd, _signed(descriptor))
+        own = self.target.take(descriptor)
         self.peers.append(peer)
         network.connect(own, peer, self.deadline)
         return 0
-
-
-def _signed(value: int) -> int:
-    """An int argument as the kernel reads it: the low half of the register, signed."""
-    (result,) = struct.unpack("=i", struct.pack("=I", value & 0xFFFF_FFFF))
-    return int(result)
 
 
 def _name(call: kernel.Notification) -> str:

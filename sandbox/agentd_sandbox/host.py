@@ -22,6 +22,7 @@ from agentd_sandbox import kernel
 from agentd_sandbox.access import Access, PathRule
 from agentd_sandbox.broker import Broker, Denial, Recorder
 from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, Unsupported, WorkerCancelled, WorkerDied, WorkerTimeout
+from agentd_sandbox.target import Target
 from agentd_sandbox.worker import HELLO, LENGTH
 
 if TYPE_CHECKING:
@@ -161,11 +162,9 @@ class Sandbox:
         worker = self._take()
         broker = Broker(
             worker.listener,
-            worker.pid,
-            worker.pidfd,
+            Target(worker.pid, worker.pidfd, os.fsencode(os.path.realpath(self.folder))),
             Access(access.read + self._runtime, access.write, access.connect),
             recorder,
-            os.fsencode(os.path.realpath(self.folder)),
             started + job.deadline_s,
         )
         try:
@@ -174,7 +173,7 @@ class Sandbox:
             try:
                 worker.kill()
             finally:
-                broker.close()
+                broker.target.close()
         answer = json.loads(body)
         return Outcome(
             result=_clean(answer.get("result")),

@@ -36,7 +36,7 @@ def main(channel: socket.socket, programs: dict[str, CodeType]) -> NoReturn:
     try:
         _lock(channel)
         request = json.loads(_receive(channel))
-        body = json.dumps(_run(request, programs), ensure_ascii=True).encode()
+        body = json.dumps(_run(request, programs), ensure_ascii=False).encode("utf-8", "replace")
         channel.sendall(LENGTH.pack(len(body)) + body)
     except ConnectionError:  # the daemon has no use for us any more
         pass

@@ -164,3 +164,12 @@ def test_health_and_reflection_answer(daemon: DaemonProcess):
         (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([asked]))
         names = {service.name for service in answer.list_services_response.service}
         assert {f"agentd.v1.{noun}Service" for noun in ("Run", "Tool", "Audit", "Journal", "System")} <= names
+
+
+def test_a_long_file_does_not_overflow_the_context(daemon: DaemonProcess, client: Client):
+    """The model sees its beginning and how much more there is; the event holds all of it."""
+    (daemon.home / "long.txt").write_text("water the plants\n" * 1000)
+    events = list(client.run("read long.txt"))
+    (call,) = calls_of(events)
+    assert json.loads(call.output_json)["text"] == "water the plants\n" * 1000
+    assert events[-1].run.state == run_pb2.Run.STATE_SUCCEEDED
