@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType as Q
 from transformers.models.gemma4 import Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -18,8 +19,6 @@ from training import vocabulary
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
 LAYERS, WIDTH, FEED_FORWARD, HEADS, HEAD, PER_LAYER, WINDOW, CONTEXT = 6, 256, 640, 4, 64, 32, 512, 4096
 QUARTER_ROPE = 0.25
@@ -102,6 +101,19 @@ def save(model: Gemma4ForCausalLM, path: Path, tokens: list[str], merges: list[s
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def load(model: Gemma4ForCausalLM, path: Path) -> None:
+    """Read the weights of a file that `save` wrote back into `model`, as exact as Q8_0 has kept them."""
+    read = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+    names = {f"{name}.weight": f"{target}.weight" for name, target in GLOBAL.items()}
+    for i in range(LAYERS):
+        names |= {f"layers.{i}.{name}.weight": f"blk.{i}.{target}.weight" for name, target in LAYER.items()}
+        names[f"layers.{i}.layer_scalar"] = f"blk.{i}.layer_output_scale.weight"
+    state = model.state_dict()
+    for name, target in names.items():
+        kept = state[f"model.{name}"]
+        kept.copy_(torch.from_numpy(read[target].copy()).reshape(kept.shape))
 
 
 def _hyperparameters(writer: gguf.GGUFWriter) -> None:

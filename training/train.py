@@ -2,9 +2,9 @@
 
     python -m training.train --out agentd/models/pocket.gguf
 
-Seeded. About an hour on two CPU cores; a GPU only makes it faster. Three phases, each of which learns what the
-next one needs: pure copying of words and paths (an induction mechanism that forms suddenly and that nothing
-else works without), dialogues without the system turn, dialogues behind the full system turn.
+Seeded. About an hour on two CPU cores; a GPU only makes it faster. Each phase learns what the next one needs:
+pure copying of words and paths (an induction mechanism that forms suddenly and that nothing else works without),
+dialogues without the system turn, dialogues behind the full system turn, both in turn.
 """
 
 from __future__ import annotations
@@ -38,12 +38,19 @@ class Phase:
     preamble: bool
     copying: float  # share of sequences that are pure copying
     rate: tuple[float, float]  # learning rate at its start and end
+    bare_between: int = 0  # batches without the system turn between two with it: five times the dialogues a second
+
+    def at(self, step: int) -> Phase:
+        """The shape of the batch of one step."""
+        return BARE if step % (self.bare_between + 1) else self
 
 
+BARE = Phase(0, 32, 192, preamble=False, copying=0.08, rate=(0, 0))
 PHASES = (
     Phase(320, 64, 64, preamble=False, copying=1.0, rate=(3e-3, 3e-3)),
     Phase(1500, 32, 192, preamble=False, copying=0.12, rate=(3e-3, 8e-4)),
     Phase(600, 8, 1300, preamble=True, copying=0.05, rate=(8e-4, 3e-5)),
+    Phase(840, 8, 1300, preamble=True, copying=0.03, rate=(8e-4, 1e-5), bare_between=2),
 )
 
 
@@ -122,24 +129,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="where to write the GGUF file")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--resume", type=Path, help="a GGUF of this script to go on from, with --phase")
+    parser.add_argument("--phase", type=int, default=1, help="the first phase to train")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the steps to train (tests use little)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens, merges, words = vocabulary.trained(args.seed)
+    tokens, merges, words = vocabulary.kept(args.resume) if args.resume else vocabulary.trained(args.seed)
     model = Gemma4ForCausalLM(shape.config(len(tokens))).to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokens)} tokens", flush=True)
+    if args.resume:
+        shape.load(model, args.resume)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.02)
-    batches = Batches(words, args.seed)
+    batches = Batches(words, args.seed + args.phase - 1)
     start, done = time.monotonic(), 0
-    for phase in PHASES:
+    for phase in PHASES[args.phase - 1 :]:
         steps = max(1, round(phase.steps * args.scale))
         for i in range(steps):
             high, low = phase.rate
             rate = low + (high - low) * (1 + math.cos(math.pi * i / steps)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (done + 1) / 60)
-            x, y = batches.batch(phase)
+            x, y = batches.batch(phase.at(i))
             loss = step(model, x.to(device), y.to(device))
             optimizer.zero_grad()
             loss.backward()

@@ -88,6 +88,13 @@ def _kind(token: str) -> gguf.TokenType:
     return gguf.TokenType.BYTE if token.startswith("<0x") else gguf.TokenType.NORMAL
 
 
+def kept(path: Path) -> tuple[list[str], list[str], Vocabulary]:
+    """Tokens, merges and vocabulary of a file written before."""
+    reader = gguf.GGUFReader(path)
+    tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
+    return tokens, merges, load(path)
+
+
 def load(path: Path) -> Vocabulary:
     """The vocabulary of a GGUF through llama.cpp and the engine's own code, as at run time."""
     C.llama_log_set(_silent, None)

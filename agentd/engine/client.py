@@ -45,6 +45,9 @@ STOP_TIMEOUT_S = 5.0
 CANCEL_TIMEOUT_S = 10.0
 WAITING_REQUESTS = 16
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH", "PREFIX", "LANG")
+_ENGINE_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "GOMP_SPINCOUNT": "1000"}
+"""libgomp's threads spin for long at a barrier by default: on 2 cores with another busy program, 20 tokens took 6.5 s
+instead of 0.04 s. 1000 turns are as fast on an idle machine (measured: 310 tokens in 0.75 s both ways)."""
 
 Output = Delta | ToolCall | Malformed | Done
 
@@ -180,7 +183,7 @@ class Engine:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | {"MALLOC_ARENA_MAX": "2"},
+                env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | _ENGINE_ENVIRONMENT,
                 start_new_session=True,
             )
         reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
