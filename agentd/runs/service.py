@@ -88,11 +88,11 @@ class Runs:
                 yield event
             return
         while True:
-            more = live.more
+            more, ended = live.more, live.run.ended  # before the events: more may come while these are sent
             for event in live.events[after:]:
                 yield event
                 after = event.sequence
-            if live.run.ended:
+            if ended:
                 return
             await more.wait()
 
