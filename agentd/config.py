@@ -78,11 +78,11 @@ class ToolsConfig(_Strict):
 
 
 class GrantConfig(_Strict):
-    """One rule. `scope` is `*` or `kind:pattern` with kind read, write, connect or call."""
+    """One rule. `scope` is `*` or `kind:pattern`; patterns of read and write start with / or ~."""
 
     principal: str = "*"
     tool: str
-    scope: Annotated[str, Field(pattern=r"^(\*|(read|write|connect|call):.+)$")]
+    scope: Annotated[str, Field(pattern=r"^(\*|(read|write):[/~].*|(connect|call):.+)$")]
     decision: Literal["allow", "ask", "deny"] = "allow"
 
 

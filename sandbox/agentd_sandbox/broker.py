@@ -326,7 +326,7 @@ class Broker:
             is_folder = stat.S_ISDIR(os.fstat(target.descriptor).st_mode)
             if is_folder != folder:
                 raise OSError(errno.EISDIR if is_folder else errno.ENOTDIR, "kind")
-            if folder and os.listdir(f"/proc/self/fd/{target.descriptor}"):
+            if folder and _holds_anything(target.descriptor):
                 raise OSError(errno.ENOTEMPTY, "not empty")
             self._before("remove", target)
             (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
@@ -401,6 +401,11 @@ class Broker:
         self.peers.append(peer)
         network.connect(own, peer, self.deadline)
         return 0
+
+
+def _holds_anything(folder: int) -> bool:
+    with os.scandir(f"/proc/self/fd/{folder}") as entries:
+        return next(entries, None) is not None
 
 
 def _name(call: kernel.Notification) -> str:

@@ -38,11 +38,7 @@ def main(channel: socket.socket, programs: dict[str, CodeType]) -> NoReturn:
         request = json.loads(_receive(channel))
         body = json.dumps(_run(request, programs), ensure_ascii=False).encode("utf-8", "replace")
         channel.sendall(LENGTH.pack(len(body)) + body)
-    except ConnectionError:  # the daemon has no use for us any more
-        pass
-    except BaseException as e:
-        os.write(2, f"worker: {e!r}\n".encode())
-    finally:
+    finally:  # whatever happened, this process must not live on
         os._exit(0)
 
 
@@ -55,6 +51,7 @@ def _lock(channel: socket.socket) -> None:
     for limit, value in LIMITS.items():
         resource.setrlimit(limit, (value, value))
     random.seed()  # all workers are forks of one process
+    os.dup2(1, 2)  # stdout is /dev/null: a tool must not write into the daemon's log or onto its terminal
     kernel.drop_capabilities()
     kernel.stay_inspectable()
     try:
