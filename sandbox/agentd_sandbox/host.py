@@ -190,8 +190,10 @@ class Sandbox:
     def _take(self) -> _Worker:
         with self._lock:
             worker, self._spare = self._spare, None
-            if worker is None or not _alive(worker):
-                worker = self._fork()
+            if worker is not None and not _alive(worker):
+                worker.kill()
+                worker = None
+            worker = worker or self._fork()
             if worker.listener < 0:
                 worker.greet()
             self._spare = self._fork()  # locks itself while the call runs; greeted when it is taken

@@ -138,6 +138,12 @@ def raw_statfs(descriptor: int) -> bytes:
     return buffer.raw
 
 
+def file_system(descriptor: int) -> int:
+    """The magic number of the file system an open descriptor is on (`f_type`, the first word of struct statfs)."""
+    (magic,) = struct.unpack_from("=q", raw_statfs(descriptor))
+    return int(magic)
+
+
 def die_with_parent() -> None:
     _check(_prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
 

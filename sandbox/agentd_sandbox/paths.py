@@ -1,8 +1,9 @@
 """Path resolution: one walker, component by component, that never lets the kernel follow a link.
 
 openat2(RESOLVE_BENEATH) would do, but Android's filter kills whoever calls it; the walk costs about the same.
-Symlinks are read and their text is walked like any other, so what counts in the end is the real path. Magic
-links of /proc are text too: they lead to a real path or nowhere, never through.
+Symlinks are read and their text is walked like any other, so what counts in the end is the real path. What belongs to
+a process in procfs (`/proc/123`, `/proc/self`) does not exist for the walker: its links would lead into the process
+that walks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import stat
 from dataclasses import dataclass, field
 from typing import Self
 
+from agentd_sandbox import kernel
+
+_PROC_SUPER_MAGIC = 0x9FA0  # linux/magic.h
 _LINKS = 40  # as the kernel: path_resolution(7)
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -101,12 +105,9 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
         if name == b"..":
             walk.up()
             continue
-        try:
-            found = os.open(name, _PATH_FLAGS, dir_fd=walk.here)
-        except OSError as e:
-            if e.errno == errno.ENOENT and not todo:
-                return Resolved(_join(walk.real, name), os.dup(walk.here), name, -1, trailing)
-            raise WalkError(e.errno or errno.EIO, _join(walk.real, name)) from None
+        found = _open(walk, name, last=not todo)
+        if found < 0:
+            return Resolved(_join(walk.real, name), os.dup(walk.here), name, -1, trailing)
         mode = os.fstat(found).st_mode
         if stat.S_ISLNK(mode) and (todo or follow or trailing):
             links += 1
@@ -128,6 +129,23 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
     name, here = walk.folders[-1]
     parent = walk.folders[-2][1] if len(walk.folders) > 1 else here
     return Resolved(walk.real, os.dup(parent), name or b".", os.dup(here), trailing_slash=True)
+
+
+def _open(walk: _Walk, name: bytes, *, last: bool) -> int:
+    """A component as O_PATH; -1 if it is the last one and there is nothing by that name."""
+    if _names_a_process(walk.here, name):
+        raise WalkError(errno.ENOENT, _join(walk.real, name))
+    try:
+        return os.open(name, _PATH_FLAGS, dir_fd=walk.here)
+    except OSError as e:
+        if e.errno == errno.ENOENT and last:
+            return -1
+        raise WalkError(e.errno or errno.EIO, _join(walk.real, name)) from None
+
+
+def _names_a_process(folder: int, name: bytes) -> bool:
+    """By the type of the file system, so that a second mount of procfs is no way around it."""
+    return (name.isdigit() or name in (b"self", b"thread-self")) and kernel.file_system(folder) == _PROC_SUPER_MAGIC
 
 
 def _found(walk: _Walk, name: bytes, found: int, mode: int, *, trailing: bool) -> Resolved:

@@ -1,0 +1,104 @@
+"""The frozen filters do what the table says, for every call number and architecture."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import pytest
+from agentd_sandbox.filters import PROFILES
+from agentd_sandbox.policy import TABLE, Action
+
+from tests.sandbox.bpf import evaluate
+
+ALLOW, NOTIFY, KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
+EPERM, ENOSYS = 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+RESULT = {Action.ALLOW: ALLOW, Action.MEDIATE: NOTIFY, Action.ABSENT: ENOSYS, Action.KILL: KILL}
+X86_64, AARCH64, I386, ARM = 0xC000003E, 0xC00000B7, 0x40000003, 0x40000028
+AUDIT = {"x86_64": X86_64, "aarch64": AARCH64}
+BAD = (0xFFFFFFFF,) * 6
+
+seccomp = pytest.importorskip("pyseccomp", reason="libseccomp names the calls: apt-get install libseccomp2")
+
+
+def numbers(architecture: str) -> dict[str, int]:
+    arch = getattr(seccomp.Arch, architecture.upper())
+    found = {call: seccomp.resolve_syscall(arch, call) for rule in TABLE for call in rule.calls}
+    return {call: number for call, number in found.items() if number >= 0}
+
+
+@pytest.fixture(params=["x86_64", "aarch64"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def bpf(architecture: str) -> bytes:
+    return (PROFILES / f"{architecture}.bpf").read_bytes()
+
+
+def test_every_number_gets_what_the_table_says(architecture: str, bpf: bytes):
+    """Named calls get their action, all others EPERM."""
+    by_number = {number: call for call, number in numbers(architecture).items()}
+    rules = {call: rule for rule in TABLE for call in rule.calls}
+    for number in range(700):
+        rule = rules.get(by_number.get(number, ""))
+        got = evaluate(bpf, number, AUDIT[architecture], BAD)
+        expected = EPERM if rule is None or rule.checks else RESULT[rule.action]
+        assert got == expected, (architecture, number, by_number.get(number))
+
+
+def test_no_call_stands_in_two_rules():
+    """Each call has one action and one reason."""
+    calls = [call for rule in TABLE for call in rule.calls]
+    assert len(calls) == len(set(calls))
+    assert all(rule.reason for rule in TABLE)
+
+
+@pytest.mark.parametrize("foreign", [I386, ARM, X86_64, AARCH64, 0])
+def test_calls_of_another_architecture_are_fatal(architecture: str, bpf: bytes, foreign: int):
+    """int 0x80 and compat calls have other numbers: nothing of them is let through."""
+    if foreign != AUDIT[architecture]:
+        for number in range(0, 700, 7):
+            assert evaluate(bpf, number, foreign) == KILL
+
+
+def test_x32_calls_are_fatal():
+    """The x32 bit would name the same calls by other numbers."""
+    bpf = (PROFILES / "x86_64.bpf").read_bytes()
+    for number in range(600):
+        assert evaluate(bpf, 0x40000000 | number, X86_64) == KILL
+
+
+@pytest.mark.parametrize(
+    ("call", "good", "bad"),
+    [
+        ("clone", (0x10000, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0)),  # a thread; a process
+        ("clone", (0x3D0F00, 0, 0, 0, 0, 0), (0x10000 | 0x10000000, 0, 0, 0, 0, 0)),  # pthread_create; CLONE_NEWUSER
+        ("socket", (2, 1, 0, 0, 0, 0), (2, 2, 0, 0, 0, 0)),  # TCP; UDP
+        ("socket", (10, 1 | 0o2000000, 6, 0, 0, 0), (1, 1, 0, 0, 0, 0)),  # TCP over IPv6, close-on-exec; AF_UNIX
+        ("socket", (2, 1, 6, 0, 0, 0), (2, 1, 262, 0, 0, 0)),  # TCP; MPTCP
+        ("socket", (2, 1, 0, 0, 0, 0), (16, 3, 0, 0, 0, 0)),  # TCP; netlink
+        ("sendto", (3, 1, 1, 0x20000000, 0, 0), (3, 1, 1, 0x20000000, 1, 16)),  # no address; MSG_FASTOPEN with one
+        ("sendto", (3, 1, 1, 0, 0, 0), (3, 1, 1, 0, 1 << 32, 16)),  # the upper half of a pointer counts
+        ("fcntl", (3, 3, 0, 0, 0, 0), (3, 8, 0, 0, 0, 0)),  # F_GETFL; F_SETOWN
+        ("ioctl", (0, 0x5401, 0, 0, 0, 0), (0, 0x5412, 0, 0, 0, 0)),  # TCGETS; TIOCSTI
+        ("prctl", (15, 0, 0, 0, 0, 0), (22, 2, 0, 0, 0, 0)),  # PR_SET_NAME; PR_SET_SECCOMP
+        ("prlimit64", (0, 7, 0, 1, 0, 0), (0, 7, 1, 0, 0, 0)),  # reading; setting
+        ("prlimit64", (0, 7, 0, 1, 0, 0), (99, 7, 0, 1, 0, 0)),  # own; another's
+    ],
+)
+def test_arguments_are_compared_by_value(architecture: str, bpf: bytes, call: str, good: tuple[int, ...], bad: tuple[int, ...]):
+    """What the table allows for some arguments is refused for others."""
+    number = numbers(architecture)[call]
+    assert evaluate(bpf, number, AUDIT[architecture], good) == ALLOW
+    assert evaluate(bpf, number, AUDIT[architecture], bad) == EPERM
+
+
+def test_the_frozen_numbers_are_those_of_libseccomp(architecture: str):
+    """The broker and the filter speak of the same calls."""
+    frozen = json.loads((PROFILES / f"{architecture}.json").read_text())["numbers"]
+    wanted = numbers(architecture)
+    assert {call: number for call, number in frozen.items() if call in wanted} == {
+        call: wanted[call] for call in frozen if call in wanted
+    }
