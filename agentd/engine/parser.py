@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _THOUGHT_HEADER = "thought\n"
 _NAME = re.compile(r"call:([A-Za-z_][A-Za-z0-9_.]*)\{")
 _KEY = re.compile(r"([A-Za-z_][A-Za-z0-9_]*):")
-_SCALAR = re.compile(r"-?\d+(\.\d+)?([eE][-+]?\d+)?|true|false|null")
+_SCALAR = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d{1,17})?([eE][-+]?\d{1,2})?|true|false|null")
 _DEEPEST = 16
 
 
