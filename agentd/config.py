@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from agentd.errors import ConfigError, Reason
+from agentd.errors import ConfigError, Reason, first_mistake
 
 SYSTEM = "You are agentd, an assistant on a small device. Use the tools."
 
@@ -115,8 +115,7 @@ def load(file: Path | None) -> Config:
     try:
         return Config.model_validate(tomllib.loads(text))
     except ValidationError as e:
-        error = e.errors()[0]
-        raise _invalid(chosen, f"{'.'.join(map(str, error['loc']))}: {error['msg']}") from None
+        raise _invalid(chosen, ": ".join(first_mistake(e))) from None
     except tomllib.TOMLDecodeError as e:
         raise _invalid(chosen, str(e)) from None
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pydantic import ValidationError
+
 
 class Code(Enum):
     """The gRPC status codes in use (names and numbers of google.rpc.Code), free of any gRPC import."""
@@ -71,6 +73,14 @@ class Reason(Enum):
     def __init__(self, code: Code, summary: str) -> None:
         self.code = code
         self.summary = summary
+
+
+def first_mistake(error: ValidationError) -> tuple[str, str]:
+    """Where and what of a failed validation, for a sentence. A key nobody knows is named before the one it replaced."""
+    mistakes = error.errors()
+    mistake = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
+    what = "is unknown" if mistake["type"] == "extra_forbidden" else mistake["msg"].removeprefix("Value error, ")
+    return ".".join(map(str, mistake["loc"])), what
 
 
 class AgentdError(Exception):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from agentd.calls.manifest import TEMPLATE
-from agentd.errors import Reason, RequestError
+from agentd.errors import Reason, RequestError, first_mistake
 from agentd.grants import Scope, normalise
 
 if TYPE_CHECKING:
@@ -37,9 +37,8 @@ class Arguments:
         try:
             checked = self._model.model_validate(dict(arguments), strict=True).model_dump(exclude_unset=True)
         except ValidationError as e:
-            error = e.errors()[0]
-            field = ".".join(str(part) for part in error["loc"]) or "arguments"
-            raise self._bad(field, str(error["msg"])) from None
+            field, what = first_mistake(e)
+            raise self._bad(field or "arguments", what) from None
         _no_hidden_characters(self, checked, "")
         for name in self._paths:
             if name in checked:

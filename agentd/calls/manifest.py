@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from agentd.errors import ConfigError, Reason
+from agentd.errors import ConfigError, Reason, first_mistake
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -139,9 +139,7 @@ def _load_bundle(entry: Traversable, file: Traversable, tools: dict[str, Tool], 
         program = entry.joinpath(bundle.program).read_bytes()
         compile(program, str(entry.joinpath(bundle.program)), "exec", dont_inherit=True)
     except ValidationError as e:
-        error = e.errors()[0]
-        where = ".".join(str(part) for part in error["loc"])
-        raise _invalid(file, f"{where}: {error['msg']}" if where else error["msg"]) from None
+        raise _invalid(file, ": ".join(filter(None, first_mistake(e)))) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, SyntaxError, OSError, ValueError) as e:
         raise _invalid(file, str(e)) from None
     if bundle.bundle in programs:

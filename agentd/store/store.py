@@ -122,13 +122,15 @@ class Store:
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for work in group:
+                self._writer.execute("SAVEPOINT piece")  # one piece's failure is its own
                 try:
-                    with self._writer:  # a savepoint: one piece's failure is its own
-                        results.append((work, work.do(self._writer)))
+                    results.append((work, work.do(self._writer)))
                 except (apsw.FullError, apsw.IOError, apsw.CorruptError):
-                    raise
+                    raise  # SQLite has taken back the whole transaction by itself
                 except Exception as e:
+                    self._writer.execute("ROLLBACK TO piece")
                     work.done.set_exception(e)
+                self._writer.execute("RELEASE piece")
             self._writer.execute("COMMIT")
         except apsw.Error as e:
             if self._writer.in_transaction:
