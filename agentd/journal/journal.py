@@ -156,20 +156,20 @@ class Journal:
         if not images:
             raise self._not_undoable(call)
         for image in images:
-            if image.after is None or not look(image.path).same_as(image.after):
-                path = os.fsdecode(image.path)
-                raise JournalError(
-                    Reason.UNDO_CONFLICT,
-                    f"{path} was changed after call {call}; nothing was undone.",
-                    hint="Undo the later call first, or put the file back by hand.",
-                    metadata={"path": path, "call": call},
-                )
+            if not _is_as_left(image):
+                raise _conflict(image.path, call, "was changed after it")
         undo = new_id()
         detail = {"undoes": call}
         intent = Event(kind="undo.intent", principal=principal, call=undo, cause=call, detail=detail)
         transaction = self.begin(undo, intent, [image.path for image in images])
         for image in reversed(images):
-            put_back(image.path, image.before, image.content)
+            try:
+                put_back(image.path, image.before, image.content)
+            except OSError as e:
+                why = f"can't be put back: {e.strerror}"
+                abort = Event(kind="call.abort", principal=principal, call=undo, cause=call, detail=detail, error=why)
+                transaction.roll_back(abort)
+                raise _conflict(image.path, call, why) from e
         end = Event(kind="undo.end", principal=principal, call=undo, cause=call, detail=detail)
         return Undone(undo, self.finish(transaction, end, (call, "undone")))
 
@@ -247,6 +247,24 @@ class Journal:
             )
             for path, before, content, name, after in rows
         ]
+
+
+def _is_as_left(image: _Image) -> bool:
+    """Whether a path is as its call left it; not if the way there now leads elsewhere."""
+    try:
+        return image.after is not None and look(image.path).same_as(image.after)
+    except OSError:
+        return False
+
+
+def _conflict(path: bytes, call: str, why: str) -> JournalError:
+    shown = os.fsdecode(path)
+    return JournalError(
+        Reason.UNDO_CONFLICT,
+        f"Call {call} was not undone: {shown} {why}. Everything is as it was.",
+        hint="Undo the later call first, or put the file back by hand.",
+        metadata={"path": shown, "call": call},
+    )
 
 
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:
