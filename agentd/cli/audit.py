@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import click
 from google.protobuf import json_format
-from rich.table import Table
 
 from agentd.cli.output import as_dict, console, json_option, print_json, shown
 from agentd.client import Client
@@ -94,21 +93,19 @@ def _print_events(events: list[audit_pb2.AuditEvent], *, as_json: bool) -> None:
         for event in events:
             print_json(event)
         return
-    table = Table("#", "time", "kind", "tool", "decision", "scopes or reason", "call", box=None, header_style="bold")
     for event in events:
         body = json_format.MessageToDict(event.body)
         decision = body.get("decision", {})
-        what = body.get("error") or (decision.get("reason") if event.kind == "call.deny" else ", ".join(body.get("scopes", [])))
+        denied = f"{decision.get('verdict')}: {decision.get('reason')}" if event.kind == "call.deny" else ""
+        what = body.get("error") or denied or ", ".join(body.get("scopes", []))
         colour = {"call.deny": "red", "call.abort": "red", "call.end": "green"}.get(event.kind, "default")
         tool = body.get("tool", {}).get("name", "")
-        row = (tool, decision.get("verdict", ""), what or "", event_call(body))
-        table.add_row(str(event.sequence), _time(event), f"[{colour}]{event.kind}[/]", *map(shown, row))
-    console.print(table)
-
-
-def event_call(body: dict[str, str]) -> str:
-    return body.get("call", "")
+        call = body.get("call", "")
+        line = f"[bold]{event.sequence:5}[/] [dim]{_time(event)}[/] [{colour}]{event.kind:14}[/]"
+        console.print(f"{line} {call:26} [cyan]{shown(tool)}[/]")
+        if what:
+            console.print(f"{'':20}{shown(what)}", style="dim")
 
 
 def _time(event: audit_pb2.AuditEvent) -> str:
-    return event.event_time.ToDatetime().strftime("%H:%M:%S.%f")[:-3]
+    return event.event_time.ToDatetime().strftime("%H:%M:%S")

@@ -33,12 +33,16 @@ def list_(socket: Path | None, *, as_json: bool) -> None:
         for tool in found:
             print_json(tool)
         return
-    table = Table("tool", "parameters", "needs", "effect", "what it does", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for title in ("tool", "parameters", "effect"):
+        table.add_column(title, no_wrap=True)
+    for title in ("what it does", "needs"):
+        table.add_column(title, overflow="fold")
     for tool in found:
         parameters = tool.parameters.fields["properties"].struct_value.fields
         effect = tool_pb2.Tool.Effect.Name(tool.effect).removeprefix("EFFECT_").lower()
         name = f"[cyan]{shown(tool.name.removeprefix('tools/'))}[/]"
-        table.add_row(name, ", ".join(sorted(parameters)), shown("\n".join(tool.needs)), effect, shown(tool.description))
+        table.add_row(name, ", ".join(sorted(parameters)), effect, shown(tool.description), shown("\n".join(tool.needs)))
     console.print(table)
 
 
