@@ -8,6 +8,10 @@ ifeq ($(shell uname -m),x86_64)
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF
 endif
 
+# pip says much that nobody needs, unless it fails
+quietly := log=$(VENV)/install.log;
+or_show := >$$log 2>&1 || { tail -n 40 $$log >&2; exit 1; }
+
 .PHONY: demo test bench check lint types generated install train evaluate clean
 
 demo: $(VENV)/.installed
@@ -33,14 +37,16 @@ generated: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml
 	@scripts/prerequisites.sh $(PYTHON)
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --upgrade pip
-	@echo "Installing agentd into $(VENV); the first time llama.cpp is compiled, which takes some minutes."
-	$(VENV)/bin/pip install --disable-pip-version-check --progress-bar on --quiet -e .
+	@$(PYTHON) -m venv $(VENV)
+	@$(quietly) $(VENV)/bin/pip install --disable-pip-version-check --upgrade pip $(or_show)
+	@echo "Installing agentd into $(VENV). The first time llama.cpp is compiled: 5 minutes on 2 cores, more on a Pi."
+	@echo "Follow it with: tail -f $(VENV)/install.log"
+	@$(quietly) $(VENV)/bin/pip install --disable-pip-version-check -e . $(or_show)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/pip install --disable-pip-version-check --quiet -e '.[dev]'
+	@echo "Installing what the tests need."
+	@$(quietly) $(VENV)/bin/pip install --disable-pip-version-check -e '.[dev]' $(or_show)
 	@touch $@
 
 train:

@@ -32,7 +32,6 @@ class Code(Enum):
     ABORTED = 10
     INTERNAL = 13
     UNAVAILABLE = 14
-    DATA_LOSS = 15
 
 
 class Reason(Enum):
@@ -47,7 +46,6 @@ class Reason(Enum):
     TOOL_NOT_FOUND = Code.NOT_FOUND, "unknown tool"
     RUN_NOT_FOUND = Code.NOT_FOUND, "unknown run"
     CALL_NOT_FOUND = Code.NOT_FOUND, "unknown call"
-    EVENT_NOT_FOUND = Code.NOT_FOUND, "unknown event"
     GRANT_REQUIRED = Code.PERMISSION_DENIED, "not granted"
     REQUEST_ID_REUSED = Code.ALREADY_EXISTS, "request id reused"
     MODEL_INVALID = Code.FAILED_PRECONDITION, "model unusable"
@@ -62,7 +60,6 @@ class Reason(Enum):
     STORE_FULL = Code.RESOURCE_EXHAUSTED, "disk full"
     STORE_LOCKED = Code.FAILED_PRECONDITION, "state folder in use"
     AUDIT_UNAVAILABLE = Code.UNAVAILABLE, "audit log cannot be written"
-    AUDIT_TAMPERED = Code.DATA_LOSS, "audit log damaged"
     SOCKET_TAKEN = Code.FAILED_PRECONDITION, "socket in use"
     SOCKET_INVALID = Code.FAILED_PRECONDITION, "socket unusable"
     DAEMON_UNREACHABLE = Code.UNAVAILABLE, "daemon not reachable"

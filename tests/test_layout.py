@@ -80,3 +80,29 @@ def test_nothing_is_said_twice_in_the_errors_table():
 
     assert len(Reason.__members__) == len(list(Reason))
     assert all(len(name) <= 63 for name in Reason.__members__)
+
+
+def test_every_reason_is_raised_somewhere():
+    """The table promises nothing that never comes."""
+    from agentd.errors import Reason
+
+    files = [*(ROOT / "agentd").rglob("*.py")]
+    code = "".join(file.read_text() for file in files if file.name != "errors.py" and "_pb2" not in file.name)
+    named = {name for name in Reason.__members__ if f"Reason.{name}" in code or f'"{name}"' in code}
+    assert named == set(Reason.__members__)
+
+
+def test_every_reason_is_documented():
+    """docs/api.md lists those that a request can meet."""
+    from agentd.errors import Reason
+
+    documented = (ROOT / "docs" / "api.md").read_text()
+    only_at_start = {
+        "CONFIG_INVALID",
+        "MANIFEST_INVALID",
+        "STORE_LOCKED",
+        "SOCKET_TAKEN",
+        "SOCKET_INVALID",
+        "DAEMON_UNREACHABLE",
+    }
+    assert {name for name in Reason.__members__ if f"`{name}`" not in documented} == only_at_start

@@ -51,6 +51,7 @@ PHASES = (
     Phase(1500, 32, 192, preamble=False, copying=0.12, rate=(3e-3, 8e-4)),
     Phase(600, 8, 1300, preamble=True, copying=0.05, rate=(8e-4, 3e-5)),
     Phase(840, 8, 1300, preamble=True, copying=0.03, rate=(8e-4, 1e-5), bare_between=2),
+    Phase(420, 8, 1300, preamble=True, copying=0.02, rate=(6e-4, 1e-5), bare_between=2),
 )
 
 
