@@ -140,6 +140,11 @@ class Dialogues:
         text = text[0].upper() + text[1:] if r.random() < 0.2 else text
         return text + r.choice("!.?") if r.random() < 0.12 else text
 
+    def _lines(self) -> str:
+        """The text of a file. Files of several lines are harder: training has more of them than the evaluation."""
+        lines = self._r.choice([1, 1, 1, 2, 3] if self._held_out else [1, 1, 2, 3, 3, 4, 5])
+        return "\n".join(self.text(7 if lines < 3 else 3) for _ in range(lines))
+
     def sample(self) -> Sample:
         r = self._r
         roll = r.random()
@@ -189,7 +194,7 @@ class Dialogues:
         r, path = self._r, a["path"]
         match tool:
             case "files.read":
-                text = "" if r.random() < 0.06 else "\n".join(self.text() for _ in range(r.choice([1, 1, 1, 2, 3])))
+                text = "" if r.random() < 0.06 else self._lines()
                 shown = text + "\n" if text and r.random() < 0.7 else text
                 return {"text": shown}, f"{path} says: {text}" if text else f"{path} is empty."
             case "files.list":

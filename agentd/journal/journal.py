@@ -135,9 +135,21 @@ class Journal:
         return files
 
     def _put_back(self, transaction: Transaction) -> None:
-        for image in reversed(transaction._images.values()):
-            if not look(image.path).same_as(image.before):
-                put_back(image.path, image.before, image.content)
+        """Undo what a call that did not end well has changed. What fails stays open for the next start."""
+        failed: list[str] = []
+        for image in _restoring(transaction._images.values()):
+            try:
+                if not look(image.path).same_as(image.before):
+                    put_back(image.path, image.before, image.content)
+            except OSError as e:
+                failed.append(f"{os.fsdecode(image.path)} ({e.strerror})")
+        if failed:
+            raise JournalError(
+                Reason.NOT_UNDOABLE,
+                f"The call failed, and this could not be put back: {', '.join(failed)}.",
+                hint="The next start of agentd tries again; what is there then is kept, too.",
+                metadata={"call": transaction.call},
+            )
 
     def roll_back(self, transaction: Transaction, event: Event) -> None:
         self._put_back(transaction)
@@ -162,7 +174,7 @@ class Journal:
         detail = {"undoes": call}
         intent = Event(kind="undo.intent", principal=principal, call=undo, cause=call, detail=detail)
         transaction = self.begin(undo, intent, [image.path for image in images])
-        for image in reversed(images):
+        for image in _restoring(images):
             try:
                 put_back(image.path, image.before, image.content)
             except OSError as e:
@@ -184,7 +196,7 @@ class Journal:
             detail = {"recovers": call, "paths": [os.fsdecode(image.path) for image in changed]}
             intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
             transaction = self.begin(recovery, intent, [image.path for image in changed])
-            for image in reversed(changed):
+            for image in _restoring(changed):
                 put_back(image.path, image.before, image.content)
             end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
             self.finish(transaction, end, (call, "rolled_back"))
@@ -214,8 +226,6 @@ class Journal:
                 metadata={"path": shown, "limit_mib": str(limit)},
             ) from None
         except OSError as e:
-            if e.errno in (errno.ENOENT, errno.ENOTDIR):  # not even the folder is there
-                return _Image(path, PathState("absent"), b"")
             shown = os.fsdecode(path)
             raise JournalError(
                 Reason.NOT_UNDOABLE,
@@ -247,6 +257,14 @@ class Journal:
             )
             for path, before, content, name, after in rows
         ]
+
+
+def _restoring(images: Iterable[_Image]) -> list[_Image]:
+    """The order to put paths back in: first what is to go, deepest first; then what is to come, from the top."""
+    known = list(images)
+    going = [image for image in known if image.before.kind == "absent"]
+    coming = [image for image in known if image.before.kind != "absent"]
+    return sorted(going, key=lambda i: -i.path.count(b"/")) + sorted(coming, key=lambda i: i.path.count(b"/"))
 
 
 def _is_as_left(image: _Image) -> bool:

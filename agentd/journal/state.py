@@ -12,7 +12,7 @@ import stat
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from agentd_sandbox.paths import Resolved, resolve
+from agentd_sandbox.paths import Resolved, WalkError, resolve
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,14 +51,20 @@ class TooLarge(Exception):
 
 
 def look(path: bytes) -> PathState:
-    """The present state of a real path, content digested but not kept."""
-    with _at(path) as place:
+    """The present state of a real path, content digested but not kept. Raises OSError if it leads elsewhere now."""
+    place = _reach(path)
+    if place is None:
+        return PathState("absent")
+    with place:
         return _state(place, None)
 
 
 def take(path: bytes, *, limit: int) -> tuple[PathState, bytes]:
     """The present state of a real path with its content. Raises TooLarge past `limit` bytes."""
-    with _at(path) as place:
+    place = _reach(path)
+    if place is None:
+        return PathState("absent"), b""
+    with place:
         content = bytearray()
         state = _state(place, content, limit)
         return state, bytes(content)
@@ -89,8 +95,11 @@ def put_back(path: bytes, state: PathState, content: bytes) -> None:
 
 
 def make_durable(path: bytes) -> None:
-    """What a call wrote is to be on disk before its end is recorded."""
-    with _at(path) as place:
+    """What a call wrote is to be on disk before its end is recorded. Nothing to do if even its folder is gone."""
+    place = _reach(path)
+    if place is None:
+        return
+    with place:
         if place.exists and stat.S_ISREG(os.fstat(place.descriptor).st_mode):
             opened = os.open(f"/proc/self/fd/{place.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -127,6 +136,16 @@ def write_object(folder: Path, content: bytes) -> str:
     finally:
         os.close(descriptor)
     return name
+
+
+def _reach(path: bytes) -> Resolved | None:
+    """As `_at`, or None if not even its folder is there."""
+    try:
+        return _at(path)
+    except WalkError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        raise
 
 
 def _at(path: bytes) -> Resolved:

@@ -70,6 +70,8 @@ def home(tmp_path: Path) -> Path:
     (folder / "file").chmod(0o640)
     (folder / "link").symlink_to("file")
     (folder / "empty").mkdir(mode=0o750)
+    (folder / "full").mkdir()
+    (folder / "full" / "f").write_text("f")
     return folder
 
 
@@ -100,6 +102,10 @@ CHANGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "turn a link": (lambda h: ((h / "link").unlink(), (h / "link").symlink_to("empty")), ("link",)),
     "file becomes folder": (lambda h: ((h / "file").unlink(), (h / "file").mkdir()), ("file",)),
     "change the mode": (lambda h: (h / "file").chmod(0o600), ("file",)),
+    "folder and file": (lambda h: ((h / "made").mkdir(), (h / "made" / "f").write_text("x")), ("made/f", "made")),
+    "file and folder": (lambda h: ((h / "made").mkdir(), (h / "made" / "f").write_text("x")), ("made", "made/f")),
+    "remove both": (lambda h: ((h / "full" / "f").unlink(), (h / "full").rmdir()), ("full/f", "full")),
+    "remove both, declared the other way": (lambda h: ((h / "full" / "f").unlink(), (h / "full").rmdir()), ("full", "full/f")),
     "large": (lambda h: (h / "file").write_bytes(os.urandom(200_000)), ("file",)),
 }
 
