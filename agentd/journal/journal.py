@@ -8,6 +8,7 @@ pre-image of the recovery itself.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.store import Store
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,21 +190,27 @@ class Journal:
         return Undone(undo, self.finish(transaction, end, (call, "undone")))
 
     def recover(self) -> list[str]:
-        """Roll back what a killed daemon left open, newest first; returns the calls concerned."""
+        """Roll back what a killed daemon left open, newest first; returns the calls. What can't be put back is logged."""
         query = "SELECT call FROM journal WHERE state = 'open' ORDER BY call DESC"
         open_calls = [call for (call,) in self._store.read(lambda db: list(db.execute(query)))]
         for call in open_calls:
-            images = self._images(call, "open")
-            changed = [image for image in images if not look(image.path).same_as(image.before)]
-            recovery = new_id()
-            detail = {"recovers": call, "paths": [os.fsdecode(image.path) for image in changed]}
-            intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
-            transaction = self.begin(recovery, intent, [image.path for image in changed])
-            for image in _restoring(changed):
-                put_back(image.path, image.before, image.content)
-            end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
-            self.finish(transaction, end, (call, "rolled_back"))
+            try:
+                self._recover(call)
+            except (OSError, JournalError) as e:  # one file that can't be had must not keep the daemon from starting
+                _log.error("call %s is still open, some of its changes can't be put back now: %s", call, e)
         return open_calls
+
+    def _recover(self, call: str) -> None:
+        images = self._images(call, "open")
+        changed = [image for image in images if not look(image.path).same_as(image.before)]
+        recovery = new_id()
+        detail = {"recovers": call, "paths": [os.fsdecode(image.path) for image in changed]}
+        intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
+        transaction = self.begin(recovery, intent, [image.path for image in changed])
+        for image in _restoring(changed):
+            put_back(image.path, image.before, image.content)
+        end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
+        self.finish(transaction, end, (call, "rolled_back"))
 
     def _not_undoable(self, call: str) -> JournalError:
         state = self._store.read(lambda db: db.execute("SELECT state FROM journal WHERE call = ?", (call,)).get)

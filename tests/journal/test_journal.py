@@ -143,6 +143,21 @@ def test_a_kill_before_the_end_is_put_back_at_the_next_start(bench: Bench, home:
     assert tree(home) == half_done
 
 
+def test_what_cannot_be_put_back_at_a_start_is_tried_at_the_next(bench: Bench, home: Path):
+    """The daemon starts all the same; when the obstacle is gone the file comes back."""
+    bench.begin(home / "full" / "f")
+    (home / "full" / "f").write_text("half done")
+    (home / "full").rename(home / "aside")
+    (home / "full").symlink_to("aside")
+    assert bench.reopen()
+    assert (home / "aside" / "f").read_text() == "half done"
+    (home / "full").unlink()
+    (home / "aside").rename(home / "full")
+    assert bench.reopen()
+    assert (home / "full" / "f").read_text() == "f"
+    assert bench.reopen() == []
+
+
 def test_a_large_file_is_kept_beside_the_store_and_comes_back(bench: Bench, home: Path):
     """Over 32 KiB the content goes into a file named by its digest."""
     content = os.urandom(300_000)
