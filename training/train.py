@@ -2,7 +2,7 @@
 
     python -m training.train --out agentd/models/pocket.gguf
 
-Seeded. About an hour on two CPU cores; a GPU only makes it faster. Each phase learns what the next one needs:
+Seeded. About 105 minutes on two CPU cores; a GPU only makes it faster. Each phase learns what the next one needs:
 pure copying of words and paths (an induction mechanism that forms suddenly and that nothing else works without),
 dialogues without the system turn, dialogues behind the full system turn, both in turn.
 """
