@@ -74,6 +74,11 @@ def test_the_pocket_model_is_at_most_8_mb():
     assert (ROOT / "agentd" / "models" / "pocket.gguf").stat().st_size <= 8_000_000
 
 
+def test_the_pocket_model_has_no_chat_template():
+    """All tests run without one: the prompt format is ours, whatever a file carries."""
+    assert b"tokenizer.chat_template" not in (ROOT / "agentd" / "models" / "pocket.gguf").read_bytes()
+
+
 def test_nothing_is_said_twice_in_the_errors_table():
     """Each reason has its own name and sentence (an Enum would silently merge equal ones)."""
     from agentd.errors import Reason

@@ -124,7 +124,7 @@ def write_object(folder: Path, content: bytes) -> str:
     if target.exists():
         return name
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
+    temporary = target.with_suffix(f".{secrets.token_hex(4)}")  # two calls may keep the same content at once
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

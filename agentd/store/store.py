@@ -74,13 +74,19 @@ class Store:
         return self.submit(do).result()
 
     def read(self, do: Callable[[apsw.Connection], T]) -> T:
-        """Run `do` on a read-only connection, within one snapshot. Not for the event loop."""
+        """Run `do` on a read-only connection, within one snapshot. Not for the event loop.
+
+        Raises StoreError (AUDIT_UNAVAILABLE) if the file can't be read.
+        """
         with self._reading:
-            self._reader.execute("BEGIN")
             try:
-                return do(self._reader)
-            finally:
-                self._reader.execute("ROLLBACK")
+                self._reader.execute("BEGIN")
+                try:
+                    return do(self._reader)
+                finally:
+                    self._reader.execute("ROLLBACK")
+            except apsw.Error as e:
+                raise _unusable(e, self._path) from e
 
     def close(self) -> None:
         self._queue.put(None)

@@ -171,6 +171,25 @@ def test_a_full_disk_is_an_error_and_no_loss(tmp_path: Path):
     store.close()
 
 
+def test_a_damaged_page_is_an_error_and_not_a_crash(tmp_path: Path):
+    """Zeroed in the middle of the file: reading says so, naming the file."""
+    filled(tmp_path, events=200)
+    file = tmp_path / "agentd.db"
+    data = bytearray(file.read_bytes())
+    data[5 * 4096 : -4096] = bytes(len(data) - 6 * 4096)
+    file.write_bytes(data)
+    with pytest.raises(StoreError, match=r"agentd\.db"):
+        verify_after_reopening(tmp_path)
+
+
+def verify_after_reopening(folder: Path) -> None:
+    store = Store(folder)
+    try:
+        AuditLog(store).verify()
+    finally:
+        store.close()
+
+
 @pytest.mark.parametrize(
     "content", [b"this is no database at all, and long enough to look at" * 20, b"SQLite format 3\0" + b"\xff" * 5000]
 )
