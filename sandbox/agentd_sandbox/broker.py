@@ -320,10 +320,9 @@ class Broker:
             self._require(call, target, "write")
             if not target.exists:
                 raise OSError(errno.ENOENT, "missing")
-            is_folder = stat.S_ISDIR(os.fstat(target.descriptor).st_mode)
-            if is_folder != folder:
-                raise OSError(errno.EISDIR if is_folder else errno.ENOTDIR, "kind")
-            if folder and _holds_anything(target.descriptor):
+            if target.is_folder != folder:
+                raise OSError(errno.ENOTDIR if folder else errno.EISDIR, "kind")
+            if folder and not target.is_empty:
                 raise OSError(errno.ENOTEMPTY, "not empty")
             self._before("remove", target)
             (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
@@ -363,7 +362,7 @@ class Broker:
             if not source.exists:
                 raise OSError(errno.ENOENT, "missing")
             for side in (source, target):
-                if side.exists and stat.S_ISDIR(os.fstat(side.descriptor).st_mode):
+                if side.is_folder:
                     self._deny(_name(call), os.fsdecode(side.real), "moving a folder is not mediated")
                     raise OSError(errno.EPERM, "folder")
             self._before("remove", source)
@@ -398,11 +397,6 @@ class Broker:
         self.peers.append(peer)
         network.connect(own, peer, self.deadline)
         return 0
-
-
-def _holds_anything(folder: int) -> bool:
-    with os.scandir(f"/proc/self/fd/{folder}") as entries:
-        return next(entries, None) is not None
 
 
 def _name(call: kernel.Notification) -> str:

@@ -43,6 +43,16 @@ class Resolved:
     def exists(self) -> bool:
         return self.descriptor >= 0
 
+    @property
+    def is_folder(self) -> bool:
+        return self.exists and stat.S_ISDIR(os.fstat(self.descriptor).st_mode)
+
+    @property
+    def is_empty(self) -> bool:
+        """Of a folder: whether there is nothing in it."""
+        with os.scandir(f"/proc/self/fd/{self.descriptor}") as entries:
+            return next(entries, None) is None
+
     def __enter__(self) -> Self:
         return self
 
