@@ -34,23 +34,30 @@ def run(socket: Path | None, prompt: str, session: str, *, as_json: bool) -> Non
 
 
 @click.command(epilog="Example: agentd chat")
+@json_option
 @click.pass_obj
-def chat(socket: Path | None) -> None:
-    """Talk to the model; every line sees the ones before it. End with Ctrl-D."""
+def chat(socket: Path | None, *, as_json: bool) -> None:
+    """Talk to the model; every line sees the ones before it. End with Ctrl-D.
+
+    With --json: lines of standard input are prompts, and every event is a line of standard output.
+    """
     session = uuid.uuid4().hex
     with Client(socket) as client:
         client.status()  # say at once if there is no daemon
         while True:
             try:
-                prompt = console.input("[bold green]you[/]  ")
+                prompt = input() if as_json else console.input("[bold green]you[/]  ")
             except EOFError:
-                console.print()
+                console.print(end="" if as_json else "\n")
                 return
             if prompt.strip():
                 try:
-                    follow(client, prompt, session, as_json=False)
+                    follow(client, prompt, session, as_json=as_json)
                 except AgentdError as e:  # the conversation goes on
-                    console.print(f"[red]error:[/] {shown(str(e))}")
+                    if as_json:
+                        print_json({"error": {"reason": e.reason.name, "message": e.message, "hint": e.hint}})
+                    else:
+                        console.print(f"[red]error:[/] {shown(str(e))}")
 
 
 def follow(client: Client, prompt: str, session: str, *, as_json: bool) -> run_pb2.Run | None:

@@ -10,14 +10,19 @@ from pathlib import Path
 import click
 
 from agentd import config as configuration
+from agentd.cli.output import json_option, print_json
 
 
 @dataclass(frozen=True)
 class _Ready:
     socket: Path
     grants: int
+    as_json: bool
 
     def __call__(self) -> None:
+        if self.as_json:
+            print_json({"ready": str(self.socket), "grants": self.grants})
+            return
         click.echo(f"agentd is ready on {self.socket}", err=True)
         if not self.grants:
             click.echo(f"No grants: every tool call will be denied. Add some to {configuration.default_file()}", err=True)
@@ -28,11 +33,12 @@ class _Ready:
     "--config", "file", type=click.Path(path_type=Path), help="Configuration.  [default: ~/.config/agentd/agentd.toml]"
 )
 @click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]), show_default=True)
+@json_option
 @click.pass_obj
-def serve(socket: Path | None, file: Path | None, log_level: str) -> None:
+def serve(socket: Path | None, file: Path | None, log_level: str, *, as_json: bool) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C.
 
-    It says when it is ready; the model loads meanwhile. Prints to standard error only.
+    It says when it is ready, on standard error or with --json on standard output; the model loads meanwhile.
     """
     from agentd.daemon import Daemon  # noqa: PLC0415 - the client commands must start fast
 
@@ -41,4 +47,4 @@ def serve(socket: Path | None, file: Path | None, log_level: str) -> None:
     if socket:
         config = config.model_copy(update={"socket": Path(socket).expanduser().absolute()})
     daemon = Daemon(config)
-    asyncio.run(daemon.run(_Ready(config.socket, len(config.grants))))
+    asyncio.run(daemon.run(_Ready(config.socket, len(config.grants), as_json)))

@@ -95,6 +95,32 @@ def test_chat_goes_on_after_each_line(daemon: DaemonProcess):
     assert "You are welcome." in done.stdout
 
 
+def test_chat_as_json_is_one_event_a_line(daemon: DaemonProcess):
+    """For programs: prompts in, events out."""
+    command = [sys.executable, "-m", "agentd", "--socket", str(daemon.socket), "chat", "--json"]
+    done = subprocess.run(command, input="hello\n", capture_output=True, text=True, timeout=120, check=True)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[-1]["run"]["answer"] == "Hello! What should I do?"
+
+
+def test_serve_says_as_json_when_it_is_ready(tmp_path: Path):
+    """One line on standard output, with the socket."""
+    (tmp_path / "agentd.toml").write_text(f'state = "{tmp_path}/state"\nsocket = "{tmp_path}/s.sock"\n')
+    command = [sys.executable, "-m", "agentd", "serve", "--json", "--config", str(tmp_path / "agentd.toml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as serving:
+        assert serving.stdout is not None
+        assert json.loads(serving.stdout.readline()) == {"ready": f"{tmp_path}/s.sock", "grants": 0}
+        serving.terminate()
+        assert serving.wait(30) == 0
+
+
+def test_every_command_has_json():
+    """Programs can use whatever people can."""
+    for path, command in commands(cli):
+        if not isinstance(command, click.Group):
+            assert any("--json" in parameter.opts for parameter in command.params), path
+
+
 def test_doctor_says_what_is_there(daemon: DaemonProcess):
     """Sandbox level, model and daemon, each with its state."""
     findings = {finding["what"]: finding for finding in daemon.json("doctor", "--config", str(daemon.root / "agentd.toml"))}
