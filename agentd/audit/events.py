@@ -88,7 +88,13 @@ class Event(_Part):
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, str) and len(value) > LONGEST_TEXT:
-        data = value.encode("utf-8", "surrogateescape")
-        return {"$sha256": hashlib.sha256(data).hexdigest(), "$bytes": len(data)}
-    return value
+    match value:
+        case str() if len(value) > LONGEST_TEXT:
+            data = value.encode("utf-8", "surrogatepass")
+            return {"$sha256": hashlib.sha256(data).hexdigest(), "$bytes": len(data)}
+        case dict():
+            return {key: _short(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_short(item) for item in value]
+        case _:
+            return value

@@ -53,7 +53,7 @@ class AuditLog:
         head = db.execute("SELECT seq, chain FROM event ORDER BY seq DESC LIMIT 1").get
         seq, chain = (head[0] + 1, head[1]) if head else (1, _START)
         body = event.body(seq=seq, time_ns=time.time_ns(), boot=self.boot)
-        db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, body, _link(chain, body)))
+        db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, body, _link(chain, body.encode())))
         return seq
 
     def record(self, event: Event) -> int:
@@ -65,24 +65,33 @@ class AuditLog:
         order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
         start = after or (1 << 62 if newest_first else 0)
         where = f"seq {compare} ?" + (" AND body ->> 'call' = ?" if call else "")
-        query = f"SELECT seq, body, chain FROM event WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608
+        query = f"SELECT seq, CAST(body AS BLOB), chain FROM event WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608
         values = (start, call, limit) if call else (start, limit)
         rows = self._store.read(lambda db: list(db.execute(query, values)))
-        return [Entry(seq, json.loads(body), chain) for seq, body, chain in rows]
+        return [Entry(seq, _parsed(body), chain) for seq, body, chain in rows]
 
     def verify(self) -> Verification:
         """Recompute the whole chain from the stored bytes."""
         return self._store.read(_verify)
 
 
-def _link(chain: bytes, body: str) -> bytes:
-    leaf = hashlib.sha256(b"\0" + body.encode()).digest()
+def _parsed(body: bytes) -> dict[str, Any]:
+    """A body that somebody has damaged is shown as such, so that the rest can still be read."""
+    try:
+        parsed = json.loads(body)
+    except ValueError:
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {"kind": "damaged", "time_ns": "0"}
+
+
+def _link(chain: bytes, body: bytes) -> bytes:
+    leaf = hashlib.sha256(b"\0" + body).digest()
     return hashlib.sha256(chain + leaf).digest()
 
 
 def _verify(db: apsw.Connection) -> Verification:
     chain, expected = _START, 1
-    for seq, body, stored in db.execute("SELECT seq, body, chain FROM event ORDER BY seq"):
+    for seq, body, stored in db.execute("SELECT seq, CAST(body AS BLOB), chain FROM event ORDER BY seq"):
         if seq != expected:
             return Verification(expected - 1, chain, expected, f"event {expected} is missing")
         computed = _link(chain, body)

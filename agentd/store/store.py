@@ -48,9 +48,13 @@ class Store:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(folder)
+        except OSError as e:
+            raise _unusable(e, self._path) from e
+        try:
             self._writer = self._connect()
             migrate(self._writer)
         except (OSError, apsw.Error) as e:
+            os.close(self._lock)
             raise _unusable(e, self._path) from e
         self._reader = apsw.Connection(self._path, flags=apsw.SQLITE_OPEN_READONLY)
         self._reader.set_busy_timeout(_BUSY_MS)
@@ -128,6 +132,8 @@ class Store:
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for work in group:
+                if not work.done.set_running_or_notify_cancel():
+                    continue  # its caller gave up before it began; from here on it can't be cancelled
                 self._writer.execute("SAVEPOINT piece")  # one piece's failure is its own
                 try:
                     results.append((work, work.do(self._writer)))
@@ -143,7 +149,7 @@ class Store:
                 with contextlib.suppress(apsw.Error):
                     self._writer.execute("ROLLBACK")
             for work in group:
-                if not work.done.done():
+                if not work.done.done() and (work.done.running() or work.done.set_running_or_notify_cancel()):
                     work.done.set_exception(_unusable(e, self._path))
             return
         for work, result in results:
