@@ -132,6 +132,7 @@ class Calls:
         self._journal, self._audit, self._sandbox = journal, audit, sandbox
         self._level, self._places = level, places
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
+        self._changing = asyncio.Lock()
         self._threads = ThreadPoolExecutor(CONCURRENT_CALLS, thread_name_prefix="broker")
 
     def close(self) -> None:
@@ -154,6 +155,13 @@ class Calls:
         A tool that says it failed is a result. Raises ToolError (TOOL_TIMEOUT, TOOL_FAILED), SandboxError,
         JournalError (NOT_UNDOABLE), StoreError: then nothing of the call remains but its record.
         """
+        if not any(scope.kind == "write" for scope in prepared.scopes):
+            return await self._in_thread(prepared)
+        # One change at a time: a call that fails is put back, and must not take another's change with it.
+        async with self._changing:
+            return await self._in_thread(prepared)
+
+    async def _in_thread(self, prepared: Prepared) -> CallResult:
         cancelled = threading.Event()
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._execute, prepared, cancelled)
         try:

@@ -8,6 +8,7 @@ pre-image of the recovery itself.
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 from dataclasses import dataclass, field
@@ -243,7 +244,23 @@ class Journal:
                 hint="Check the path and its permissions.",
                 metadata={"path": shown},
             ) from e
+        if state.kind == "other":
+            shown = os.fsdecode(path)
+            message = f"{shown} is neither a file nor a folder nor a link, so changing it could not be undone."
+            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
         return _Image(path, state, content)
+
+    def _kept(self, name: str, path: bytes) -> bytes:
+        """A large content, as it was kept. Raises JournalError if it is not that any more."""
+        try:
+            content = (self._objects / name[:2] / name).read_bytes()
+        except OSError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() != name:
+            shown = os.fsdecode(path)
+            message = f"The kept content of {shown} is missing or damaged ({name[:12]}), so it can't be put back."
+            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown, "object": name})
+        return content
 
     def _object(self, image: _Image) -> str | None:
         return write_object(self._objects, image.content) if len(image.content) > INLINE_BYTES else None
@@ -262,7 +279,7 @@ class Journal:
             _Image(
                 path,
                 PathState.from_json(before),
-                content if name is None else (self._objects / name[:2] / name).read_bytes(),
+                content if name is None else self._kept(name, path),
                 PathState.from_json(after) if after else None,
             )
             for path, before, content, name, after in rows

@@ -81,10 +81,12 @@ def put_back(path: bytes, state: PathState, content: bytes) -> None:
                 if current.kind != "folder":
                     _remove(place, current)
                     os.mkdir(place.name, dir_fd=place.parent)
+                _give_back(place, state)
                 os.chmod(f"/proc/self/fd/{place.parent}/{os.fsdecode(place.name)}", state.mode)
             case "link":
                 _remove(place, current)
                 os.symlink(os.fsencode(state.target), place.name, dir_fd=place.parent)
+                _give_back(place, state)
             case "file":
                 if current.kind == "folder":
                     _remove(place, current)
@@ -96,7 +98,10 @@ def put_back(path: bytes, state: PathState, content: bytes) -> None:
 
 def make_durable(path: bytes) -> None:
     """What a call wrote is to be on disk before its end is recorded. Nothing to do if even its folder is gone."""
-    place = _reach(path)
+    try:
+        place = _reach(path)
+    except OSError:  # the way there leads elsewhere by now: what is there is not the call's
+        return
     if place is None:
         return
     with place:
@@ -185,6 +190,11 @@ def _remove(place: Resolved, current: PathState) -> None:
         os.rmdir(place.name, dir_fd=place.parent)
     elif current.kind != "absent":
         os.unlink(place.name, dir_fd=place.parent)
+
+
+def _give_back(place: Resolved, state: PathState) -> None:
+    with contextlib.suppress(PermissionError):  # another owner's: only root can
+        os.chown(place.name, state.uid, state.gid, dir_fd=place.parent, follow_symlinks=False)
 
 
 def _replace(place: Resolved, state: PathState, content: bytes) -> None:
