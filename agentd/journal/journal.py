@@ -18,7 +18,7 @@ from agentd_sandbox import Refusal
 
 from agentd.audit import Event, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
-from agentd.journal.state import INLINE_BYTES, PathState, TooLarge, look, make_durable, put_back, take, write_object
+from agentd.journal.state import INLINE_BYTES, PathState, TooLarge, look, make_durable, put_back, sweep, take, write_object
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -203,6 +203,8 @@ class Journal:
 
     def _recover(self, call: str) -> None:
         images = self._images(call, "open")
+        for image in images:
+            sweep(image.path)
         changed = [image for image in images if not look(image.path).same_as(image.before)]
         recovery = new_id()
         detail = {"recovers": call, "paths": [os.fsdecode(image.path) for image in changed]}

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from agentd_sandbox.paths import Resolved, WalkError, resolve
 if TYPE_CHECKING:
     from pathlib import Path
 
+_TEMPORARY = re.compile(r"\.agentd-[0-9a-f]{16}")
 INLINE_BYTES = 32 << 10
 """Contents up to this size go into the store's own commit; larger ones into a file of their own."""
 
@@ -94,6 +96,17 @@ def put_back(path: bytes, state: PathState, content: bytes) -> None:
             case _:
                 raise OSError(errno.EINVAL, f"a {state.kind} can't be put back", os.fsdecode(path))
         sync_folder(place.parent)
+
+
+def sweep(path: bytes) -> None:
+    """Remove what a killed `put_back` of this path has left beside it."""
+    place = _reach(path)
+    if place is None:
+        return
+    with place:
+        for name in os.listdir(f"/proc/self/fd/{place.parent}"):
+            if _TEMPORARY.fullmatch(name):
+                os.unlink(name, dir_fd=place.parent)
 
 
 def make_durable(path: bytes) -> None:
