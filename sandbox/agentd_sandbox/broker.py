@@ -28,6 +28,7 @@ _O_TMPFILE = 0o20000000
 _KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
 _UMASK = 0o022
 _DEVICES = frozenset({b"/dev/null", b"/dev/zero", b"/dev/urandom", b"/dev/random"})
+_NULL = b"/dev/null"
 _RECORDED_DENIALS = 32
 
 
@@ -141,7 +142,7 @@ class Broker:
         allowed = {"see": access.may_see, "read": access.may_read, "write": access.may_write}[right]
         if allowed(real):
             return
-        if (real in _DEVICES and right != "write") or real == b"/dev/null":
+        if real in _DEVICES and right != "write":
             return
         self._deny(_name(call), os.fsdecode(real), f"no scope to {right} it")
         raise OSError(errno.EACCES if access.may_see(real) and target.exists else errno.ENOENT, "denied")
@@ -181,7 +182,7 @@ class Broker:
         changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         if flags & os.O_ACCMODE != os.O_WRONLY:
             self._require(call, target, "read")
-        if changes:
+        if changes and target.real != _NULL:  # to be written to, not to be removed or replaced
             self._require(call, target, "write")
         if flags & os.O_CREAT and flags & os.O_EXCL:
             raise OSError(errno.EEXIST, "exists")
