@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -106,6 +107,8 @@ class Broker:
             value, code = 0, e.errno
         except OSError as e:
             value, code = 0, e.errno or errno.EIO
+        except (OverflowError, struct.error):  # a number or an address that no kernel call takes
+            value, code = 0, errno.EINVAL
         try:
             kernel.answer(self.listener, call.id, value, code)
         except OSError:

@@ -174,16 +174,16 @@ class Sandbox:
                 worker.kill()
             finally:
                 broker.target.close()
-        answer = json.loads(body)
+        result, error, cpu_us, rss_kb = _answer(body)
         return Outcome(
-            result=_clean(answer.get("result")),
-            error=_clean(answer.get("error")),
+            result=result,
+            error=error,
             denials=tuple(broker.denials),
             denied=broker.denied,
             peers=tuple(broker.peers),
             mediated=broker.calls,
-            cpu_us=int(answer["usage"]["cpu_us"]),
-            rss_kb=int(answer["usage"]["rss_kb"]),
+            cpu_us=cpu_us,
+            rss_kb=rss_kb,
             wall_us=round((time.monotonic() - started) * 1e6),
         )
 
@@ -283,6 +283,20 @@ def _alive(worker: _Worker) -> bool:
     poll = select.poll()
     poll.register(worker.channel, 0)
     return not poll.poll(0)
+
+
+def _answer(body: bytes) -> tuple[dict[str, Any] | None, str | None, int, int]:
+    """Result, error, CPU time and memory out of a worker's answer, which may be forged. Raises WorkerDied if it is none."""
+    try:
+        answer = _clean(json.loads(body))
+        result, error, usage = answer.get("result"), answer.get("error"), answer["usage"]
+        numbers = int(usage["cpu_us"]), int(usage["rss_kb"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        raise WorkerDied("the tool's answer is not in the form of one") from None
+    sound = isinstance(result, dict) if error is None else isinstance(error, str) and result is None
+    if not sound:
+        raise WorkerDied("the tool's answer is neither a result nor an error")
+    return result, error, *numbers
 
 
 def _clean(value: Any) -> Any:
