@@ -193,11 +193,21 @@ class Sandbox:
             if worker is not None and not _alive(worker):
                 worker.kill()
                 worker = None
-            worker = worker or self._fork()
-            if worker.listener < 0:
-                worker.greet()
+            try:
+                worker = self._greeted(worker or self._fork())
+            except (WorkerDied, OSError):  # it was dying with its zygote: once more, with a new one
+                worker = self._greeted(self._fork())
             self._spare = self._fork()  # locks itself while the call runs; greeted when it is taken
             return worker
+
+    def _greeted(self, worker: _Worker) -> _Worker:
+        try:
+            if worker.listener < 0:
+                worker.greet()
+        except (SandboxFailure, OSError):
+            worker.kill()
+            raise
+        return worker
 
     def _fork(self) -> _Worker:
         ours, theirs = socket.socketpair()
