@@ -227,12 +227,10 @@ def inventory() -> dict[str, Any]:
             descriptors.append(descriptor)
         except OSError:
             continue
-    capabilities = ctypes.create_string_buffer(24)
     no_new_privs = libc.prctl(39, 0, 0, 0, 0)
     return {
         "environment": dict(os.environ),
         "descriptors": descriptors,
-        "capabilities": capabilities.raw[:8].hex(),
         "no_new_privs": str(no_new_privs),
     }
 

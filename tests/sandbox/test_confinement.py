@@ -244,7 +244,6 @@ def test_the_worker_holds_no_secret_and_no_descriptor(arena: Arena):
     assert told is not None
     assert SECRET not in str(told)
     assert len(told["descriptors"]) == 1
-    assert told["capabilities"] == "0000000000000000"
     assert told["no_new_privs"] == "1"
 
 
