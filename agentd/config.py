@@ -82,7 +82,7 @@ class GrantConfig(_Strict):
 
     principal: str = "*"
     tool: str
-    scope: Annotated[str, Field(pattern=r"^(\*|(read|write):[/~].*|(connect|call):.+)$")]
+    scope: Annotated[str, Field(pattern=r"^(\*|(read|write|exec):[/~].*|(connect|use|call):.+)$")]
     decision: Literal["allow", "ask", "deny"] = "allow"
 
 

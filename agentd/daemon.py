@@ -11,7 +11,7 @@ import signal
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from agentd_sandbox import Sandbox, SandboxFailure, probe
+from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
 from agentd.api import ApiParts, ApiServer
@@ -140,7 +140,7 @@ class Daemon:
             self._sandbox.start()
         except (SandboxFailure, OSError) as e:  # the probe was right a moment ago: say so, refuse tools, go on
             _log.error("the sandbox does not start: %s", e)
-            self._level = type(self._level)("L0", self._level.architecture, self._level.kernel, (str(e),))
+            self._level = no_level(str(e))
 
     async def _load_model(self) -> None:
         """Ahead of the first request; if it fails, that request says why again."""

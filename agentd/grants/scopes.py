@@ -15,8 +15,8 @@ from functools import lru_cache
 
 from agentd_sandbox import PathRule
 
-PATH_KINDS = frozenset({"read", "write"})
-KINDS = PATH_KINDS | {"connect", "call"}
+PATH_KINDS = frozenset({"read", "write", "exec"})
+KINDS = PATH_KINDS | {"connect", "use", "call"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,17 +22,20 @@ from agentd.journal.state import INLINE_BYTES, PathState, TooLarge, look, make_d
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     import apsw
-    from agentd_sandbox.broker import Change
+    from agentd_sandbox import Change
 
     from agentd.audit import AuditLog
     from agentd.store import Store
 
 
 _log = logging.getLogger(__name__)
+_BEGIN = "INSERT INTO journal SELECT ?, 'open', coalesce(max(begun), 0) + 1 FROM journal"
+_FINISHED_LATER = """SELECT 1 FROM pre_image JOIN journal USING (call) WHERE path = ? AND state = 'done'
+                     AND begun > (SELECT begun FROM journal WHERE call = ?) LIMIT 1"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +56,19 @@ class Undone:
 
 @dataclass(slots=True)
 class Transaction:
-    """The changes of one call. Is the recorder of its worker's broker (`before_change`)."""
+    """The changes of one call. Is the recorder of its worker's broker (`before_changes`)."""
 
     _journal: Journal
     call: str
     _images: dict[bytes, _Image] = field(default_factory=dict)
 
-    def before_change(self, change: Change) -> None:
-        """Make the pre-image of a path durable, once per path. Raises Refusal where that can't be done."""
-        if change.path in self._images:
+    def before_changes(self, changes: Sequence[Change]) -> None:
+        """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
+        paths = [change.path for change in changes if change.path not in self._images]
+        if not paths:
             return
         try:
-            self._journal.capture(self, [change.path], None)
+            self._journal.capture(self, paths, None)
         except JournalError as e:
             raise Refusal(errno.EFBIG, str(e)) from None
         except AgentdError as e:
@@ -103,7 +107,7 @@ class Journal:
         def commit(db: apsw.Connection) -> None:
             if intent is not None:
                 self._audit.append(db, intent)
-                db.execute("INSERT INTO journal VALUES (?, 'open')", (transaction.call,))
+                db.execute(_BEGIN, (transaction.call,))
             for n, image in enumerate(images, first):
                 kept = objects[image.path]
                 inline = None if kept else image.content
@@ -140,9 +144,14 @@ class Journal:
         return files
 
     def _put_back(self, transaction: Transaction) -> None:
-        """Undo what a call that did not end well has changed. What fails stays open for the next start."""
+        """Undo what a call that did not end well has changed. What fails stays open for the next start.
+
+        A path that another call has changed since, and finished, is that call's.
+        """
         failed: list[str] = []
         for image in _restoring(transaction._images.values()):
+            if self._finished_later(image.path, transaction.call):
+                continue
             try:
                 if not look(image.path).same_as(image.before):
                     put_back(image.path, image.before, image.content)
@@ -155,6 +164,9 @@ class Journal:
                 hint="The next start of agentd tries again; what is there then is kept, too.",
                 metadata={"call": transaction.call},
             )
+
+    def _finished_later(self, path: bytes, call: str) -> bool:
+        return bool(self._store.read(lambda db: db.execute(_FINISHED_LATER, (path, call)).get))
 
     def roll_back(self, transaction: Transaction, event: Event) -> None:
         self._put_back(transaction)
@@ -192,17 +204,23 @@ class Journal:
 
     def recover(self) -> list[str]:
         """Roll back what a killed daemon left open, newest first; returns the calls. What can't be put back is logged."""
-        query = "SELECT call FROM journal WHERE state = 'open' ORDER BY call DESC"
+        query = "SELECT call FROM journal WHERE state = 'open' ORDER BY begun DESC"
         open_calls = [call for (call,) in self._store.read(lambda db: list(db.execute(query)))]
+        # Decided for all before the first is put back: a recovery is a finished call, too.
+        theirs = {call: {path for path in self._paths(call) if self._finished_later(path, call)} for call in open_calls}
         for call in open_calls:
             try:
-                self._recover(call)
+                self._recover(call, theirs[call])
             except (OSError, JournalError) as e:  # one file that can't be had must not keep the daemon from starting
                 _log.error("call %s is still open, some of its changes can't be put back now: %s", call, e)
         return open_calls
 
-    def _recover(self, call: str) -> None:
-        images = self._images(call, "open")
+    def _paths(self, call: str) -> list[bytes]:
+        query = "SELECT path FROM pre_image WHERE call = ?"
+        return self._store.read(lambda db: [path for (path,) in db.execute(query, (call,))])
+
+    def _recover(self, call: str, theirs: set[bytes]) -> None:
+        images = [image for image in self._images(call, "open") if image.path not in theirs]
         for image in images:
             sweep(image.path)
         changed = [image for image in images if not look(image.path).same_as(image.before)]

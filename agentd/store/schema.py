@@ -35,6 +35,15 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ) STRICT, WITHOUT ROWID;
         """,
     ),
+    (
+        "0002_order_of_calls",
+        """
+        -- When a call began among all others: ids of calls say so only to the millisecond.
+        ALTER TABLE journal ADD COLUMN begun INTEGER NOT NULL DEFAULT 0;
+        CREATE INDEX journal_by_begun ON journal (begun);
+        CREATE INDEX pre_image_by_path ON pre_image (path);
+        """,
+    ),
 )
 
 

@@ -1,19 +1,34 @@
 """Confinement for one-shot tool workers: default-deny seccomp, and a broker that does the path calls for them.
 
-Stands alone: standard library only, imports nothing of agentd. Linux on x86_64 and aarch64.
+Stands alone: standard library only, imports nothing of agentd. Linux on x86_64, aarch64 and 32-bit arm.
 """
 
 from agentd_sandbox.access import Access, PathRule
-from agentd_sandbox.broker import Denial, Recorder, Refusal
-from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, Unsupported, WorkerCancelled, WorkerDied, WorkerTimeout
+from agentd_sandbox.broker import Limits
+from agentd_sandbox.errors import (
+    BrokerStuck,
+    OutputTooLarge,
+    SandboxFailure,
+    Unsupported,
+    WorkerCancelled,
+    WorkerDied,
+    WorkerOffence,
+    WorkerTimeout,
+)
+from agentd_sandbox.files import Change, Denial, Recorder, Refusal
 from agentd_sandbox.host import Job, Outcome, Sandbox
-from agentd_sandbox.levels import Level, probe
+from agentd_sandbox.levels import Level, no_level, probe
+from agentd_sandbox.proxy import Credential
 
 __all__ = [
     "Access",
+    "BrokerStuck",
+    "Change",
+    "Credential",
     "Denial",
     "Job",
     "Level",
+    "Limits",
     "Outcome",
     "OutputTooLarge",
     "PathRule",
@@ -24,6 +39,8 @@ __all__ = [
     "Unsupported",
     "WorkerCancelled",
     "WorkerDied",
+    "WorkerOffence",
     "WorkerTimeout",
+    "no_level",
     "probe",
 ]

@@ -19,37 +19,112 @@ class PathRule:
 
     @cached_property
     def _pattern(self) -> re.Pattern[bytes]:
-        parts = re.split(rb"(\*\*|\*)", self.path)
-        expressions = {b"**": rb".*", b"*": rb"[^/]*"}
-        return re.compile(b"".join(expressions.get(part, re.escape(part)) for part in parts), re.DOTALL)
+        return _expression(self.path)
+
+    @cached_property
+    def _below(self) -> bytes:
+        return self.path.rstrip(b"/") + b"/"
+
+    @cached_property
+    def _ways(self) -> tuple[re.Pattern[bytes], ...]:
+        """The folders that lead to a glob: one expression for each of its names, up to a `**`."""
+        names = self.path.split(b"/")[1:]
+        deep = next((n for n, name in enumerate(names) if b"**" in name), len(names) - 1)
+        ways = [_expression(b"/" + b"/".join(names[:n])) for n in range(deep + 1)]
+        if deep < len(names) - 1:
+            ways.append(_expression(b"/" + b"/".join((*names[:deep], b"**"))))
+        return tuple(ways)
 
     def covers(self, path: bytes) -> bool:
         if self.glob:
             return self._pattern.fullmatch(path) is not None
-        root = self.path.rstrip(b"/")
-        return path == self.path or path.startswith(root + b"/")
+        return path.startswith(self._below) or path == self.path
 
     def lies_below(self, folder: bytes) -> bool:
         """Whether `folder` is on the way to this path: it may be seen to exist, nothing more."""
-        fixed = self.path.split(b"*", 1)[0] if self.glob else self.path
-        return folder in (b"/", fixed) or fixed.startswith(folder + b"/")
+        if folder == b"/":
+            return True
+        if self.glob:
+            return any(way.fullmatch(folder) for way in self._ways)
+        return self._below.startswith(folder + b"/")
 
 
-@dataclass(frozen=True, slots=True)
+def _expression(glob: bytes) -> re.Pattern[bytes]:
+    parts = re.split(rb"(\*\*|\*)", glob)
+    expressions = {b"**": rb".*", b"*": rb"[^/]*"}
+    return re.compile(b"".join(expressions.get(part, re.escape(part)) for part in parts), re.DOTALL)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """Many rules asked at once: most are plain paths, and those cost one comparison for all."""
+
+    rules: tuple[PathRule, ...]
+
+    @cached_property
+    def _exact(self) -> frozenset[bytes]:
+        return frozenset(rule.path for rule in self.rules if not rule.glob)
+
+    @cached_property
+    def _below(self) -> tuple[bytes, ...]:
+        return tuple(rule._below for rule in self.rules if not rule.glob)
+
+    @cached_property
+    def _globs(self) -> tuple[PathRule, ...]:
+        return tuple(rule for rule in self.rules if rule.glob)
+
+    @cached_property
+    def _ways(self) -> frozenset[bytes]:
+        steps = (way.split(b"/") for way in self._below)
+        return frozenset({b"/"} | {b"/".join(names[:n]) for names in steps for n in range(2, len(names) - 1)})
+
+    def cover(self, path: bytes) -> bool:
+        return path.startswith(self._below) or path in self._exact or any(rule.covers(path) for rule in self._globs)
+
+    def lie_below(self, folder: bytes) -> bool:
+        return folder in self._ways or any(rule.lies_below(folder) for rule in self._globs)
+
+
+@dataclass(frozen=True)
 class Access:
-    """The scopes of one call. `write` does not include `read`; `connect` holds literal (address, port) pairs."""
+    """The scopes of one call. `write` does not include `read`.
+
+    `connect` holds (host, port): a host is a literal address, or a name that the broker resolves to public addresses.
+    `execute` names the programs that may be started; with any, what programs need to run at all may be read.
+    `use` names the credentials that the broker may add to requests of this call.
+    """
 
     read: tuple[PathRule, ...] = ()
     write: tuple[PathRule, ...] = ()
     connect: frozenset[tuple[str, int]] = field(default_factory=frozenset)
+    execute: tuple[PathRule, ...] = ()
+    use: frozenset[str] = field(default_factory=frozenset)
+
+    @cached_property
+    def _reading(self) -> _Rules:
+        return _Rules(self.read)
+
+    @cached_property
+    def _writing(self) -> _Rules:
+        return _Rules(self.write)
+
+    @cached_property
+    def _executing(self) -> _Rules:
+        return _Rules(self.execute)
+
+    @cached_property
+    def _all(self) -> _Rules:
+        return _Rules((*self.read, *self.write, *self.execute))
 
     def may_read(self, path: bytes) -> bool:
-        return any(rule.covers(path) for rule in self.read)
+        return self._reading.cover(path)
 
     def may_write(self, path: bytes) -> bool:
-        return any(rule.covers(path) for rule in self.write)
+        return self._writing.cover(path)
+
+    def may_execute(self, path: bytes) -> bool:
+        return self._executing.cover(path)
 
     def may_see(self, path: bytes) -> bool:
         """Whether the call may know if `path` exists and what kind of thing it is."""
-        rules = (*self.read, *self.write)
-        return any(rule.covers(path) or rule.lies_below(path) for rule in rules)
+        return self._all.cover(path) or self._all.lie_below(path)

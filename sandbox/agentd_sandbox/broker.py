@@ -1,407 +1,379 @@
-"""The broker: does the path calls of one worker, from its own copies of the arguments.
+"""The broker: answers the system calls of one worker, from its own copies of the arguments.
 
-Never lets the kernel re-read memory that the worker could still change: strings are read once, the path is
-walked, the decision is made on the real path, and the result is a descriptor or bytes that the broker puts in
-place. Before the first change of a path the recorder makes its former state durable.
+Never lets the kernel re-read memory that the worker could still change: strings are read once, `Files` and `Network`
+do what is asked, and the result is a descriptor or bytes that the broker puts in place. The few calls that the kernel
+must do itself (fork, chdir, execve) are let through where their arguments are values or can't be changed any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
 import stat
 import struct
+import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel, network
+from agentd_sandbox.errors import WorkerOffence
+from agentd_sandbox.files import Refusal
 from agentd_sandbox.filters import profile
-from agentd_sandbox.paths import Resolved, WalkError, resolve
-from agentd_sandbox.target import AT_FDCWD, signed
+from agentd_sandbox.forms import FORMS
+from agentd_sandbox.processes import AT_FDCWD, signed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from agentd_sandbox.files import Files
+    from agentd_sandbox.kernel import Notification
+    from agentd_sandbox.processes import Processes
+    from agentd_sandbox.proxy import Proxy
 
-    from agentd_sandbox.access import Access
-    from agentd_sandbox.target import Target
-
-_O_TMPFILE = 0o20000000
-_KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
-_UMASK = 0o022
-_DEVICES = frozenset({b"/dev/null", b"/dev/zero", b"/dev/urandom", b"/dev/random"})
-_NULL = b"/dev/null"
-_RECORDED_DENIALS = 32
+_CONNECTING = 16  # connections of one worker that are being made at a time
+_ATTRIBUTE_BYTES = 65536  # XATTR_SIZE_MAX
+_SIGNALS = 65  # 0 to 64: signal(7)
 
 
-class Refusal(Exception):
-    """A recorder's no: the change is not made and the worker gets `errno`."""
-
-    def __init__(self, code: int, why: str) -> None:
-        super().__init__(why)
-        self.errno = code
+class Answered(Exception):
+    """The notification has been answered already, or will be by a thread of its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """A change about to be made to the real path `path`, named `name` in the open folder `parent`."""
+class Limits:
+    """Of one call, all its processes together. `memory_mib` is looked at every half second."""
 
-    operation: str
-    path: bytes
-    parent: int
-    name: bytes
-
-
-class Recorder(Protocol):
-    """Makes the former state of a path durable before it is changed."""
-
-    def before_change(self, change: Change) -> None:
-        """Return once the state is on disk; raise Refusal if it can't be kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Denial:
-    """A call that was refused, with the path or peer it named."""
-
-    call: str
-    target: str
-    why: str
-
-
-class _Answered(Exception):
-    """The notification has been answered by injecting a descriptor."""
+    processes: int = 64
+    forks: int = 10_000
+    refused: int = 100_000
+    memory_mib: int = 768
 
 
 @dataclass(slots=True)
 class Broker:
-    """Answers the notifications of one worker."""
+    """Answers the notifications of one worker, on one thread; connections are made on threads of their own."""
 
     listener: int
-    target: Target
-    access: Access
-    recorder: Recorder
-    deadline: float
-    """monotonic(3) time past which nothing may block any more"""
-    denials: list[Denial] = field(default_factory=list)
-    denied: int = 0
+    processes: Processes
+    files: Files
+    network: network.Network
+    proxy: Proxy
+    folder: bytes
+    """The worker's first working folder; its file system may be asked for its size."""
+    limits: Limits = field(default_factory=Limits)
+    one_step: bool = True
+    """Whether a descriptor may be injected and the call answered in one step (Linux 5.14)."""
     calls: int = 0
-    peers: list[tuple[str, int]] = field(default_factory=list)
-    _handlers: dict[str, Callable[[kernel.Notification], int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._handlers = {name: getattr(self, f"_{name}") for name in profile().numbers if hasattr(self, f"_{name}")}
+    busy: str = ""
+    """What is being done right now, for the message if it never ends."""
+    _forks: int = 0
+    _alive: int = 1
+    _swapped: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _undelivered: dict[int, tuple[int, tuple[int, ...], int, int]] = field(default_factory=dict)
+    _connecting: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(_CONNECTING))
+    _names: dict[int, str] = field(default_factory=lambda: profile().names)
 
     def serve_one(self) -> None:
-        """Answer one waiting call. A call that is gone before its answer is no error."""
+        """Answer one waiting call. A call that is gone before its answer is no error. Raises WorkerOffence."""
         try:
             call = kernel.receive(self.listener)
         except OSError:
             return
         self.calls += 1
-        name = profile().names.get(call.number, str(call.number))
+        name = self.busy = self.files.call = self._names[call.number]
+        if self._undelivered and self._answer_again(call):
+            return
         try:
-            value, code = self._handlers[name](call), 0
-        except _Answered:
+            if self._swapped:
+                self.check_program(call)
+            value, code = FORMS[name](self, call, *call.arguments), 0
+        except Answered:
             return
         except Refusal as e:
-            self._deny(name, "", str(e))
+            self.files.deny("", str(e))
             value, code = 0, e.errno
         except OSError as e:
             value, code = 0, e.errno or errno.EIO
-        except (OverflowError, struct.error):  # a number or an address that no kernel call takes
+        except (OverflowError, ValueError, struct.error):  # a number or an address that no kernel call takes
             value, code = 0, errno.EINVAL
+        self._answer(call, value, code)
+        if self.files.denied > self.limits.refused:
+            raise WorkerOffence(f"it made more than {self.limits.refused} calls that were refused")
+
+    def _answer_again(self, call: Notification) -> bool:
+        """A signal took its answer away, and the kernel asks again for what is done already."""
+        done = self._undelivered.pop(call.thread, None)
+        if done is None or done[:2] != (call.number, call.arguments):
+            return False
+        self._answer(call, *done[2:])
+        return True
+
+    def _answer(self, call: Notification, value: int, code: int) -> None:
         try:
             kernel.answer(self.listener, call.id, value, code)
         except OSError:
-            return
+            # Only a kernel without WAIT_KILLABLE_RECV lets a signal do this to a process that lives on.
+            if not code and len(self._undelivered) < self.limits.processes:
+                self._undelivered[call.thread] = (call.number, call.arguments, value, code)
 
-    def _deny(self, call: str, target: str, why: str) -> None:
-        self.denied += 1
-        if len(self.denials) < _RECORDED_DENIALS:
-            self.denials.append(Denial(call, target, why))
-
-    def _poke(self, call: kernel.Notification, address: int, data: bytes) -> None:
+    def poke(self, call: Notification, address: int, data: bytes) -> None:
+        """Opening the memory first: whoever still waits after that is the one whose memory it is."""
+        self.processes.read(call.thread, address, 1)
         if not kernel.still_waiting(self.listener, call.id):
             raise OSError(errno.EINTR, "gone")
-        self.target.write(address, data)
+        self.processes.write(call.thread, address, data)
 
-    # -- from a path in the worker's memory to a real path that this call may see
-
-    def _locate(self, call: kernel.Notification, descriptor: int, address: int, *, follow: bool) -> Resolved:
-        path = self.target.string(address)
-        if not path:
+    def path(self, call: Notification, folder: int, address: int) -> bytes:
+        """An absolute path, not walked yet."""
+        text = self.processes.string(call.thread, address)
+        if text.startswith(b"/"):
+            return text
+        if not text:
             raise OSError(errno.ENOENT, "empty path")
-        full = path if path.startswith(b"/") else self.target.base(descriptor) + b"/" + path
+        base = self.processes.base(call.thread, folder)
+        return base.rstrip(b"/") + b"/" + text
+
+    def place_of(self, call: Notification, descriptor: int) -> bytes:
+        """The path of an open descriptor, if it still leads to what is open."""
+        path = self.processes.base(call.thread, descriptor)
+        own = self.processes.take(call.thread, descriptor)
         try:
-            return resolve(full, follow=follow)
-        except WalkError as e:
-            if self.access.may_see(e.reached):
+            opened = os.fstat(own)
+        finally:
+            os.close(own)
+        with self.files.existing(path, "see", follow=False) as target:
+            if (target.status.st_dev, target.status.st_ino) != (opened.st_dev, opened.st_ino):
+                raise OSError(errno.EPERM, "its path leads elsewhere")
+        return path
+
+    def string(self, call: Notification, address: int) -> bytes:
+        return self.processes.string(call.thread, address)
+
+    def umask(self, call: Notification) -> int:
+        return self.processes.umask(call.thread)
+
+    # -- files
+
+    def open(self, call: Notification, place: bytes, flags: int, mode: int) -> int:
+        flags &= 0xFFFF_FFFF
+        umask = self.umask(call) if flags & os.O_CREAT else 0
+        opened = self.files.open(place, flags, mode, umask)
+        try:
+            kernel.inject(self.listener, call.id, opened, close_on_exec=bool(flags & os.O_CLOEXEC), one_step=self.one_step)
+        except OSError as e:
+            if e.errno != errno.ENOENT:  # EMFILE: the caller holds too many
                 raise
-            self._deny(_name(call), os.fsdecode(full), "outside the call's scopes")
-            raise OSError(errno.ENOENT, "hidden") from None
+        finally:
+            os.close(opened)
+        raise Answered
 
-    def _require(self, call: kernel.Notification, target: Resolved, right: str) -> None:
-        """`right` is see, read or write. What is hidden does not exist; what is seen but not granted is refused."""
-        real, access = target.real, self.access
-        allowed = {"see": access.may_see, "read": access.may_read, "write": access.may_write}[right]
-        if allowed(real):
-            return
-        if real in _DEVICES and right != "write":
-            return
-        self._deny(_name(call), os.fsdecode(real), f"no scope to {right} it")
-        raise OSError(errno.EACCES if access.may_see(real) and target.exists else errno.ENOENT, "denied")
-
-    def _before(self, operation: str, target: Resolved) -> None:
-        if target.real not in _DEVICES:
-            self.recorder.before_change(Change(operation, target.real, target.parent, target.name))
-
-    # -- open family
-
-    def _open_at(self, call: kernel.Notification, descriptor: int, path: int, flags: int, mode: int) -> int:
-        if flags & _O_TMPFILE:
-            raise OSError(errno.EOPNOTSUPP, "O_TMPFILE")
-        if flags & os.O_PATH:
-            raise OSError(errno.EACCES, "O_PATH")
-        exclusive = flags & os.O_CREAT and flags & os.O_EXCL
-        with self._locate(call, descriptor, path, follow=not (flags & os.O_NOFOLLOW or exclusive)) as target:
-            opened = self._open_existing(call, target, flags) if target.exists else self._create(call, target, flags, mode)
-            try:
-                kernel.inject(self.listener, call.id, opened, close_on_exec=bool(flags & os.O_CLOEXEC))
-            finally:
-                os.close(opened)
-        raise _Answered
-
-    def _create(self, call: kernel.Notification, target: Resolved, flags: int, mode: int) -> int:
-        if not flags & os.O_CREAT:
-            self._require(call, target, "see")
-            raise OSError(errno.ENOENT, "missing")
-        self._require(call, target, "write")
-        if target.trailing_slash:
-            raise OSError(errno.EISDIR, "folder")
-        self._before("create", target)
-        exact = flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(target.name, exact, mode & 0o777 & ~_UMASK, dir_fd=target.parent)
-
-    def _open_existing(self, call: kernel.Notification, target: Resolved, flags: int) -> int:
-        changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
-        if flags & os.O_ACCMODE != os.O_WRONLY:
-            self._require(call, target, "read")
-        if changes and target.real != _NULL:  # to be written to, not to be removed or replaced
-            self._require(call, target, "write")
-        if flags & os.O_CREAT and flags & os.O_EXCL:
-            raise OSError(errno.EEXIST, "exists")
-        self._fit_to_open(call, target, changes=changes)
-        if changes:
-            self._before("write", target)
-        # Through the O_PATH descriptor: this very inode, whatever its name now leads to.
-        opened = os.open(f"/proc/self/fd/{target.descriptor}", flags & _KEPT_FLAGS | os.O_CLOEXEC)
-        if flags & os.O_TRUNC and target.real not in _DEVICES:
-            os.ftruncate(opened, 0)
-        return opened
-
-    def _fit_to_open(self, call: kernel.Notification, target: Resolved, *, changes: bool) -> None:
-        """Files and folders only: a FIFO would block the broker, a device reaches beyond files."""
-        status = os.fstat(target.descriptor)
-        if stat.S_ISLNK(status.st_mode):
-            raise OSError(errno.ELOOP, "link")
-        if stat.S_ISDIR(status.st_mode):
-            if changes:
-                raise OSError(errno.EISDIR, "folder")
-        elif not stat.S_ISREG(status.st_mode):
-            if target.real not in _DEVICES:
-                self._deny(_name(call), os.fsdecode(target.real), "neither a file nor a folder")
-                raise OSError(errno.EACCES, "special")
-        elif changes and status.st_nlink > 1:
-            # Another name of this file may lie outside the scopes.
-            self._deny(_name(call), os.fsdecode(target.real), "has more than one hard link")
-            raise OSError(errno.EMLINK, "links")
-
-    def _openat(self, call: kernel.Notification) -> int:
-        descriptor, path, flags, mode, *_ = call.arguments
-        return self._open_at(call, descriptor, path, flags & 0xFFFF_FFFF, mode)
-
-    def _open(self, call: kernel.Notification) -> int:
-        path, flags, mode, *_ = call.arguments
-        return self._open_at(call, AT_FDCWD, path, flags & 0xFFFF_FFFF, mode)
-
-    def _creat(self, call: kernel.Notification) -> int:
-        path, mode, *_ = call.arguments
-        return self._open_at(call, AT_FDCWD, path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode)
-
-    # -- what a path is
-
-    def _stat_at(self, call: kernel.Notification, descriptor: int, path: int, buffer: int, flags: int) -> int:
-        if flags & kernel.AT_EMPTY_PATH and not self.target.string(path):
-            if signed(descriptor) == AT_FDCWD:
-                raise OSError(errno.EINVAL, "working folder")
-            own = self.target.take(descriptor)
-            try:
-                data = kernel.raw_stat(own)
-            finally:
-                os.close(own)
-        else:
-            with self._locate(call, descriptor, path, follow=not flags & kernel.AT_SYMLINK_NOFOLLOW) as target:
-                self._seen(call, target)
-                data = kernel.raw_stat(target.descriptor)
-        self._poke(call, buffer, data)
+    def status(self, call: Notification, place: bytes, buffer: int, *, follow: bool) -> int:
+        self.poke(call, buffer, self.files.status(place, follow=follow))
         return 0
 
-    def _seen(self, call: kernel.Notification, target: Resolved) -> None:
-        self._require(call, target, "see")
-        if not target.exists:
-            raise OSError(errno.ENOENT, "missing")
-
-    def _newfstatat(self, call: kernel.Notification) -> int:
-        descriptor, path, buffer, flags, *_ = call.arguments
-        return self._stat_at(call, descriptor, path, buffer, flags & 0xFFFF_FFFF)
-
-    def _stat(self, call: kernel.Notification) -> int:
-        return self._stat_at(call, AT_FDCWD, call.arguments[0], call.arguments[1], 0)
-
-    def _lstat(self, call: kernel.Notification) -> int:
-        return self._stat_at(call, AT_FDCWD, call.arguments[0], call.arguments[1], kernel.AT_SYMLINK_NOFOLLOW)
-
-    def _access_at(self, call: kernel.Notification, descriptor: int, path: int, mode: int) -> int:
-        with self._locate(call, descriptor, path, follow=True) as target:
-            self._seen(call, target)
-            if mode & os.R_OK:
-                self._require(call, target, "read")
-            if mode & os.W_OK:
-                self._require(call, target, "write")
-            if not os.access(f"/proc/self/fd/{target.descriptor}", mode):
-                raise OSError(errno.EACCES, "mode")
+    def status_at(self, call: Notification, folder: int, path: int, buffer: int, flags: int) -> int:
+        """fstatat(2), which also is fstat(2) if the path is empty."""
+        if not flags & kernel.AT_EMPTY_PATH or self.string(call, path):
+            return self.status(call, self.path(call, folder, path), buffer, follow=not flags & kernel.AT_SYMLINK_NOFOLLOW)
+        if signed(folder) == AT_FDCWD:
+            return self.status(call, self.processes.base(call.thread, folder), buffer, follow=True)
+        own = self.processes.take(call.thread, folder)
+        try:
+            data = kernel.raw_stat(own)
+        finally:
+            os.close(own)
+        self.poke(call, buffer, data)
         return 0
 
-    def _faccessat(self, call: kernel.Notification) -> int:
-        descriptor, path, mode, *_ = call.arguments
-        return self._access_at(call, descriptor, path, mode & 7)
-
-    def _access(self, call: kernel.Notification) -> int:
-        return self._access_at(call, AT_FDCWD, call.arguments[0], call.arguments[1] & 7)
-
-    def _readlink_at(self, call: kernel.Notification, descriptor: int, path: int, buffer: int, size: int) -> int:
-        with self._locate(call, descriptor, path, follow=False) as target:
-            self._seen(call, target)
-            if not stat.S_ISLNK(os.fstat(target.descriptor).st_mode):
-                raise OSError(errno.EINVAL, "no link")
-            self._require(call, target, "read")
-            text = os.readlink(b"", dir_fd=target.descriptor)[:size]
-        self._poke(call, buffer, text)
+    def link_text(self, call: Notification, place: bytes, buffer: int, size: int) -> int:
+        if signed(size) <= 0:
+            raise OSError(errno.EINVAL, "size")
+        text = self.files.link_text(place)[: signed(size)]
+        self.poke(call, buffer, text)
         return len(text)
 
-    def _readlinkat(self, call: kernel.Notification) -> int:
-        descriptor, path, buffer, size, *_ = call.arguments
-        return self._readlink_at(call, descriptor, path, buffer, size)
-
-    def _readlink(self, call: kernel.Notification) -> int:
-        path, buffer, size, *_ = call.arguments
-        return self._readlink_at(call, AT_FDCWD, path, buffer, size)
-
-    def _statfs(self, call: kernel.Notification) -> int:
-        """Sizes of a file system; the working folder's may always be asked for."""
-        path, buffer, *_ = call.arguments
-        with self._locate(call, AT_FDCWD, path, follow=True) as target:
-            if target.real != self.target.folder:
-                self._seen(call, target)
-            data = kernel.raw_statfs(target.descriptor)
-        self._poke(call, buffer, data)
+    def file_system(self, call: Notification, path: int, buffer: int) -> int:
+        self.poke(call, buffer, self.files.file_system(self.path(call, AT_FDCWD, path), free=self.folder))
         return 0
 
-    # -- changes
+    def owner_at(self, call: Notification, folder: int, path: int, owner: int, group: int, flags: int) -> None:
+        empty = flags & kernel.AT_EMPTY_PATH and not self.string(call, path)
+        place = self.place_of(call, folder) if empty else self.path(call, folder, path)
+        self.files.change_owner(place, signed(owner), signed(group), follow=not flags & kernel.AT_SYMLINK_NOFOLLOW)
 
-    def _truncate(self, call: kernel.Notification) -> int:
-        path, length, *_ = call.arguments
-        with self._locate(call, AT_FDCWD, path, follow=True) as target:
-            self._require(call, target, "write")
-            if not target.exists:
-                raise OSError(errno.ENOENT, "missing")
-            self._fit_to_open(call, target, changes=True)
-            self._before("write", target)
-            os.truncate(f"/proc/self/fd/{target.descriptor}", length)
+    def attribute(self, call: Notification, place: bytes, name: int, buffer: int, size: int, *, follow: bool) -> int:
+        return self._give(call, buffer, size, self.files.attribute(place, self.string(call, name), follow=follow))
+
+    def attributes(self, call: Notification, place: bytes, buffer: int, size: int, *, follow: bool) -> int:
+        return self._give(call, buffer, size, self.files.attributes(place, follow=follow))
+
+    def set_attribute(
+        self, call: Notification, place: bytes, name: int, address: int, size: int, flags: int, *, follow: bool
+    ) -> int:
+        if size > _ATTRIBUTE_BYTES:
+            raise OSError(errno.E2BIG, "value")
+        value = self.processes.read(call.thread, address, size) if size else b""
+        self.files.set_attribute(place, self.string(call, name), value, flags & 3, follow=follow)
         return 0
 
-    def _remove(self, call: kernel.Notification, descriptor: int, path: int, *, folder: bool) -> int:
-        with self._locate(call, descriptor, path, follow=False) as target:
-            self._require(call, target, "write")
-            if not target.exists:
-                raise OSError(errno.ENOENT, "missing")
-            if target.is_folder != folder:
-                raise OSError(errno.ENOTDIR if folder else errno.EISDIR, "kind")
-            if folder and not target.is_empty:
-                raise OSError(errno.ENOTEMPTY, "not empty")
-            self._before("remove", target)
-            (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
+    def _give(self, call: Notification, buffer: int, size: int, value: bytes) -> int:
+        """Bytes into a buffer; with size 0 only how many there are."""
+        if size and len(value) > size:
+            raise OSError(errno.ERANGE, "buffer")
+        if size and value:
+            self.poke(call, buffer, value)
+        return len(value)
+
+    # -- processes
+
+    def let_through(self, call: Notification) -> int:
+        kernel.let_through(self.listener, call.id)
+        raise Answered
+
+    def fork(self, call: Notification) -> int:
+        """A new process: counted, and let through, as all there is to it are values."""
+        self._forks += 1
+        self.processes.many = True
+        if self._forks > self.limits.forks:
+            raise WorkerOffence(f"it started more than {self.limits.forks} processes")
+        self._alive += 1
+        if self._alive > self.limits.processes:
+            self._alive = len(self.processes.members()) + 1
+            if self._alive > self.limits.processes:
+                self.files.deny("fork", f"more than {self.limits.processes} processes at a time")
+                raise OSError(errno.EAGAIN, "processes")
+        return self.let_through(call)
+
+    def execute(self, call: Notification, path: int) -> int:
+        """The kernel reads the path again. Where somebody could have changed it, the program is looked at afterwards."""
+        place = self.path(call, AT_FDCWD, path)
+        with self.files.existing(place, "execute") as target:
+            status = target.status
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EACCES, "no program")
+        length = len(self.string(call, path)) + 1
+        if not self.processes.unshared(call.thread, path, length, self.files.access.may_write):
+            self._swapped[self.processes.leader(call.thread)] = (status.st_dev, status.st_ino)
+        self.processes.forget()
+        return self.let_through(call)
+
+    def check_program(self, call: Notification) -> None:
+        """The first call of a process whose program may have been swapped. Scripts run in a program of the scopes too."""
+        process = self.processes.leader(call.thread)
+        if self._swapped.pop(process, None) is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            program = os.readlink(b"/proc/%d/exe" % process)
+            if not (self.files.access.may_execute(program) or self.files.access.may_read(program)):
+                raise WorkerOffence(f"it started {os.fsdecode(program)} by changing a path that was being checked")
+
+    def change_folder(self, call: Notification, path: int) -> int:
+        """The kernel reads the path again, so nobody may be able to change it. Later uses are resolved anew anyway."""
+        place = self.path(call, AT_FDCWD, path)
+        with self.files.existing(place, "see") as target:
+            if not target.is_folder:
+                raise OSError(errno.ENOTDIR, "folder")
+        length = len(self.string(call, path)) + 1
+        if not self.processes.unshared(call.thread, path, length, self.files.access.may_write):
+            self.files.deny(place, "chdir where another thread could change the path")
+            raise OSError(errno.EPERM, "threads")
+        return self.let_through(call)
+
+    def kill(self, call: Notification, process: int, number: int) -> int:
+        """kill(2): a process, its own group (0), a group (negative) or all (-1): of this session only."""
+        process, number = signed(process), signed(number)
+        if not 0 <= number < _SIGNALS:
+            raise OSError(errno.EINVAL, "signal")
+        if process > 0:
+            self._signal(process, number)
+            return 0
+        own = self.processes.leader(call.thread)
+        group = os.getpgid(own) if process == 0 else -process
+        members = [m for m in self.processes.members() if (m != own if process == -1 else _group(m) == group)]
+        if not members:
+            raise OSError(errno.ESRCH, "group")
+        for member in members:
+            with contextlib.suppress(OSError):
+                self.processes.signal(member, number)
         return 0
 
-    def _unlinkat(self, call: kernel.Notification) -> int:
-        descriptor, path, flags, *_ = call.arguments
-        return self._remove(call, descriptor, path, folder=bool(flags & kernel.AT_REMOVEDIR))
-
-    def _unlink(self, call: kernel.Notification) -> int:
-        return self._remove(call, AT_FDCWD, call.arguments[0], folder=False)
-
-    def _rmdir(self, call: kernel.Notification) -> int:
-        return self._remove(call, AT_FDCWD, call.arguments[0], folder=True)
-
-    def _mkdir_at(self, call: kernel.Notification, descriptor: int, path: int, mode: int) -> int:
-        with self._locate(call, descriptor, path, follow=False) as target:
-            if target.exists:
-                self._require(call, target, "see")
-                raise OSError(errno.EEXIST, "exists")
-            self._require(call, target, "write")
-            self._before("create", target)
-            os.mkdir(target.name, mode & 0o777 & ~_UMASK, dir_fd=target.parent)
+    def kill_thread(self, call: Notification, process: int, thread: int, number: int) -> int:
+        """tgkill(2). To itself, as raise(3) does, the kernel may: it can't be anybody else meanwhile."""
+        process, leader = signed(process), self.processes.leader(signed(thread))
+        if self.processes.leader(call.thread) == leader and process in (-1, leader):
+            return self.let_through(call)
+        self._signal(process if process > 0 else leader, signed(number))
         return 0
 
-    def _mkdirat(self, call: kernel.Notification) -> int:
-        descriptor, path, mode, *_ = call.arguments
-        return self._mkdir_at(call, descriptor, path, mode)
+    def _signal(self, process: int, number: int) -> None:
+        try:
+            self.processes.signal(process, number)
+        except OSError as e:
+            if e.errno == errno.EPERM:
+                self.files.deny(f"process {process}", "no process of this call")
+            raise
 
-    def _mkdir(self, call: kernel.Notification) -> int:
-        return self._mkdir_at(call, AT_FDCWD, call.arguments[0], call.arguments[1])
-
-    def _rename_at(self, call: kernel.Notification, old: tuple[int, int], new: tuple[int, int]) -> int:
-        with self._locate(call, *old, follow=False) as source, self._locate(call, *new, follow=False) as target:
-            self._require(call, source, "write")
-            self._require(call, target, "write")
-            if not source.exists:
-                raise OSError(errno.ENOENT, "missing")
-            for side in (source, target):
-                if side.is_folder:
-                    self._deny(_name(call), os.fsdecode(side.real), "moving a folder is not mediated")
-                    raise OSError(errno.EPERM, "folder")
-            self._before("remove", source)
-            self._before("write" if target.exists else "create", target)
-            os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
-        return 0
-
-    def _renameat2(self, call: kernel.Notification) -> int:
-        old_folder, old, new_folder, new, flags, *_ = call.arguments
-        if flags & 0xFFFF_FFFF:
-            raise OSError(errno.EINVAL, "flags")
-        return self._rename_at(call, (old_folder, old), (new_folder, new))
-
-    def _renameat(self, call: kernel.Notification) -> int:
-        old_folder, old, new_folder, new, *_ = call.arguments
-        return self._rename_at(call, (old_folder, old), (new_folder, new))
-
-    def _rename(self, call: kernel.Notification) -> int:
-        return self._rename_at(call, (AT_FDCWD, call.arguments[0]), (AT_FDCWD, call.arguments[1]))
+    def check_memory(self) -> None:
+        """To be called now and then. Raises WorkerOffence."""
+        if self.processes.many and self.processes.memory_kb() > self.limits.memory_mib << 10:
+            raise WorkerOffence(f"its processes took more than {self.limits.memory_mib} MiB together")
 
     # -- network
 
-    def _connect(self, call: kernel.Notification) -> int:
-        descriptor, address, size, *_ = call.arguments
+    def connect(self, call: Notification, descriptor: int, address: int, size: int) -> int:
+        """On a thread of its own, so that a peer that does not answer keeps nothing else waiting."""
         if not 2 <= size <= network.ADDRESS_BYTES:
             raise OSError(errno.EINVAL, "address")
-        peer = network.peer(self.target.read(address, size))
-        if peer not in self.access.connect:
-            self._deny("connect", f"{peer[0]}:{peer[1]}", "no scope to connect to it")
+        host, port = self.network.meant(*network.peer(self.processes.read(call.thread, address, size)))
+        if (host, port) not in self.network.granted and not ((host, port) == network.PROXY and self.network.granted):
+            self.files.deny(f"{host}:{port}", "no scope to connect to it")
             raise OSError(errno.EACCES, "peer")
-        own = self.target.take(descriptor)
-        self.peers.append(peer)
-        network.connect(own, peer, self.deadline)
+        template = socket.socket(fileno=self.processes.take(call.thread, descriptor))
+        if not self._connecting.acquire(blocking=False):
+            template.close()
+            raise OSError(errno.EAGAIN, "connections")
+        flags = self.processes.flags(call.thread, descriptor)
+        arguments = (call, signed(descriptor), template, flags, (host, port))
+        threading.Thread(target=self._connect, args=arguments, name="connect", daemon=True).start()
+        raise Answered
+
+    def _connect(self, call: Notification, number: int, template: socket.socket, flags: int, peer: tuple[str, int]) -> None:
+        """Make the connection, put it in the place of the worker's socket, answer."""
+        code = 0
+        try:
+            with template, self._dial(peer, wait=not flags & os.O_NONBLOCK) as made:
+                network.like(template, made)
+                if flags & os.O_NONBLOCK and not _is_connected(made):
+                    code = errno.EINPROGRESS
+                made.setblocking(not flags & os.O_NONBLOCK)
+                kernel.replace(self.listener, call.id, made.fileno(), number, close_on_exec=bool(flags & os.O_CLOEXEC))
+        except OSError as e:
+            code = e.errno or errno.EIO
+            if code == errno.EACCES:
+                self.files.deny(f"{peer[0]}:{peer[1]}", str(e.strerror))
+        finally:
+            self._connecting.release()
+        with contextlib.suppress(OSError):
+            kernel.answer(self.listener, call.id, 0, code)
+
+    def _dial(self, peer: tuple[str, int], *, wait: bool) -> socket.socket:
+        if peer != network.PROXY:
+            return self.network.dial(*peer, wait=wait)
+        ours, theirs = network.loopback_pair()
+        threading.Thread(target=self.proxy.serve, args=(theirs,), name="proxy", daemon=True).start()
+        return ours
+
+
+def _group(process: int) -> int:
+    try:
+        return os.getpgid(process)
+    except ProcessLookupError:
         return 0
 
 
-def _name(call: kernel.Notification) -> str:
-    return profile().names.get(call.number, str(call.number))
+def _is_connected(made: socket.socket) -> bool:
+    try:
+        made.getpeername()
+    except OSError:
+        return False
+    return True

@@ -22,19 +22,34 @@ if TYPE_CHECKING:
     from agentd_sandbox.policy import Check
 
 PROFILES = Path(__file__).parent / "profiles"
-ARCHITECTURES = {"x86_64": ("X86_64", 0xC000_003E), "aarch64": ("AARCH64", 0xC000_00B7)}
-HOST_CALLS = ("seccomp", "pidfd_getfd", "capset")
+ARCHITECTURES = {"x86_64": ("X86_64", 0xC000_003E), "aarch64": ("AARCH64", 0xC000_00B7), "arm": ("ARM", 0x4000_0028)}
+HOST_CALLS = (
+    *("seccomp", "pidfd_getfd", "capset", "mount_setattr"),
+    *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
+)
 
 
-def compile_profile(architecture: str) -> tuple[bytes, str]:
-    """The filter as raw BPF, and the numbers of every call the running code needs to know, as JSON."""
+def compile_profile(architecture: str) -> dict[str, bytes]:
+    """By suffix: the filter (`bpf`), the same with mediated calls refused (`alone.bpf`), and call numbers (`json`)."""
+    filters = {suffix: _compile(architecture, mediated=suffix == "bpf") for suffix in ("bpf", "alone.bpf")}
     import pyseccomp as s
 
     name, audit = ARCHITECTURES[architecture]
-    arch = getattr(s.Arch, name)
+    mediated = [call for rule in TABLE if rule.action is Action.MEDIATE for call in rule.calls]
+    resolved = {call: s.resolve_syscall(getattr(s.Arch, name), call) for call in (*mediated, *HOST_CALLS)}
+    numbers = {call: number for call, number in sorted(resolved.items()) if number >= 0}
+    text = json.dumps({"audit_arch": audit, "numbers": numbers}, indent=1) + "\n"
+    return filters | {"json": text.encode()}
+
+
+def _compile(architecture: str, *, mediated: bool) -> bytes:
+    """`mediated` false is for kernels that can't hand a call to a broker: there is nobody to ask."""
+    import pyseccomp as s
+
+    arch = getattr(s.Arch, ARCHITECTURES[architecture][0])
     actions = {
         Action.ALLOW: s.ALLOW,
-        Action.MEDIATE: s.NOTIFY,
+        Action.MEDIATE: s.NOTIFY if mediated else s.ERRNO(errno.EACCES),
         Action.ABSENT: s.ERRNO(errno.ENOSYS),
         Action.KILL: s.KILL_PROCESS,
     }
@@ -44,22 +59,18 @@ def compile_profile(architecture: str) -> tuple[bytes, str]:
         program.remove_arch(s.system_arch())
     program.set_attr(s.Attr.ACT_BADARCH, s.KILL_PROCESS)
     program.set_attr(s.Attr.CTL_OPTIMIZE, 2)  # a binary tree instead of a linear scan
-    numbers: dict[str, int] = {}
     for rule in TABLE:
+        if rule.action is Action.REFUSE:
+            continue  # what the filter does with whatever it does not name
         for call in rule.calls:
-            number = s.resolve_syscall(arch, call)
-            if number < 0:  # the legacy forms (open, stat, rename ...) do not exist on aarch64
+            if s.resolve_syscall(arch, call) < 0:  # the legacy forms (open, stat, rename ...) do not exist on aarch64
                 continue
-            if rule.action is Action.MEDIATE:
-                numbers[call] = number
             for checks in rule.checks or ((),):
                 program.add_rule_exactly(actions[rule.action], call, *(_argument(s, check) for check in checks))
-    numbers |= {call: s.resolve_syscall(arch, call) for call in HOST_CALLS}
     with tempfile.TemporaryFile() as file:
         program.export_bpf(file)
         file.seek(0)
-        bpf = file.read()
-    return bpf, json.dumps({"audit_arch": audit, "numbers": dict(sorted(numbers.items()))}, indent=1) + "\n"
+        return file.read()
 
 
 def _argument(s: Any, check: Check) -> Any:
@@ -74,9 +85,8 @@ def main() -> int:
     check: bool = parser.parse_args().check
     stale = 0
     for architecture in ARCHITECTURES:
-        bpf, numbers = compile_profile(architecture)
-        for path, content in ((f"{architecture}.bpf", bpf), (f"{architecture}.json", numbers.encode())):
-            target = PROFILES / path
+        for suffix, content in compile_profile(architecture).items():
+            target = PROFILES / f"{architecture}.{suffix}"
             if check and (not target.exists() or target.read_bytes() != content):
                 print(f"{target} is not what policy.py says; run: python -m agentd_sandbox.compile", file=sys.stderr)
                 stale = 1

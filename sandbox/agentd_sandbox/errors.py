@@ -30,3 +30,11 @@ class WorkerCancelled(SandboxFailure):
 
 class OutputTooLarge(SandboxFailure):
     """The worker's answer went past the cap; it was killed."""
+
+
+class WorkerOffence(SandboxFailure):
+    """The worker went past a limit of its call, or did what only an attack does; it was killed."""
+
+
+class BrokerStuck(SandboxFailure):
+    """The broker waits for a file system that does not answer; the worker was killed, its call may not be final."""

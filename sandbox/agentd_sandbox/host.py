@@ -1,38 +1,44 @@
-"""The daemon's side: one zygote, workers taken from it, one broker loop per call on the caller's thread."""
+"""The daemon's side: one zygote, workers taken from it, and for each call a broker on a thread of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
-import signal
 import socket
 import struct
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentd_sandbox import kernel
+from agentd_sandbox import network
 from agentd_sandbox.access import Access, PathRule
-from agentd_sandbox.broker import Broker, Denial, Recorder
-from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, Unsupported, WorkerCancelled, WorkerDied, WorkerTimeout
-from agentd_sandbox.target import Target
-from agentd_sandbox.worker import HELLO, LENGTH
+from agentd_sandbox.broker import Broker, Limits
+from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, WorkerCancelled, WorkerDied, WorkerTimeout
+from agentd_sandbox.files import Denial, Files, Recorder
+from agentd_sandbox.levels import Level, probe
+from agentd_sandbox.proxy import Credential, Proxy
+from agentd_sandbox.serving import Serving, Waiting
+from agentd_sandbox.system import program_rules, python_rules
+from agentd_sandbox.worker import LENGTH
+from agentd_sandbox.zygote import REQUEST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import ssl
+    from collections.abc import Callable, Mapping
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from agentd_sandbox.zygote import main; main(int(sys.argv[2]))"
 _START_TIMEOUT_S = 10.0
-_GONE_TIMEOUT_S = 5.0
 _TICK_S = 0.1
 _OVERHEAD_BYTES = 4096  # usage and JSON syntax around a result
+_BROKERS = 32  # threads; a file system that does not answer holds one until it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,76 +69,29 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class _Worker:
-    """A locked worker that waits for its request."""
-
-    channel: socket.socket
-    pid: int = 0
-    pidfd: int = -1
-    listener: int = -1
-
-    def greet(self) -> None:
-        """Take the listener out of the worker. Raises Unsupported if it couldn't lock itself."""
-        self.channel.settimeout(_START_TIMEOUT_S)
-        hello = b""
-        while len(hello) < HELLO.size:
-            chunk = self.channel.recv(HELLO.size - len(hello))
-            if not chunk:
-                raise WorkerDied("the worker died while it was locking itself down")
-            hello += chunk
-        kind, self.pid, listener = HELLO.unpack(hello)
-        if kind != b"P":
-            raise Unsupported("seccomp", self.pid, os.strerror(self.pid))
-        self.pidfd = os.pidfd_open(self.pid)
-        self.listener = kernel.take_descriptor(self.pidfd, listener)
-        self.channel.sendall(b"g")
-
-    def kill(self) -> None:
-        """Kill it and wait until nothing that is under its filter is left: only then is its work final."""
-        if self.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        if self.listener >= 0:
-            self._await_hang_up()
-        for descriptor in (self.listener, self.pidfd):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self.listener = self.pidfd = -1
-        self.channel.close()
-
-    def _await_hang_up(self) -> None:
-        poll = select.poll()
-        poll.register(self.listener, select.POLLIN)
-        deadline = time.monotonic() + _GONE_TIMEOUT_S
-        while time.monotonic() < deadline:
-            for _, events in poll.poll(_TICK_S * 1000):
-                if events & select.POLLHUP:
-                    return
-                with contextlib.suppress(OSError):  # a call that died with its caller
-                    kernel.receive(self.listener)
-        raise SandboxFailure("a killed worker does not go away")
-
-
-def runtime_rules() -> tuple[PathRule, ...]:
-    """What every tool may read: Python's own library and the time zones."""
-    folders = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "/usr/share/zoneinfo", "/etc/localtime")
-    return tuple(PathRule(os.fsencode(os.path.realpath(folder))) for folder in dict.fromkeys(folders))
-
-
-@dataclass(slots=True)
 class Sandbox:
     """Runs tool programs in one-shot workers. `programs` maps bundle names to Python source.
 
-    `folder` is the workers' working folder. `run` may be called from several threads at once.
+    `folder` is the workers' working folder. `level` says which layers there are; left out, it is probed. `keep_open` are
+    descriptors that the zygote holds until nothing of any worker is left, such as the lock of the daemon's state.
+    `run` may be called from several threads at once.
     """
 
     programs: Mapping[str, bytes]
     folder: Path
+    level: Level | None = None
+    credentials: Mapping[str, Credential] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    resolve: Callable[[str], list[str]] = network.look_up
+    trust: ssl.SSLContext | None = None
+    keep_open: tuple[int, ...] = ()
     _zygote: subprocess.Popen[bytes] | None = None
     _control: socket.socket | None = None
-    _spare: _Worker | None = None
+    _spare: Waiting | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _runtime: tuple[PathRule, ...] = field(default_factory=runtime_rules)
+    _brokers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_BROKERS, thread_name_prefix="broker"))
+    _processors: itertools.cycle[int] = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
+    _python: tuple[PathRule, ...] = field(default_factory=python_rules)
 
     @property
     def zygote_pid(self) -> int | None:
@@ -152,46 +111,58 @@ class Sandbox:
     def stop(self) -> None:
         with self._lock:
             if self._spare:
-                self._spare.kill()
+                self._spare.discard()
                 self._spare = None
             self._stop_zygote()
+        self._brokers.shutdown(wait=False, cancel_futures=True)
 
     def run(self, job: Job, access: Access, recorder: Recorder, cancelled: threading.Event) -> Outcome:
         """Run one call to its end; blocks. The worker and all it started are gone when this returns or raises."""
         started = time.monotonic()
         worker = self._take()
-        broker = Broker(
-            worker.listener,
-            Target(worker.pid, worker.pidfd, os.fsencode(os.path.realpath(self.folder))),
-            Access(access.read + self._runtime, access.write, access.connect),
-            recorder,
-            started + job.deadline_s,
-        )
+        broker = self._broker(worker, access, recorder, started + job.deadline_s)
+        serving = Serving(broker, worker)
         try:
-            body = _exchange(worker, broker, job, cancelled)
+            serving.begin(self._brokers)
+            body = _exchange(worker, serving, job, cancelled)
         finally:
-            try:
-                worker.kill()
-            finally:
-                broker.target.close()
+            serving.end()
         result, error, cpu_us, rss_kb = _answer(body)
         return Outcome(
             result=result,
             error=error,
-            denials=tuple(broker.denials),
-            denied=broker.denied,
-            peers=tuple(broker.peers),
+            denials=tuple(broker.files.denials),
+            denied=broker.files.denied,
+            peers=tuple(broker.network.peers),
             mediated=broker.calls,
             cpu_us=cpu_us,
             rss_kb=rss_kb,
             wall_us=round((time.monotonic() - started) * 1e6),
         )
 
-    def _take(self) -> _Worker:
+    def _broker(self, worker: Waiting, access: Access, recorder: Recorder, deadline: float) -> Broker:
+        stopped = threading.Event()
+        peers = network.Network(access.connect, deadline, stopped, self.resolve)
+        rules = self._python + (program_rules() if access.execute else ())
+        reach = Access(access.read + rules, access.write, access.connect, access.execute, access.use)
+        files = Files(reach, recorder, peers.made_up_files() if access.connect else {})
+        credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
+        proxy = Proxy(peers, credentials, files.deny, stopped, self.trust)
+        folder = os.fsencode(os.path.realpath(self.folder))
+        one_step = "addfd_send" not in self._level.without
+        return Broker(worker.listener, worker.processes, files, peers, proxy, folder, self.limits, one_step=one_step)
+
+    @property
+    def _level(self) -> Level:
+        if self.level is None:
+            self.level = probe()
+        return self.level
+
+    def _take(self) -> Waiting:
         with self._lock:
             worker, self._spare = self._spare, None
-            if worker is not None and not _alive(worker):
-                worker.kill()
+            if worker is not None and not worker.is_alive:
+                worker.discard()
                 worker = None
             try:
                 worker = self._greeted(worker or self._fork())
@@ -200,25 +171,25 @@ class Sandbox:
             self._spare = self._fork()  # locks itself while the call runs; greeted when it is taken
             return worker
 
-    def _greeted(self, worker: _Worker) -> _Worker:
+    def _greeted(self, worker: Waiting) -> Waiting:
         try:
-            if worker.listener < 0:
-                worker.greet()
+            worker.greet()
         except (SandboxFailure, OSError):
-            worker.kill()
+            worker.discard()
             raise
         return worker
 
-    def _fork(self) -> _Worker:
+    def _fork(self) -> Waiting:
         ours, theirs = socket.socketpair()
+        processor = next(self._processors)
         with theirs:
             for attempt in (1, 2):
                 if self._zygote is None or self._zygote.poll() is not None:
                     self._start_zygote()
                 assert self._control is not None
                 try:
-                    socket.send_fds(self._control, [b"f"], [theirs.fileno()])
-                    return _Worker(ours)
+                    socket.send_fds(self._control, [REQUEST.pack(processor)], [theirs.fileno()])
+                    return Waiting(ours, processor)
                 except OSError:
                     if attempt == 2:
                         raise
@@ -234,12 +205,18 @@ class Sandbox:
                 [sys.executable, "-I", "-S", "-c", _START, package_root, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": str(self.folder), **_time_zone()},
+                pass_fds=[theirs.fileno(), *self.keep_open],
+                env=_environment(self.folder),
                 start_new_session=True,
             )
-        sources = {name: source.decode() for name, source in self.programs.items()}
-        body = json.dumps({"programs": sources, "folder": str(self.folder)}).encode()
+        level = self._level
+        setup = {
+            "programs": {name: source.decode() for name, source in self.programs.items()},
+            "folder": str(self.folder),
+            "layers": list(level.layers),
+            "wait_killable": "wait_killable" not in level.without,
+        }
+        body = json.dumps(setup).encode()
         ours.settimeout(_START_TIMEOUT_S)
         ours.sendall(struct.pack("=I", len(body)) + body)
         if ours.recv(1) != b"r":
@@ -247,52 +224,59 @@ class Sandbox:
         self._control = ours
 
     def _stop_zygote(self) -> None:
+        """Closing the connection ends it, once all that its workers have left behind is killed."""
         if self._control:
             self._control.close()
             self._control = None
         if self._zygote:
-            self._zygote.kill()
-            self._zygote.wait(_GONE_TIMEOUT_S)
+            try:
+                self._zygote.wait(_START_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._zygote.kill()
+                self._zygote.wait(_START_TIMEOUT_S)
             self._zygote = None
 
 
-def _exchange(worker: _Worker, broker: Broker, job: Job, cancelled: threading.Event) -> bytes:
-    """Send the request and answer the worker's calls until its own answer is complete."""
+def _environment(folder: Path) -> dict[str, str]:
+    """All that tools and the programs they start get to see of ours."""
+    zone = {"TZ": os.environ["TZ"]} if "TZ" in os.environ else {}
+    proxy = "http://{}:{}".format(*network.PROXY)
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), proxy)
+    path = os.environ.get("PREFIX", "/usr") + "/bin:/usr/bin:/bin"
+    return {"PATH": path, "LANG": "C.UTF-8", "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **proxies, **zone}
+
+
+def _exchange(worker: Waiting, serving: Serving, job: Job, cancelled: threading.Event) -> bytes:
+    """Send the request and wait until the worker's answer is complete."""
     request = {"bundle": job.bundle, "tool": job.tool, "arguments": dict(job.arguments), "variables": dict(job.variables)}
     body = json.dumps(request).encode()
-    worker.channel.sendall(LENGTH.pack(len(body)) + body)
-    poll = select.poll()
-    poll.register(worker.listener, select.POLLIN)
-    poll.register(worker.channel, select.POLLIN)
+    deadline = serving.broker.network.deadline
     cap = job.output_bytes + _OVERHEAD_BYTES
+    poll = select.poll()
+    poll.register(worker.channel, select.POLLIN)
+    with contextlib.suppress(BrokenPipeError):  # it died: what it was, the answer that does not come will say
+        worker.channel.sendall(LENGTH.pack(len(body)) + body)
     data = b""
     while True:
-        remaining = broker.deadline - time.monotonic()
+        remaining = deadline - time.monotonic()
         if cancelled.is_set():
             raise WorkerCancelled("the call was cancelled")
         if remaining <= 0:
             raise WorkerTimeout(f"the tool was still running after {job.deadline_s:g} s")
-        for descriptor, events in poll.poll(min(remaining, _TICK_S) * 1000):
-            if descriptor == worker.listener:
-                if events & select.POLLIN:
-                    broker.serve_one()
-                continue
+        if not poll.poll(min(remaining, _TICK_S) * 1000):
+            continue
+        try:
             chunk = worker.channel.recv(1 << 16)
-            data += chunk
-            announced = LENGTH.unpack_from(data)[0] if len(data) >= LENGTH.size else 0
-            if max(announced, len(data)) > cap:
-                raise OutputTooLarge(f"the tool answered more than {job.output_bytes} bytes")
-            if announced and len(data) >= LENGTH.size + announced:
-                return data[LENGTH.size : LENGTH.size + announced]
-            if not chunk:
-                raise WorkerDied("the tool ended without an answer: a forbidden system call, a limit or a crash")
-
-
-def _alive(worker: _Worker) -> bool:
-    """A spare whose zygote was killed is dead too: its end of the channel is closed."""
-    poll = select.poll()
-    poll.register(worker.channel, 0)
-    return not poll.poll(0)
+        except ConnectionResetError:
+            chunk = b""
+        data += chunk
+        announced = LENGTH.unpack_from(data)[0] if len(data) >= LENGTH.size else 0
+        if max(announced, len(data)) > cap:
+            raise OutputTooLarge(f"the tool answered more than {job.output_bytes} bytes")
+        if announced and len(data) >= LENGTH.size + announced:
+            return data[LENGTH.size : LENGTH.size + announced]
+        if not chunk:
+            raise serving.offence or WorkerDied("the tool ended without an answer: a forbidden system call, a limit or a crash")
 
 
 def _answer(body: bytes) -> tuple[dict[str, Any] | None, str | None, int, int]:
@@ -320,7 +304,3 @@ def _clean(value: Any) -> Any:
             return [_clean(item) for item in value]
         case _:
             return value
-
-
-def _time_zone() -> dict[str, str]:
-    return {"TZ": os.environ["TZ"]} if "TZ" in os.environ else {}

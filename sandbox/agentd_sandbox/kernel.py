@@ -10,10 +10,10 @@ import errno
 import fcntl
 import os
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from agentd_sandbox.errors import Unsupported
-from agentd_sandbox.filters import Profile, profile
+from agentd_sandbox.filters import instructions, profile
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -23,58 +23,56 @@ _prctl = _libc.prctl
 _SECCOMP_SET_MODE_FILTER = 1
 _NEW_LISTENER = 1 << 3  # Linux 5.0
 _WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19: a signal can't cancel a call that the broker has begun
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_CAPBSET_DROP, _PR_SET_DUMPABLE = 1, 38, 24, 4
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
 _SIGKILL = 9
 _CAPABILITY_VERSION_3 = 0x2008_0522
 
-_RECV, _SEND, _ID_VALID, _ADDFD = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0x4018_2103
+_RECV, _SEND, _ID_VALID, _ADDFD, _SET_FLAGS = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0x4018_2103, 0x4008_2104
+_ADDFD_SETFD = 1 << 0  # Linux 5.9
 _ADDFD_SEND = 1 << 1  # Linux 5.14: inject the descriptor and answer in one step
+_CONTINUE = 1 << 0
+_SYNC_WAKE_UP = 1 << 0  # Linux 6.6
 _NOTIFICATION = struct.Struct("=QIIiIQ6Q")
 _RESPONSE = struct.Struct("=QqiI")
 _INJECTION = struct.Struct("=QIIII")
 _ID = struct.Struct("=Q")
 
-STAT_BYTES = {"x86_64": 144, "aarch64": 128}
-"""sizeof(struct stat) as the kernel writes it."""
-STATFS_BYTES = 120
+_STAT_BYTES = {"x86_64": 144, "aarch64": 128, "arm": 104}  # sizeof(struct stat), struct stat64 on arm
+_STATFS_BYTES = {"x86_64": 120, "aarch64": 120, "arm": 84}
+RENAME_NOREPLACE = 1
 AT_EMPTY_PATH = 0x1000
 AT_SYMLINK_NOFOLLOW = 0x100
+AT_SYMLINK_FOLLOW = 0x400
 AT_REMOVEDIR = 0x200
 
 
-@dataclass(frozen=True, slots=True)
-class Notification:
-    """A system call that waits for its answer. `arguments` are raw registers: mask what you use."""
+class Notification(NamedTuple):
+    """A system call that waits for its answer. `arguments` are raw registers: mask what you use.
+
+    `thread` is the caller's thread id as this process sees it.
+    """
 
     id: int
-    pid: int
+    thread: int
     number: int
     arguments: tuple[int, ...]
 
 
-def _check(result: int, call: str) -> int:
+def check(result: int, call: str) -> int:
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{call}: {os.strerror(code)}")
     return result
 
 
-def lock(filter_profile: Profile) -> int:
+def lock(*, wait_killable: bool = True) -> int:
     """Give up new privileges and install the filter; returns the listener. There is no way back.
 
     Raises Unsupported where the kernel has no user notification (before 5.0) or a supervisor above us
     already holds the listener (EBUSY).
     """
-    _check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
-    buffer = ctypes.create_string_buffer(filter_profile.bpf, len(filter_profile.bpf))
-    program = struct.pack("HxxxxxxP", filter_profile.instructions, ctypes.addressof(buffer))
-    for flags in (_NEW_LISTENER | _WAIT_KILLABLE_RECV, _NEW_LISTENER):
-        result: int = _syscall(
-            ctypes.c_long(filter_profile.numbers["seccomp"]),
-            ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER),
-            ctypes.c_ulong(flags),
-            ctypes.create_string_buffer(program, len(program)),
-        )
+    for flags in (_NEW_LISTENER | _WAIT_KILLABLE_RECV, _NEW_LISTENER)[0 if wait_killable else 1 :]:
+        result = _install(profile().bpf, flags)
         code = ctypes.get_errno()
         if result >= 0:
             return result
@@ -84,16 +82,53 @@ def lock(filter_profile: Profile) -> int:
     raise Unsupported("seccomp(SECCOMP_FILTER_FLAG_NEW_LISTENER)", code, why)
 
 
+def lock_alone() -> None:
+    """As `lock` for kernels without user notification: what a broker would do gets EACCES."""
+    if _install(profile().alone, 0) < 0:
+        code = ctypes.get_errno()
+        raise Unsupported("seccomp(SECCOMP_SET_MODE_FILTER)", code, os.strerror(code))
+
+
+def _install(bpf: bytes, flags: int) -> int:
+    no_new_privileges()
+    buffer = ctypes.create_string_buffer(bpf, len(bpf))
+    program = struct.pack("@HP", instructions(bpf), ctypes.addressof(buffer))
+    result: int = _syscall(
+        ctypes.c_long(profile().numbers["seccomp"]),
+        ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER),
+        ctypes.c_ulong(flags),
+        ctypes.create_string_buffer(program, len(program)),
+    )
+    return result
+
+
+def no_new_privileges() -> None:
+    check(_prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+
+
+def wake_at_once(listener: int) -> None:
+    """Let a caller go on on the broker's own processor (Linux 6.6; elsewhere it only costs a wake-up of another one)."""
+    try:
+        fcntl.ioctl(listener, _SET_FLAGS, _SYNC_WAKE_UP)
+    except OSError:
+        return
+
+
 def receive(listener: int) -> Notification:
     """The next waiting call. Raises OSError (ENOENT) if it was cancelled in between."""
-    buffer = bytearray(_NOTIFICATION.size)  # the kernel insists on zeroes
+    buffer = bytearray(80)  # the kernel insists on zeroes
     fcntl.ioctl(listener, _RECV, buffer, True)
-    identity, pid, _flags, number, _arch, _ip, *arguments = _NOTIFICATION.unpack(buffer)
-    return Notification(identity, pid, number, tuple(arguments))
+    fields = _NOTIFICATION.unpack(buffer)  # id, pid, flags, nr, arch, instruction pointer, args
+    return Notification(fields[0], fields[1], fields[3], fields[6:])
 
 
 def answer(listener: int, identity: int, value: int = 0, error: int = 0) -> None:
     fcntl.ioctl(listener, _SEND, _RESPONSE.pack(identity, value, -error, 0))
+
+
+def let_through(listener: int, identity: int) -> None:
+    """The kernel runs the call after all: only for calls whose arguments are values, or can't be changed any more."""
+    fcntl.ioctl(listener, _SEND, _RESPONSE.pack(identity, 0, 0, _CONTINUE))
 
 
 def still_waiting(listener: int, identity: int) -> bool:
@@ -105,52 +140,93 @@ def still_waiting(listener: int, identity: int) -> bool:
     return True
 
 
-def inject(listener: int, identity: int, descriptor: int, *, close_on_exec: bool) -> None:
-    """Give the caller a copy of `descriptor` as the result of its call, in one step."""
+def inject(listener: int, identity: int, descriptor: int, *, close_on_exec: bool, one_step: bool = True) -> None:
+    """Give the caller a copy of `descriptor` as the result of its call: in one step, or in two before Linux 5.14."""
     flags = os.O_CLOEXEC if close_on_exec else 0
-    fcntl.ioctl(listener, _ADDFD, _INJECTION.pack(identity, _ADDFD_SEND, descriptor, 0, flags))
+    if one_step:
+        try:
+            fcntl.ioctl(listener, _ADDFD, _INJECTION.pack(identity, _ADDFD_SEND, descriptor, 0, flags))
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+        else:
+            return
+    # A buffer that may change is what makes ioctl() return the number: that of the caller's new descriptor.
+    number = fcntl.ioctl(listener, _ADDFD, bytearray(_INJECTION.pack(identity, 0, descriptor, 0, flags)), True)
+    answer(listener, identity, number)
+
+
+def replace(listener: int, identity: int, descriptor: int, number: int, *, close_on_exec: bool) -> None:
+    """Put a copy of `descriptor` in the place of the caller's own descriptor `number`."""
+    flags = os.O_CLOEXEC if close_on_exec else 0
+    fcntl.ioctl(listener, _ADDFD, _INJECTION.pack(identity, _ADDFD_SETFD, descriptor, number, flags))
 
 
 def take_descriptor(pidfd: int, descriptor: int) -> int:
     """A copy of another process's descriptor, pidfd_getfd(2)."""
     number = profile().numbers["pidfd_getfd"]
     copy: int = _syscall(ctypes.c_long(number), ctypes.c_long(pidfd), ctypes.c_long(descriptor), ctypes.c_long(0))
-    return _check(copy, "pidfd_getfd")
+    return check(copy, "pidfd_getfd")
 
 
 def raw_stat(descriptor: int) -> bytes:
-    """`struct stat` of an open descriptor (O_PATH too), as the kernel lays it out."""
+    """`struct stat` of an open descriptor (O_PATH too), as the kernel lays it out (`struct stat64` on 32-bit arm)."""
     current = profile()
-    buffer = ctypes.create_string_buffer(STAT_BYTES[current.architecture])
-    result: int = _syscall(
-        ctypes.c_long(current.numbers["newfstatat"]), ctypes.c_long(descriptor), b"", buffer, ctypes.c_long(AT_EMPTY_PATH)
-    )
-    _check(result, "newfstatat")
+    number = current.numbers.get("newfstatat") or current.numbers["fstatat64"]
+    buffer = ctypes.create_string_buffer(_STAT_BYTES[current.architecture])
+    result: int = _syscall(ctypes.c_long(number), ctypes.c_long(descriptor), b"", buffer, ctypes.c_long(AT_EMPTY_PATH))
+    check(result, "newfstatat")
     return buffer.raw
 
 
 def raw_statfs(descriptor: int) -> bytes:
-    """`struct statfs` of the file system an open descriptor is on."""
-    buffer = ctypes.create_string_buffer(STATFS_BYTES)
+    """`struct statfs` of the file system an open descriptor is on (`struct statfs64` on 32-bit arm)."""
+    current = profile()
+    size = _STATFS_BYTES[current.architecture]
+    buffer = ctypes.create_string_buffer(size)
     path = f"/proc/self/fd/{descriptor}".encode()
-    result: int = _syscall(ctypes.c_long(profile().numbers["statfs"]), path, buffer)
-    _check(result, "statfs")
+    result: int
+    if current.architecture == "arm":
+        result = _syscall(ctypes.c_long(current.numbers["statfs64"]), path, ctypes.c_long(size), buffer)
+    else:
+        result = _syscall(ctypes.c_long(current.numbers["statfs"]), path, buffer)
+    check(result, "statfs")
     return buffer.raw
 
 
 def file_system(descriptor: int) -> int:
     """The magic number of the file system an open descriptor is on (`f_type`, the first word of struct statfs)."""
-    (magic,) = struct.unpack_from("=q", raw_statfs(descriptor))
-    return int(magic)
+    (magic,) = struct.unpack_from("@L", raw_statfs(descriptor))
+    return int(magic) & 0xFFFF_FFFF
+
+
+def rename_to_new(source: tuple[int, bytes], target: tuple[int, bytes]) -> None:
+    """renameat2(2) with RENAME_NOREPLACE: whatever got the new name meanwhile is left alone (EEXIST).
+
+    Each side is (folder descriptor, name). File systems that can't do it (EINVAL) get a plain rename.
+    """
+    number = profile().numbers["renameat2"]
+    arguments = (ctypes.c_long(source[0]), source[1], ctypes.c_long(target[0]), target[1], ctypes.c_ulong(RENAME_NOREPLACE))
+    try:
+        check(_syscall(ctypes.c_long(number), *arguments), "renameat2")
+    except OSError as e:
+        if e.errno != errno.EINVAL:
+            raise
+        os.rename(source[1], target[1], src_dir_fd=source[0], dst_dir_fd=target[0])
 
 
 def die_with_parent() -> None:
-    _check(_prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+    check(_prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
+
+
+def adopt_orphans() -> None:
+    """What a child leaves behind when it dies becomes a child of this process, prctl(PR_SET_CHILD_SUBREAPER)."""
+    check(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def stay_inspectable() -> None:
     """The broker reads the worker's memory: that needs a dumpable process (ptrace(2), access mode checks)."""
-    _check(_prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
+    check(_prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl(PR_SET_DUMPABLE)")
 
 
 def drop_capabilities() -> None:
@@ -160,4 +236,4 @@ def drop_capabilities() -> None:
             break  # EINVAL past the last one, EPERM for users who have none to drop
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     result: int = _syscall(ctypes.c_long(profile().numbers["capset"]), header, bytes(24))
-    _check(result, "capset")
+    check(result, "capset")

@@ -1,44 +1,213 @@
-"""Network mediation: connect(2) on the worker's own socket, to the broker's own copy of the address."""
+"""Network mediation: a connection is made by the broker and put in the place of the worker's own socket.
+
+A worker can't look names up. Each name of its scopes has a made-up address (198.18.0.0/15, RFC 2544: never routed),
+which a made-up /etc/hosts tells. A connect to it is for that name: the broker resolves it, once for each call, and takes
+public addresses only. Private ones (RFC 6890) must be granted as they are. One more made-up address is the proxy.
+"""
 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
+import re
 import select
 import socket
 import struct
+import threading
 import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ADDRESS_BYTES = 128  # sizeof(struct sockaddr_storage)
+PROXY = ("198.19.255.254", 3128)
+_FIRST = int(ipaddress.IPv4Address("198.18.0.1"))
+_LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_TICK_S = 0.1
+_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+)
+"""What programs like to set before they connect."""
+
+
+def canonical_host(text: str) -> str | None:
+    """The one form of a host name or address that is decided on and dialled; None if it is neither.
+
+    Letters, digits and hyphens in labels (RFC 1123), lower case, no dot at the end. A last label of digits, or one that
+    starts with 0x, would be read as a number by some resolvers: only the four decimal numbers of IPv4 are an address.
+    """
+    bare = text.removeprefix("[").removesuffix("]") if text.startswith("[") and text.endswith("]") else text
+    try:
+        address = ipaddress.ip_address(bare)
+    except ValueError:
+        pass
+    else:
+        if isinstance(address, ipaddress.IPv6Address):
+            if address.scope_id:
+                return None
+            return str(address.ipv4_mapped or address)
+        return str(address) if bare == text else None
+    name = text.lower().removesuffix(".")
+    if len(name) > 253 or not name.isascii() or not _NAME.fullmatch(name):
+        return None
+    last = name.rpartition(".")[2]
+    return None if last.isdigit() or last.startswith("0x") else name
+
+
+def is_name(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return True
+    return False
+
+
+def is_public(address: str) -> bool:
+    """Whether an address is one of the internet's: not private, loopback, link-local (cloud metadata), multicast."""
+    parsed = ipaddress.ip_address(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped:
+            return is_public(str(parsed.ipv4_mapped))
+        # Addresses that stand for an IPv4 one behind a translator: 6to4, Teredo, NAT64 (RFC 3056, 4380, 6052).
+        if parsed.sixtofour or parsed.teredo or parsed in ipaddress.ip_network("64:ff9b::/96"):
+            return False
+    return parsed.is_global and not parsed.is_multicast
+
+
+def look_up(name: str) -> list[str]:
+    """The addresses of a name, by the system's resolver. Raises OSError."""
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def peer(raw: bytes) -> tuple[str, int]:
-    """(address, port) of a sockaddr. Addresses mapped into IPv6 are given in their IPv4 form."""
+    """(address, port) of a sockaddr. Addresses mapped into IPv6 are given in their IPv4 form. Raises OSError."""
     (family,) = struct.unpack_from("=H", raw)
     if family == socket.AF_INET and len(raw) >= 8:
         (port,) = struct.unpack_from("!H", raw, 2)
         return socket.inet_ntop(socket.AF_INET, raw[4:8]), port
     if family == socket.AF_INET6 and len(raw) >= 24:
         (port,) = struct.unpack_from("!H", raw, 2)
-        text = socket.inet_ntop(socket.AF_INET6, raw[8:24])
-        return text.removeprefix("::ffff:") if text.startswith("::ffff:") and "." in text else text, port
+        address = ipaddress.IPv6Address(raw[8:24])
+        return str(address.ipv4_mapped or address), port
     raise OSError(errno.EAFNOSUPPORT, "address family")
 
 
-def connect(descriptor: int, target: tuple[str, int], deadline: float) -> None:
-    """Connect and close this copy of the socket; waits for a blocking socket until `deadline` (monotonic)."""
-    copy = socket.socket(fileno=descriptor)
-    try:
-        blocking = os.get_blocking(descriptor)
-        os.set_blocking(descriptor, False)
+@dataclass(slots=True)
+class Network:
+    """The peers of one call. `resolve` looks names up; what it said is kept for the call, so that it can't change.
+
+    Safe to use from several threads.
+    """
+
+    granted: frozenset[tuple[str, int]]
+    deadline: float
+    """monotonic(3) time past which nothing waits any more"""
+    stopped: threading.Event
+    resolve: Callable[[str], list[str]] = look_up
+    peers: list[tuple[str, int]] = field(default_factory=list)
+    _pinned: dict[str, list[str]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def made_up_addresses(self) -> dict[str, str]:
+        """Address by name."""
+        names = sorted({host for host, _ in self.granted if is_name(host)})
+        return {name: str(ipaddress.IPv4Address(_FIRST + n)) for n, name in enumerate(names)}
+
+    def made_up_files(self) -> dict[bytes, bytes]:
+        """What the C library looks names up in: files only, as nobody in there can be asked."""
+        lines = [f"{address} {name}\n" for name, address in self.made_up_addresses.items()]
+        return {
+            b"/etc/hosts": "".join(("127.0.0.1 localhost\n", *lines)).encode(),
+            b"/etc/nsswitch.conf": b"hosts: files\n",
+        }
+
+    def meant(self, address: str, port: int) -> tuple[str, int]:
+        """What a worker that connects to this address wants: the name, if the address is a made-up one."""
+        names = {made_up: name for name, made_up in self.made_up_addresses.items()}
+        return names.get(address, address), port
+
+    def dial(self, host: str, port: int, *, wait: bool = True) -> socket.socket:
+        """A socket connected to a granted peer; without `wait` perhaps still connecting.
+
+        Raises OSError: EACCES if it is not granted or the name leads to no public address.
+        """
+        if (host, port) not in self.granted:
+            raise OSError(errno.EACCES, f"no scope to connect to {host}:{port}")
+        failure = OSError(errno.EHOSTUNREACH, f"{host} has no address")
+        for address in self._addresses(host):
+            try:
+                made = self._connect(address, port, wait=wait)
+            except OSError as e:
+                failure = e
+                continue
+            self.peers.append((host, port))
+            return made
+        raise failure
+
+    def _addresses(self, host: str) -> list[str]:
+        if not is_name(host):
+            return [host]
+        with self._lock:
+            if host not in self._pinned:
+                try:
+                    self._pinned[host] = self.resolve(host)
+                except (OSError, UnicodeError):
+                    raise OSError(errno.EHOSTUNREACH, f"{host} can't be resolved") from None
+            found = self._pinned[host]
+        allowed = [address for address in found if is_public(address) or any(address == literal for literal, _ in self.granted)]
+        if found and not allowed:
+            raise OSError(errno.EACCES, f"{host} leads to a private address ({found[0]})")
+        return allowed
+
+    def _connect(self, address: str, port: int, *, wait: bool) -> socket.socket:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        made = socket.socket(family, socket.SOCK_STREAM)
         try:
-            code = copy.connect_ex(target)
-            if code == errno.EINPROGRESS and blocking:
-                _, ready, _ = select.select([], [copy], [], max(0.0, deadline - time.monotonic()))
-                code = copy.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if ready else errno.ETIMEDOUT
-        finally:
-            os.set_blocking(descriptor, blocking)
-    finally:
-        copy.close()
-    if code:
-        raise OSError(code, os.strerror(code))
+            made.setblocking(False)
+            code = made.connect_ex((address, port))
+            if code == errno.EINPROGRESS and wait:
+                code = self._wait(made)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+        except OSError:
+            made.close()
+            raise
+        return made
+
+    def _wait(self, made: socket.socket) -> int:
+        poll = select.poll()
+        poll.register(made, select.POLLOUT)
+        while not self.stopped.is_set() and time.monotonic() < self.deadline:
+            if poll.poll(_TICK_S * 1000):
+                return made.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return errno.ETIMEDOUT
+
+
+def like(template: socket.socket, made: socket.socket) -> None:
+    """Give a socket the options that a program has set on its own before."""
+    for level, option in _OPTIONS:
+        value = template.getsockopt(level, option)
+        if value != made.getsockopt(level, option):
+            made.setsockopt(level, option, value)
+
+
+def loopback_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of one TCP connection that nobody else has: programs expect TCP of what they connected."""
+    with socket.create_server(("127.0.0.1", 0), backlog=8) as server:
+        ours = socket.create_connection(server.getsockname(), timeout=5)
+        server.settimeout(5)
+        while True:
+            theirs, address = server.accept()
+            if address == ours.getsockname():
+                return ours, theirs
+            theirs.close()  # somebody else on this machine was quicker

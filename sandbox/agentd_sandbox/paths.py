@@ -4,6 +4,9 @@ openat2(RESOLVE_BENEATH) would do, but Android's filter kills whoever calls it; 
 Symlinks are read and their text is walked like any other, so what counts in the end is the real path. What belongs to
 a process in procfs (`/proc/123`, `/proc/self`) does not exist for the walker: its links would lead into the process
 that walks.
+
+Most paths have no link in them at all. Those take one open instead of a walk: if the kernel says that what it opened
+is called exactly what was asked for, then no link was on the way (17 us become 5, measured on x86_64).
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Self
 
 from agentd_sandbox import kernel
@@ -31,13 +35,23 @@ class WalkError(OSError):
 
 @dataclass(slots=True)
 class Resolved:
-    """A real path with its parent folder and, where it exists, itself, both open as O_PATH. Close after use."""
+    """A real path with its parent folder and, where it exists, itself, both open as O_PATH. Close after use.
+
+    `parent` is -1 where it was not needed; `status` is that of the thing itself, a link's own for a link.
+    """
 
     real: bytes
     parent: int
     name: bytes
     descriptor: int  # -1 if there is nothing by that name
     trailing_slash: bool = False
+    _status: os.stat_result | None = None
+
+    @property
+    def status(self) -> os.stat_result:
+        if self._status is None:
+            self._status = os.fstat(self.descriptor)
+        return self._status
 
     @property
     def exists(self) -> bool:
@@ -45,7 +59,11 @@ class Resolved:
 
     @property
     def is_folder(self) -> bool:
-        return self.exists and stat.S_ISDIR(os.fstat(self.descriptor).st_mode)
+        return self.exists and stat.S_ISDIR(self.status.st_mode)
+
+    @property
+    def is_link(self) -> bool:
+        return self.exists and stat.S_ISLNK(self.status.st_mode)
 
     @property
     def is_empty(self) -> bool:
@@ -57,9 +75,10 @@ class Resolved:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in (self.descriptor, self.parent):
-            if descriptor >= 0:
-                os.close(descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        if self.parent >= 0:
+            os.close(self.parent)
         self.descriptor = self.parent = -1
 
 
@@ -90,6 +109,47 @@ class _Walk:
         for _, descriptor in self.folders:
             os.close(descriptor)
         self.folders.clear()
+
+
+@cache
+def _own_descriptors() -> int:
+    """/proc/self/fd, kept open: the way there is half the cost of using it."""
+    return os.open("/proc/self/fd", _PATH_FLAGS | os.O_DIRECTORY)
+
+
+def reopen(descriptor: int, flags: int) -> int:
+    """Open the very thing an O_PATH descriptor stands for, whatever its name now leads to."""
+    return os.open(b"%d" % descriptor, flags | os.O_CLOEXEC, dir_fd=_own_descriptors())
+
+
+@dataclass(slots=True)
+class Walker:
+    """Resolves paths for one call. Knows which devices it has seen are not procfs."""
+
+    _ordinary: set[int] = field(default_factory=set)
+
+    def existing(self, path: bytes, *, follow: bool) -> Resolved:
+        """As `resolve`, but without the parent where the path is there as it is spelled."""
+        return self._as_spelled(path, follow=follow) or resolve(path, follow=follow)
+
+    def _as_spelled(self, path: bytes, *, follow: bool) -> Resolved | None:
+        try:
+            found = os.open(path, _PATH_FLAGS)
+        except (OSError, ValueError):
+            return None
+        real = os.readlink(b"%d" % found, dir_fd=_own_descriptors())
+        status = os.fstat(found)
+        if real == path and not (follow and stat.S_ISLNK(status.st_mode)) and self._is_ordinary(found, status.st_dev):
+            return Resolved(real, -1, b"", found, _status=status)
+        os.close(found)
+        return None
+
+    def _is_ordinary(self, descriptor: int, device: int) -> bool:
+        if device not in self._ordinary:
+            if kernel.file_system(descriptor) == _PROC_SUPER_MAGIC:
+                return False
+            self._ordinary.add(device)
+        return True
 
 
 def resolve(path: bytes, *, follow: bool) -> Resolved:

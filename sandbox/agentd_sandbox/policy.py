@@ -1,7 +1,8 @@
 """The system calls of a worker, as one table. Whatever it does not name is refused with EPERM.
 
 Compiled by `compile.py` for every architecture and checked in under `profiles/`; the running code only
-loads the result. Reasons follow seccomp(2), seccomp_unotify(2) and the manual page of each call.
+loads the result. Reasons follow seccomp(2), seccomp_unotify(2) and the manual page of each call. Names that an
+architecture does not have (open on aarch64, stat64 on x86_64) are left out there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ class Action(Enum):
     """The broker does it, from its own copy of the arguments."""
     ABSENT = "absent"
     """ENOSYS, so that the C library falls back to a call that is mediated."""
+    REFUSE = "refuse"
+    """EPERM, as for whatever the table does not name: ordinary programs ask for it and live without."""
     KILL = "kill"
     """Only an attack asks for it: the worker dies and the call is an incident."""
 
@@ -43,6 +46,10 @@ class Rule:
 _LOW = 0xFFFF_FFFF  # int arguments: the upper half of the register is noise
 _NEW_NAMESPACES = 0x7E02_0080  # every CLONE_NEW* flag of clone(2)
 _THREAD = 0x0001_0000
+_VM, _VFORK = 0x100, 0x4000
+# What a new process may be given beside its exit signal: settid and cleartid addresses, TLS, a pidfd. Not: a share of
+# memory (but for vfork, whose parent waits), of descriptors or of the working folder; another parent; a namespace.
+_PROCESS = _LOW & ~(0xFF | 0x0100_0000 | 0x0020_0000 | 0x0010_0000 | 0x0008_0000 | 0x1000)
 
 
 def _any_of(argument: int, values: tuple[int, ...]) -> tuple[tuple[Check, ...], ...]:
@@ -54,45 +61,56 @@ def _stream(family: int) -> tuple[tuple[Check, ...], ...]:
     return tuple((Check(0, family, _LOW), Check(1, 1, 0xF), Check(2, protocol, _LOW)) for protocol in (0, 6))
 
 
+def _options(level: int, names: tuple[int, ...]) -> tuple[tuple[Check, ...], ...]:
+    return tuple((Check(1, level, _LOW), Check(2, name, _LOW)) for name in names)
+
+
 TABLE: tuple[Rule, ...] = (
     Rule(
         Action.ALLOW,
         "input and output on descriptors the broker handed out",
         tuple(
-            """read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek close close_range fstat fstatfs
-            getdents64 fsync fdatasync sync_file_range flock fadvise64 sendfile splice tee copy_file_range ftruncate fallocate
-            dup dup2 dup3 pipe pipe2 eventfd2 poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_wait
-            epoll_pwait epoll_pwait2""".split()
+            """read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek _llseek close close_range fstat
+            fstat64 fstatfs fstatfs64 getdents getdents64 fsync fdatasync sync_file_range arm_sync_file_range flock fadvise64
+            arm_fadvise64_64 sendfile sendfile64 splice tee copy_file_range ftruncate ftruncate64 fallocate dup dup2 dup3 pipe
+            pipe2 eventfd eventfd2 poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create
+            epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2""".split()
         ),
     ),
     Rule(
         Action.ALLOW,
-        "own memory",
-        tuple("mmap munmap mremap brk mprotect madvise mincore msync mlock munlock membarrier memfd_create".split()),
+        "own memory, all of which RLIMIT_AS counts",
+        tuple("mmap mmap2 munmap mremap brk mprotect madvise mincore msync mlock munlock membarrier cacheflush".split()),
     ),
     Rule(
         Action.ALLOW,
-        "own threads, signals to be received, time",
+        "own threads, signals to be received, time, waiting for children",
         tuple(
-            """rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall
-            futex futex_waitv set_robust_list get_robust_list rseq set_tid_address sched_yield sched_getaffinity
-            sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min getcpu arch_prctl
-            nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times getitimer setitimer alarm pause
-            timerfd_create timerfd_settime timerfd_gettime wait4 waitid exit exit_group""".split()
+            """rt_sigaction rt_sigprocmask rt_sigreturn sigreturn rt_sigpending rt_sigtimedwait rt_sigtimedwait_time64
+            rt_sigsuspend sigaltstack restart_syscall futex futex_time64 futex_waitv set_robust_list get_robust_list rseq
+            set_tid_address set_tls sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max
+            sched_get_priority_min getcpu arch_prctl nanosleep clock_nanosleep clock_nanosleep_time64 clock_gettime
+            clock_gettime64 clock_getres clock_getres_time64 gettimeofday time times getitimer setitimer alarm pause
+            timer_create timer_settime timer_settime64 timer_gettime timer_gettime64 timer_getoverrun timer_delete
+            timerfd_create timerfd_settime timerfd_settime64 timerfd_gettime timerfd_gettime64 wait4 waitid exit
+            exit_group""".split()
         ),
     ),
     Rule(
         Action.ALLOW,
         "who and where it is; harmless to know",
         tuple(
-            """getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp getpgid getsid
-            getpriority getrusage getrlimit getcwd uname sysinfo umask getrandom""".split()
+            """getpid getppid gettid getuid getuid32 geteuid geteuid32 getgid getgid32 getegid getegid32 getresuid
+            getresuid32 getresgid getresgid32 getgroups getgroups32 getpgrp getpgid getsid getpriority getrusage getrlimit
+            ugetrlimit getcwd uname sysinfo umask getrandom""".split()
         ),
     ),
+    Rule(Action.ALLOW, "process groups within its own session, as timeout(1) makes them", ("setpgid",)),
+    Rule(Action.ALLOW, "to a folder that the broker opened; relative paths are resolved anew at every use", ("fchdir",)),
     Rule(
         Action.ALLOW,
         "a connected socket",
-        ("recvfrom", "recvmsg", "getsockopt", "getsockname", "getpeername", "shutdown"),
+        ("recvfrom", "recvmsg", "recv", "send", "getsockopt", "getsockname", "getpeername", "shutdown"),
     ),
     Rule(
         Action.ALLOW,
@@ -101,40 +119,65 @@ TABLE: tuple[Rule, ...] = (
         ((Check(4, 0),),),
     ),
     Rule(Action.ALLOW, "TCP only: no datagrams, so no name look-ups", ("socket",), _stream(2) + _stream(10)),
+    Rule(Action.ALLOW, "a pipe in both directions, to nobody else", ("socketpair",), ((Check(0, 1, _LOW),),)),
     Rule(
         Action.ALLOW,
-        "threads of its own; no process, no namespace",
+        "SO_REUSEADDR SO_ERROR SO_SNDBUF SO_RCVBUF SO_KEEPALIVE SO_LINGER SO_RCVTIMEO SO_SNDTIMEO, and of TCP: NODELAY CORK "
+        "KEEPIDLE KEEPINTVL KEEPCNT USER_TIMEOUT, IPV6_V6ONLY: nothing that connects, binds or marks",
+        ("setsockopt",),
+        _options(1, (2, 4, 7, 8, 9, 13, 20, 21, 66, 67)) + _options(6, (1, 3, 4, 5, 6, 18)) + _options(41, (26,)),
+    ),
+    Rule(
+        Action.ALLOW,
+        "threads of its own; no namespace",
         ("clone",),
         ((Check(0, _THREAD, _NEW_NAMESPACES | _THREAD),),),
     ),
     Rule(
+        Action.MEDIATE,
+        "a process of its own: counted, and let through by value",
+        ("clone",),
+        ((Check(0, 0, _PROCESS),), (Check(0, _VM | _VFORK, _PROCESS),), (Check(0, _VFORK, _PROCESS),)),
+    ),
+    Rule(Action.MEDIATE, "a process of its own: counted", ("fork", "vfork")),
+    Rule(
         Action.ALLOW,
         "own descriptors: no signal owner, no leases, no notification",
-        ("fcntl",),
-        _any_of(1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032, 1034)),
+        ("fcntl", "fcntl64"),
+        _any_of(1, (0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 36, 37, 38, 1030, 1031, 1032, 1034)),
     ),
     Rule(
         Action.ALLOW,
-        "FIONREAD FIOCLEX FIONCLEX FIONBIO TCGETS TIOCGWINSZ: terminal injection and reflinks stay out",
+        "FIONREAD FIOCLEX FIONCLEX FIONBIO TCGETS TIOCGWINSZ TIOCGPGRP: terminal injection and reflinks stay out",
         ("ioctl",),
-        _any_of(1, (0x541B, 0x5451, 0x5450, 0x5421, 0x5401, 0x5413)),
+        _any_of(1, (0x541B, 0x5451, 0x5450, 0x5421, 0x5401, 0x5413, 0x540F)),
     ),
     Rule(
         Action.ALLOW,
-        "PR_SET_NAME PR_GET_NAME PR_GET_DUMPABLE PR_GET_NO_NEW_PRIVS PR_SET_VMA",
+        "PR_SET_PDEATHSIG PR_SET_NAME PR_GET_NAME PR_GET_DUMPABLE PR_CAPBSET_READ PR_SET_NO_NEW_PRIVS PR_GET_NO_NEW_PRIVS "
+        "PR_SET_VMA",
         ("prctl",),
-        _any_of(0, (15, 16, 3, 39, 0x53564D41)),
+        _any_of(0, (1, 15, 16, 3, 23, 38, 39, 0x53564D41)),
     ),
     Rule(Action.ALLOW, "reading its own limits", ("prlimit64",), ((Check(0, 0, _LOW), Check(2, 0)),)),
     Rule(
         Action.MEDIATE,
         "names a path: the broker resolves it against the scopes of this call",
         tuple(
-            """open openat creat stat lstat newfstatat access faccessat readlink readlinkat statfs
-            truncate unlink unlinkat rmdir mkdir mkdirat rename renameat renameat2""".split()
+            """open openat creat stat stat64 lstat lstat64 newfstatat fstatat64 access faccessat readlink readlinkat statfs
+            statfs64 truncate truncate64 unlink unlinkat rmdir mkdir mkdirat rename renameat renameat2 link linkat symlink
+            symlinkat chmod fchmodat chown chown32 lchown lchown32 fchownat utime utimes futimesat utimensat
+            utimensat_time64 setxattr lsetxattr getxattr lgetxattr listxattr llistxattr removexattr lremovexattr""".split()
         ),
     ),
-    Rule(Action.MEDIATE, "names an address: the broker connects the worker's own socket", ("connect",)),
+    Rule(
+        Action.MEDIATE,
+        "changes what a file is called or known by: recorded like a change of its content",
+        ("fchmod", "fchown", "fchown32", "fsetxattr", "fgetxattr", "flistxattr", "fremovexattr"),
+    ),
+    Rule(Action.MEDIATE, "names an address: the broker connects in the worker's place", ("connect",)),
+    Rule(Action.MEDIATE, "let through once the broker has seen that nobody can change the path meanwhile", ("chdir", "execve")),
+    Rule(Action.MEDIATE, "to processes of its own session only, by value", ("kill", "tkill", "tgkill")),
     Rule(
         Action.ABSENT,
         "the C library falls back to a form that can be checked",
@@ -144,12 +187,27 @@ TABLE: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        Action.REFUSE,
+        "leaves the session by which the descendants of a call are found",
+        ("setsid",),
+    ),
+    Rule(Action.REFUSE, "memory or code that no limit counts and no path names", ("memfd_create", "memfd_secret", "execveat")),
+    Rule(Action.REFUSE, "passes descriptors or names an address behind a pointer", ("sendmsg", "sendmmsg", "recvmmsg")),
+    Rule(Action.REFUSE, "listens", ("bind", "listen", "accept", "accept4")),
+    Rule(Action.REFUSE, "signals by other ways", ("rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "pidfd_open")),
+    Rule(
+        Action.REFUSE,
+        "ordinary programs ask out of habit",
+        ("personality", "name_to_handle_at", "inotify_init", "inotify_init1"),
+    ),
+    Rule(
         Action.KILL,
         "reaches into other processes, the kernel or the namespaces",
         tuple(
             """ptrace process_vm_readv process_vm_writev process_madvise kcmp pidfd_getfd bpf userfaultfd perf_event_open
-            keyctl add_key request_key mount umount2 pivot_root chroot setns unshare kexec_load init_module finit_module
-            delete_module open_by_handle_at name_to_handle_at seccomp iopl ioperm modify_ldt personality""".split()
+            keyctl add_key request_key mount umount2 pivot_root chroot setns move_mount open_tree fsopen fsmount
+            fsconfig fspick mount_setattr unshare kexec_load init_module finit_module delete_module open_by_handle_at seccomp
+            iopl ioperm modify_ldt landlock_create_ruleset landlock_add_rule landlock_restrict_self""".split()
         ),
     ),
 )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import resource
 import struct
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from agentd_sandbox import kernel, sdk
+from agentd_sandbox import kernel, layers, sdk
 from agentd_sandbox.errors import Unsupported
-from agentd_sandbox.filters import profile
 
 if TYPE_CHECKING:
     import socket
@@ -26,15 +27,23 @@ LIMITS = {
     resource.RLIMIT_AS: 512 * _MIB,
     resource.RLIMIT_CPU: 60,
     resource.RLIMIT_FSIZE: 64 * _MIB,
-    resource.RLIMIT_NOFILE: 64,
+    resource.RLIMIT_NOFILE: 256,
     resource.RLIMIT_CORE: 0,
 }
 
 
-def main(channel: socket.socket, programs: dict[str, CodeType]) -> NoReturn:
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How workers are locked: the layers beside filter and broker, and whether signals wait for the broker."""
+
+    layers: frozenset[str]
+    wait_killable: bool = True
+
+
+def main(channel: socket.socket, programs: dict[str, CodeType], manner: Manner, processor: int) -> NoReturn:
     """Never returns: answers one request over `channel` and exits."""
     try:
-        _lock(channel)
+        _lock(channel, manner, processor)
         request = json.loads(_receive(channel))
         body = json.dumps(_run(request, programs), ensure_ascii=False).encode("utf-8", "replace")
         channel.sendall(LENGTH.pack(len(body)) + body)
@@ -42,27 +51,47 @@ def main(channel: socket.socket, programs: dict[str, CodeType]) -> NoReturn:
         os._exit(0)
 
 
-def _lock(channel: socket.socket) -> None:
+def _lock(channel: socket.socket, manner: Manner, processor: int) -> None:
     """From here on the process can do nothing that the policy does not name."""
     keep = channel.fileno()
     os.closerange(3, keep)
     os.closerange(keep + 1, 1 << 16)
+    os.setsid()  # what it starts stays in this session, and is found by it
+    share_processor(processor)
     kernel.die_with_parent()
     for limit, value in LIMITS.items():
         resource.setrlimit(limit, (value, value))
     random.seed()  # all workers are forks of one process
     os.dup2(1, 2)  # stdout is /dev/null: a tool must not write into the daemon's log or onto its terminal
-    kernel.drop_capabilities()
-    kernel.stay_inspectable()
     try:
-        listener = kernel.lock(profile())
+        listener = lock(manner)
     except Unsupported as e:
         channel.sendall(HELLO.pack(b"E", e.errno, 0))
+        raise
+    except OSError as e:
+        channel.sendall(HELLO.pack(b"E", e.errno or 0, 0))
         raise
     channel.sendall(HELLO.pack(b"P", os.getpid(), listener))
     if channel.recv(1) != b"g":  # the daemon has its copy of the listener now
         os._exit(0)
     os.close(listener)  # whoever holds it could approve its own calls
+
+
+def lock(manner: Manner) -> int:
+    """Give everything up that can be, then install the filter; returns the listener."""
+    kernel.drop_capabilities()
+    kernel.stay_inspectable()
+    if "landlock" in manner.layers:
+        kernel.no_new_privileges()
+        layers.restrict_by_landlock()
+    return kernel.lock(wait_killable=manner.wait_killable)
+
+
+def share_processor(processor: int) -> None:
+    """Run where the broker runs, so that a call and its answer need not wake another processor (100 us become 45)."""
+    if processor >= 0:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, {processor})
 
 
 def _receive(channel: socket.socket) -> bytes:

@@ -4,7 +4,8 @@
 
 It is started by exec with an empty environment before anything worth stealing exists in its memory. It reads
 the tool programs once (as source, from the daemon), imports what tools commonly need, and then only forks:
-one message with one descriptor gives one worker.
+one message with one descriptor gives one worker. It adopts what workers leave behind, and when the daemon is gone it
+kills all of it before it ends itself.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ import socket
 import struct
 from typing import NoReturn
 
-from agentd_sandbox import kernel, worker
+from agentd_sandbox import kernel, layers, worker
+from agentd_sandbox.processes import kill_descendants
 
 _LENGTH = struct.Struct("=I")
+REQUEST = struct.Struct("=i")
+"""A message that asks for a worker: the processor it shares with its broker, or -1."""
 _PREIMPORTED = (
-    *("codecs", "collections", "datetime", "encodings.idna", "fnmatch", "io", "json", "math", "pathlib", "random", "re"),
-    *("shutil", "stat", "string", "textwrap", "time", "zoneinfo", "agentd_sandbox.sdk"),
+    *("codecs", "collections", "datetime", "encodings.idna", "fnmatch", "http.client", "io", "json", "math", "pathlib"),
+    *("random", "re", "shutil", "stat", "string", "subprocess", "textwrap", "time", "urllib.parse", "zoneinfo"),
+    "agentd_sandbox.sdk",
 )
 """Imported before the lock: afterwards every import costs mediated opens."""
 
@@ -32,22 +37,27 @@ def main(descriptor: int) -> NoReturn:
     control = socket.socket(fileno=descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers need no reaping
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    kernel.die_with_parent()
+    kernel.adopt_orphans()
     os.umask(0o022)
     setup = json.loads(_receive(control))
     for name in _PREIMPORTED:
         importlib.import_module(name)
     programs = {name: compile(source, f"<{name}>", "exec", dont_inherit=True) for name, source in setup["programs"].items()}
     os.chdir(setup["folder"])
+    if "namespaces" in setup["layers"]:
+        layers.enter_namespaces()
+        os.chdir(setup["folder"])  # the same one, in the mounts that can't be written
     control.sendall(b"r")
+    manner = worker.Manner(frozenset(setup["layers"]), setup["wait_killable"])
     while True:
-        message, descriptors, _flags, _address = socket.recv_fds(control, 1, 1)
+        message, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
         if not message:
+            kill_descendants(os.getpid())
             os._exit(0)
         channel = socket.socket(fileno=descriptors[0])
         if os.fork() == 0:
             control.close()
-            worker.main(channel, programs)
+            worker.main(channel, programs, manner, *REQUEST.unpack(message))
         channel.close()
 
 

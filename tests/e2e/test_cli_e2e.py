@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 import pytest
+from agentd_sandbox import probe
 
 from agentd.cli import cli
 
@@ -42,7 +43,7 @@ def test_run_shows_the_call_and_the_answer(daemon: DaemonProcess):
     """Tool, scopes, decision, sandbox and answer are all on the screen."""
     (daemon.home / "todo.txt").write_text("sleep\n")
     shown = daemon.command("run", "read todo.txt").stdout
-    for part in ("files.read", f"read:{daemon.home}/todo.txt", "allow", "L2", "todo.txt says: sleep"):
+    for part in ("files.read", f"read:{daemon.home}/todo.txt", "allow", "sandbox   L", "todo.txt says: sleep"):
         assert part in shown
 
 
@@ -124,7 +125,7 @@ def test_every_command_has_json():
 def test_doctor_says_what_is_there(daemon: DaemonProcess):
     """Sandbox level, model and daemon, each with its state."""
     findings = {finding["what"]: finding for finding in daemon.json("doctor", "--config", str(daemon.root / "agentd.toml"))}
-    assert findings["sandbox"]["found"].startswith("L2")
+    assert findings["sandbox"]["found"].startswith(probe().name)
     assert "12 tools" in findings["daemon"]["found"] or "16 tools" in findings["daemon"]["found"]
     assert all(finding["ok"] for finding in findings.values())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from agentd_sandbox import probe
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -33,7 +34,7 @@ def test_a_prompt_becomes_a_permitted_confined_recorded_undoable_call(daemon: Da
     assert json.loads(call.arguments_json) == {"path": "list.txt", "text": "buy milk"}
     assert call.decision == tool_pb2.ToolCall.DECISION_ALLOW
     assert list(call.scopes) == [f"read:{file}", f"write:{file}"]
-    assert call.sandbox_level == "L2"
+    assert call.sandbox_level == probe().name
     assert list(call.changed_paths) == [str(file)]
     assert file.read_text() == "bread\nbuy milk\n"
     ended = events[-1].run

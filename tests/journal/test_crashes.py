@@ -252,3 +252,35 @@ def test_an_undo_leaves_no_descriptor_open(desk: Desk):
             transaction.finish(end(transaction))
             call = transaction.call
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_open_calls_are_put_back_in_the_order_they_came(desk: Desk):
+    """Newest first, by when they began, whatever their ids are: the oldest state is what is left."""
+    first = desk.begin("file", call="zzz")
+    (desk.home / "file").write_text("first\n")
+    desk.begin("file", call="aaa")
+    (desk.home / "file").write_text("second\n")
+    assert first.call == "zzz"
+    desk.close()
+    desk.open()
+    assert desk.journal.recover() == ["aaa", "zzz"]
+    assert (desk.home / "file").read_text() == "old\n"
+
+
+@pytest.mark.parametrize("how", ["rolled back", "recovered"])
+def test_a_call_that_fails_does_not_take_back_what_another_has_finished(desk: Desk, how: str):
+    """The other one began later, changed the same file, and its end is on record."""
+    failing = desk.begin("file", "large")
+    (desk.home / "file").write_text("failing\n")
+    (desk.home / "large").write_text("failing\n")
+    other = desk.begin("file")
+    (desk.home / "file").write_text("finished\n")
+    other.finish(end(other))
+    if how == "rolled back":
+        failing.roll_back(abort(failing))
+    else:
+        desk.close()
+        desk.open()
+        desk.journal.recover()
+    assert (desk.home / "file").read_text() == "finished\n"
+    assert (desk.home / "large").read_bytes() == b"L" * 100_000

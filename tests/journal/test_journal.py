@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from agentd_sandbox import Refusal
-from agentd_sandbox.broker import Change
+from agentd_sandbox import Change, Refusal
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -182,12 +181,12 @@ def test_a_change_of_an_undeclared_path_waits_for_its_pre_image(bench: Bench, ho
     transaction = bench.begin()
     (home / "big").write_bytes(bytes(LIMIT + 1))
     for name in ("file", "big"):
-        change = Change("write", os.fsencode(home / name), -1, name.encode())
+        change = Change("write", os.fsencode(home / name))
         if name == "big":
             with pytest.raises(Refusal):
-                transaction.before_change(change)
+                transaction.before_changes([change])
         else:
-            transaction.before_change(change)
+            transaction.before_changes([change])
     (home / "file").write_text("new")
     assert len(bench.reopen()) == 1
     assert (home / "file").read_text() == "old\n"

@@ -172,7 +172,7 @@ def set_limits(pid: int, daemon: int) -> dict[str, Any]:
 
 @tool("chdir")
 def chdir(pid: int, daemon: int) -> dict[str, Any]:
-    os.chdir("/")
+    os.chdir("/var/tmp")
     return {}
 
 

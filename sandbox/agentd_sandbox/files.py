@@ -1,0 +1,430 @@
+"""What path calls do, within the scopes of one call: every way to open, look at or change a file.
+
+Paths come in absolute and are walked here; what is decided on is the real path. Before the first change of a path the
+recorder makes its former state durable. What is outside the scopes does not exist (ENOENT), what may be seen but not
+used is refused (EACCES). Errors are those of the manual pages, as OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from agentd_sandbox import kernel
+from agentd_sandbox.paths import Resolved, Walker, WalkError, reopen, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from agentd_sandbox.access import Access
+
+_O_TMPFILE = 0o20000000
+_KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
+_DEVICES = frozenset({b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/urandom", b"/dev/random"})
+_NULL = b"/dev/null"
+_RECORDED_DENIALS = 32
+_TREE_LIMIT = 2000  # entries of a folder that is moved: each one's former state is kept
+
+Right = Literal["see", "read", "write", "execute"]
+
+
+class Refusal(Exception):
+    """A recorder's no: the change is not made and the worker gets `errno`."""
+
+    def __init__(self, code: int, why: str) -> None:
+        super().__init__(why)
+        self.errno = code
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change about to be made to a real path. `operation` is create, write or remove."""
+
+    operation: Literal["create", "write", "remove"]
+    path: bytes
+
+
+class Recorder(Protocol):
+    """Makes the former state of paths durable before they are changed."""
+
+    def before_changes(self, changes: Sequence[Change]) -> None:
+        """Return once the states are on disk; raise Refusal if they can't be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """A call that was refused, with the path or peer it named."""
+
+    call: str
+    target: str
+    why: str
+
+
+@dataclass(slots=True)
+class Files:
+    """The file system as one call may use it. `call` is the system call being done, for the record of denials.
+
+    `made_up` are files that exist for the worker only, by real path.
+    """
+
+    access: Access
+    recorder: Recorder
+    made_up: Mapping[bytes, bytes] = field(default_factory=dict)
+    call: str = ""
+    denied: int = 0
+    denials: list[Denial] = field(default_factory=list)
+    _walker: Walker = field(default_factory=Walker)
+
+    def deny(self, target: bytes | str, why: str) -> None:
+        self.denied += 1
+        if self.denied <= _RECORDED_DENIALS:
+            self.denials.append(Denial(self.call, os.fsdecode(target), why))
+
+    # -- from a path to something that this call may use
+
+    def existing(self, path: bytes, right: Right, *, follow: bool = True) -> Resolved:
+        """Something that is there, and may be used as `right` says."""
+        target = self._reach(path, follow=follow, parent=False)
+        try:
+            self.require(target, right)
+            if not target.exists:
+                raise OSError(errno.ENOENT, "missing")
+        except OSError:
+            target.__exit__()
+            raise
+        return target
+
+    def _reach(self, path: bytes, *, follow: bool, parent: bool) -> Resolved:
+        """A hidden path is not even looked up: a link out there that leads into the scopes does not exist either."""
+        if not (self.access.may_see(path) or _is_crooked(path) or path in _DEVICES):
+            self.deny(path, "no scope to see it")
+            raise OSError(errno.ENOENT, "hidden")
+        try:
+            return resolve(path, follow=follow) if parent else self._walker.existing(path, follow=follow)
+        except WalkError as e:
+            if self.access.may_see(e.reached):
+                raise
+            self.deny(e.reached, "leads out of the scopes")
+            raise OSError(errno.ENOENT, "hidden") from None
+
+    def require(self, target: Resolved, right: Right) -> None:
+        """What is hidden does not exist; what is seen but not granted is refused."""
+        access, real = self.access, target.real
+        match right:
+            case "read":
+                allowed = access.may_read(real) or real in _DEVICES
+            case "write":
+                allowed = access.may_write(real)
+            case "execute":
+                allowed = access.may_execute(real)
+            case _:
+                allowed = access.may_see(real) or real in _DEVICES
+        if not allowed:
+            self.deny(real, f"no scope to {right} it")
+            raise OSError(errno.EACCES if target.exists and access.may_see(real) else errno.ENOENT, "denied")
+
+    def _record(self, *changes: tuple[Literal["create", "write", "remove"], bytes]) -> None:
+        kept = [Change(operation, path) for operation, path in changes if path not in _DEVICES]
+        if kept:
+            self.recorder.before_changes(kept)
+
+    # -- open
+
+    def open(self, path: bytes, flags: int, mode: int, umask: int) -> int:
+        """A descriptor of ours, to be handed on and closed."""
+        if flags & _O_TMPFILE & ~os.O_DIRECTORY:
+            raise OSError(errno.EOPNOTSUPP, "O_TMPFILE")
+        if flags & os.O_PATH:  # would let a worker hold what it may not read: it gets what it could open
+            flags = os.O_RDONLY | flags & (os.O_DIRECTORY | os.O_NOFOLLOW)
+        if path in self.made_up:
+            return self._invent(path, flags)
+        creating = bool(flags & os.O_CREAT)
+        exclusive = creating and flags & os.O_EXCL
+        follow = not (flags & os.O_NOFOLLOW or exclusive)
+        with self._reach(path, follow=follow, parent=False) as target:
+            if target.exists:
+                return self._open_existing(target, flags)
+            return self._create(target, flags, mode & ~umask)
+
+    def _create(self, target: Resolved, flags: int, mode: int) -> int:
+        if not flags & os.O_CREAT:
+            self.require(target, "see")
+            raise OSError(errno.ENOENT, "missing")
+        self.require(target, "write")
+        if target.trailing_slash:
+            raise OSError(errno.EISDIR, "folder")
+        self._record(("create", target.real))
+        exact = flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(target.name, exact, mode & 0o777, dir_fd=target.parent)
+
+    def _open_existing(self, target: Resolved, flags: int) -> int:
+        changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if flags & os.O_ACCMODE != os.O_WRONLY:
+            self.require(target, "read")
+        if changes and target.real != _NULL:  # to be written to, not to be removed or replaced
+            self.require(target, "write")
+        if flags & os.O_CREAT and flags & os.O_EXCL:
+            raise OSError(errno.EEXIST, "exists")
+        self._fit_to_open(target, changes=changes)
+        if changes:
+            self._record(("write", target.real))
+        opened = reopen(target.descriptor, flags & _KEPT_FLAGS)
+        if flags & os.O_TRUNC and target.real not in _DEVICES:
+            os.ftruncate(opened, 0)
+        return opened
+
+    def _fit_to_open(self, target: Resolved, *, changes: bool) -> None:
+        """Files and folders only: a FIFO would block the broker, a device reaches beyond files."""
+        mode = target.status.st_mode
+        if stat.S_ISREG(mode):
+            if changes:
+                self._only_name(target)
+        elif stat.S_ISLNK(mode):
+            raise OSError(errno.ELOOP, "link")
+        elif stat.S_ISDIR(mode):
+            if changes:
+                raise OSError(errno.EISDIR, "folder")
+        elif target.real not in _DEVICES:
+            self.deny(target.real, "neither a file nor a folder")
+            raise OSError(errno.EACCES, "special")
+
+    def _only_name(self, target: Resolved) -> None:
+        """Another name of this file may lie outside the scopes."""
+        if target.status.st_nlink > 1 and not target.is_folder:
+            self.deny(target.real, "has more than one hard link")
+            raise OSError(errno.EMLINK, "links")
+
+    def _invent(self, path: bytes, flags: int = 0) -> int:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise OSError(errno.EACCES, "made up")
+        descriptor = os.memfd_create("made-up", os.MFD_CLOEXEC)
+        os.write(descriptor, self.made_up[path])
+        try:
+            return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(descriptor)
+
+    # -- what a path is
+
+    def status(self, path: bytes, *, follow: bool) -> bytes:
+        """`struct stat`, as the kernel lays it out."""
+        if path in self.made_up:
+            made = self._invent(path)
+            try:
+                return kernel.raw_stat(made)
+            finally:
+                os.close(made)
+        with self.existing(path, "see", follow=follow) as target:
+            return kernel.raw_stat(target.descriptor)
+
+    def may(self, path: bytes, mode: int) -> None:
+        """access(2)."""
+        if path in self.made_up and not mode & os.W_OK:
+            return
+        with self.existing(path, "see") as target:
+            if mode & os.R_OK:
+                self.require(target, "read")
+            if mode & os.W_OK:
+                self.require(target, "write")
+            if mode & os.X_OK and not target.is_folder:
+                self.require(target, "execute")
+            if not os.access(f"/proc/self/fd/{target.descriptor}", mode):
+                raise OSError(errno.EACCES, "mode")
+
+    def link_text(self, path: bytes) -> bytes:
+        with self.existing(path, "see", follow=False) as target:
+            if not target.is_link:
+                raise OSError(errno.EINVAL, "no link")
+            self.require(target, "read")
+            return os.readlink(b"", dir_fd=target.descriptor)
+
+    def file_system(self, path: bytes, *, free: bytes) -> bytes:
+        """`struct statfs`; that of the folder `free` may always be asked for."""
+        if os.path.normpath(path) == free:
+            with resolve(free, follow=True) as target:
+                return kernel.raw_statfs(target.descriptor)
+        with self.existing(path, "see") as target:
+            return kernel.raw_statfs(target.descriptor)
+
+    # -- changes of names
+
+    def remove(self, path: bytes, *, folder: bool) -> None:
+        with self._named(path) as target:
+            self.require(target, "write")
+            if not target.exists:
+                raise OSError(errno.ENOENT, "missing")
+            if target.is_folder != folder:
+                raise OSError(errno.ENOTDIR if folder else errno.EISDIR, "kind")
+            if folder and not target.is_empty:
+                raise OSError(errno.ENOTEMPTY, "not empty")
+            self._record(("remove", target.real))
+            (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
+
+    def make_folder(self, path: bytes, mode: int) -> None:
+        with self._new(path) as target:
+            self._record(("create", target.real))
+            os.mkdir(target.name, mode & 0o777, dir_fd=target.parent)
+
+    def make_link(self, text: bytes, path: bytes) -> None:
+        """A symbolic link, to where this call may go itself. Every use of it is decided anew."""
+        with self._new(path) as target:
+            leads = text if text.startswith(b"/") else os.path.dirname(target.real) + b"/" + text
+            try:
+                with resolve(leads, follow=True) as end:
+                    allowed = self.access.may_read(end.real) or self.access.may_write(end.real)
+            except OSError:
+                allowed = False
+            if not allowed:
+                self.deny(target.real, f"a link to {os.fsdecode(text)} would lead out of the scopes")
+                raise OSError(errno.EACCES, "link")
+            self._record(("create", target.real))
+            os.symlink(text, target.name, dir_fd=target.parent)
+
+    def make_name(self, old: bytes, new: bytes, *, follow: bool) -> None:
+        """A hard link: both names within what may be written. From then on the file can't be, until one is gone."""
+        with self.existing(old, "write", follow=follow) as source, self._new(new) as target:
+            self.require(source, "read")
+            if not stat.S_ISREG(source.status.st_mode):
+                raise OSError(errno.EPERM, "no file")
+            self._only_name(source)
+            self._record(("create", target.real))
+            os.link(f"/proc/self/fd/{source.descriptor}", target.name, dst_dir_fd=target.parent, follow_symlinks=True)
+
+    def rename(self, old: bytes, new: bytes, *, replace: bool) -> None:
+        with self._named(old) as source, self._named(new) as target:
+            self.require(source, "write")
+            self.require(target, "write")
+            if not source.exists:
+                raise OSError(errno.ENOENT, "missing")
+            if target.exists and not replace:
+                raise OSError(errno.EEXIST, "exists")
+            if target.is_folder and not (source.is_folder and target.is_empty):
+                raise OSError(errno.ENOTEMPTY if source.is_folder else errno.EISDIR, "folder")
+            if source.is_folder:
+                self._record_tree(source, target)
+            else:
+                self._record(("remove", source.real), ("write" if target.exists else "create", target.real))
+            if target.exists:
+                os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
+            else:
+                kernel.rename_to_new((source.parent, source.name), (target.parent, target.name))
+
+    def _record_tree(self, source: Resolved, target: Resolved) -> None:
+        """Every path of a folder that is moved goes, and comes at the other place. All must be within the scopes."""
+        going: list[bytes] = []
+        for path in _tree(source):
+            going.append(path)
+            inside = self.access.may_write(path) and self.access.may_write(target.real + path[len(source.real) :])
+            if not inside or len(going) > _TREE_LIMIT:
+                why = "something in it is outside the scopes" if not inside else f"more than {_TREE_LIMIT} entries"
+                self.deny(source.real, f"can't be moved: {why}")
+                raise OSError(errno.EACCES if not inside else errno.EPERM, "tree")
+        coming = [target.real + path[len(source.real) :] for path in going]
+        self._record(*(("remove", path) for path in going), *(("create", path) for path in coming))
+
+    def _named(self, path: bytes) -> Resolved:
+        return self._reach(path, follow=False, parent=True)
+
+    def _new(self, path: bytes) -> Resolved:
+        """Something that is not there yet, and may be made."""
+        target = self._named(path)
+        try:
+            if target.exists:
+                self.require(target, "see")
+                raise OSError(errno.EEXIST, "exists")
+            self.require(target, "write")
+        except OSError:
+            target.__exit__()
+            raise
+        return target
+
+    # -- changes of what is there
+
+    def truncate(self, path: bytes, length: int) -> None:
+        with self._to_change(path) as target:
+            self._fit_to_open(target, changes=True)
+            self._record(("write", target.real))
+            os.truncate(f"/proc/self/fd/{target.descriptor}", length)
+
+    def change_mode(self, path: bytes, mode: int) -> None:
+        """Never set-uid, set-gid or sticky."""
+        with self._to_change(path) as target:
+            self._record(("write", target.real))
+            os.chmod(f"/proc/self/fd/{target.descriptor}", mode & 0o777)
+
+    def change_owner(self, path: bytes, owner: int, group: int, *, follow: bool) -> None:
+        """To what they are already: a worker has no privilege to give files away."""
+        with self._to_change(path, follow=follow) as target:
+            status = target.status
+            if owner not in (-1, status.st_uid) or group not in (-1, status.st_gid):
+                self.deny(target.real, "its owner can't be changed")
+                raise OSError(errno.EPERM, "owner")
+
+    def change_times(self, path: bytes, times: tuple[int | None, int | None], *, follow: bool) -> None:
+        """`times` are access and modification in nanoseconds; None leaves one as it is."""
+        with self._to_change(path, follow=follow) as target:
+            self._record(("write", target.real))
+            accessed = times[0] if times[0] is not None else target.status.st_atime_ns
+            modified = times[1] if times[1] is not None else target.status.st_mtime_ns
+            os.utime(f"/proc/self/fd/{target.descriptor}", ns=(accessed, modified))
+
+    def _to_change(self, path: bytes, *, follow: bool = True) -> Resolved:
+        """Something whose own state may be changed: it has no name but this one."""
+        target = self.existing(path, "write", follow=follow)
+        try:
+            self._only_name(target)
+        except OSError:
+            target.__exit__()
+            raise
+        return target
+
+    # -- extended attributes: those of users only, as nothing else is a tool's business
+
+    def attribute(self, path: bytes, name: bytes, *, follow: bool) -> bytes:
+        with self.existing(path, "read", follow=follow) as target:
+            return os.getxattr(f"/proc/self/fd/{target.descriptor}", _user(name)) if not target.is_link else _none()
+
+    def attributes(self, path: bytes, *, follow: bool) -> bytes:
+        with self.existing(path, "read", follow=follow) as target:
+            if target.is_link:
+                return b""
+            names = os.listxattr(f"/proc/self/fd/{target.descriptor}")
+            return b"".join(os.fsencode(name) + b"\0" for name in names if name.startswith("user."))
+
+    def set_attribute(self, path: bytes, name: bytes, value: bytes | None, flags: int, *, follow: bool) -> None:
+        """`value` None removes it."""
+        with self._to_change(path, follow=follow) as target:
+            if target.is_link:
+                raise OSError(errno.EPERM, "link")
+            self._record(("write", target.real))
+            place = f"/proc/self/fd/{target.descriptor}"
+            if value is None:
+                os.removexattr(place, _user(name))
+            else:
+                os.setxattr(place, _user(name), value, flags)
+
+
+def _is_crooked(path: bytes) -> bool:
+    """With dots or needless slashes in it, only the walk can tell where a path leads."""
+    return b"/." in path or b"//" in path or path.endswith(b"/")
+
+
+def _user(name: bytes) -> bytes:
+    if not name.startswith(b"user."):
+        raise OSError(errno.EOPNOTSUPP, "attribute")
+    return name
+
+
+def _none() -> bytes:
+    raise OSError(errno.ENODATA, "attribute")
+
+
+def _tree(top: Resolved) -> Iterator[bytes]:
+    """All paths of a folder, itself first. Follows no link."""
+    yield top.real
+    for folder, folders, names, _descriptor in os.fwalk(b".", follow_symlinks=False, dir_fd=top.descriptor):
+        for name in (*folders, *names):
+            yield top.real + folder[1:] + b"/" + name

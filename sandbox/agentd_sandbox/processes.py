@@ -1,0 +1,240 @@
+"""The processes of one worker: their memory, descriptors and folders, who belongs to them, and their end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import signal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agentd_sandbox import kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+AT_FDCWD = -100
+_PATH_MAX = 4096
+_PAGE = os.sysconf("SC_PAGESIZE")  # 16 KiB on a Raspberry Pi 5
+_KEPT_MEMORIES = 32
+_MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) \S+ \S+ (\d+) *(.*)")
+
+
+def signed(value: int) -> int:
+    """An int argument as the kernel reads it: the low half of the register, signed."""
+    value &= 0xFFFF_FFFF
+    return value - (1 << 32) if value & 0x8000_0000 else value
+
+
+@dataclass(slots=True)
+class Processes:
+    """A worker and all that it has started. `root` is its process id and that of the session they all stay in.
+
+    They are one trust domain: a stale memory descriptor can confuse them, not the broker.
+    """
+
+    root: int
+    pidfd: int
+    many: bool = False
+    """Whether there may be more than the worker itself."""
+    _memories: dict[int, int] = field(default_factory=dict)
+
+    def close(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what is known of their memory: one of them is about to become another program."""
+        for descriptor in self._memories.values():
+            os.close(descriptor)
+        self._memories.clear()
+
+    # -- memory
+
+    def string(self, thread: int, address: int) -> bytes:
+        """The string at `address`, read once. Raises OSError: EFAULT, ENAMETOOLONG."""
+        data = self.read(thread, address, min(256, _PAGE - address % _PAGE))
+        while (end := data.find(b"\0")) < 0 and len(data) < _PATH_MAX:
+            here = address + len(data)
+            data += self.read(thread, here, _PAGE - here % _PAGE)
+        if not 0 <= end < _PATH_MAX:
+            raise OSError(errno.ENAMETOOLONG, "path")
+        return data[:end]
+
+    def read(self, thread: int, address: int, size: int) -> bytes:
+        """At least one byte. An address space that has ended reads as nothing: then it is opened anew."""
+        try:
+            data = os.pread(self._memory(thread), size, address)
+            if not data and self._memories.pop(thread, None) is not None:
+                data = os.pread(self._memory(thread), size, address)
+        except (OSError, OverflowError):
+            raise OSError(errno.EFAULT, "address") from None
+        if not data:
+            raise OSError(errno.EFAULT, "address")
+        return data
+
+    def write(self, thread: int, address: int, data: bytes) -> None:
+        """The caller has made sure that the thread still waits: the descriptor holds its memory from then on."""
+        try:
+            os.pwrite(self._memory(thread), data, address)
+        except (OSError, OverflowError):
+            raise OSError(errno.EFAULT, "buffer") from None
+
+    def _memory(self, thread: int) -> int:
+        descriptor = self._memories.get(thread)
+        if descriptor is None:
+            if len(self._memories) >= _KEPT_MEMORIES:
+                self.forget()
+            descriptor = self._memories[thread] = os.open(f"/proc/{thread}/mem", os.O_RDWR | os.O_CLOEXEC)
+        return descriptor
+
+    def unshared(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
+        """Whether nobody but the waiting thread can change this memory: then the kernel may read it once more.
+
+        That is so if its process and all those above it have one thread each (a vfork parent shares memory, but
+        waits), and the memory is private and not a file's that it may write (mmap(2): changes of the file may show).
+        """
+        process = self.leader(thread)
+        while process != self.root:
+            if _status(process).get("Threads") != "1":
+                return False
+            process = int(_status(process).get("PPid", "0"))
+            if process <= 1 or not self.contains(process):
+                return False  # an orphan: whoever forked it can't be looked at any more
+        if _status(process).get("Threads") != "1":
+            return False
+        return self._private(thread, address, length, may_write)
+
+    def _private(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
+        covered = address
+        with open(f"/proc/{thread}/maps", "rb") as maps:
+            for line in maps:
+                match = _MAPPING.match(line)
+                if match is None:
+                    continue
+                start, end = int(match[1], 16), int(match[2], 16)
+                if start <= covered < end:
+                    file = match[5]
+                    if match[3][3:4] != b"p" or (match[4] != b"0" and (b"\\" in file or may_write(file))):
+                        return False
+                    if file.endswith(b" (deleted)"):
+                        return False
+                    covered = end
+                    if covered >= address + length:
+                        return True
+        return False
+
+    # -- descriptors and folders
+
+    def base(self, thread: int, descriptor: int) -> bytes:
+        """The folder that a relative path starts from, as a path to be walked again."""
+        number = signed(descriptor)
+        link = b"/proc/%d/cwd" % thread if number == AT_FDCWD else b"/proc/%d/fd/%d" % (thread, number)
+        try:
+            base = os.readlink(link)
+        except OSError:
+            raise OSError(errno.EBADF, "dirfd") from None
+        if not base.startswith(b"/"):
+            raise OSError(errno.ENOTDIR, "dirfd")
+        return base
+
+    def take(self, thread: int, descriptor: int) -> int:
+        """A copy of one of its descriptors; the caller closes it."""
+        process = self.leader(thread)
+        if process == self.root:
+            return kernel.take_descriptor(self.pidfd, signed(descriptor))
+        pidfd = os.pidfd_open(process)
+        try:
+            return kernel.take_descriptor(pidfd, signed(descriptor))
+        finally:
+            os.close(pidfd)
+
+    def flags(self, thread: int, descriptor: int) -> int:
+        """The open flags of one of its descriptors, O_CLOEXEC among them (proc(5), fdinfo)."""
+        with open(f"/proc/{thread}/fdinfo/{signed(descriptor)}") as info:
+            for line in info:
+                if line.startswith("flags:"):
+                    return int(line.split()[1], 8)
+        raise OSError(errno.EBADF, "descriptor")
+
+    def umask(self, thread: int) -> int:
+        return int(_status(thread).get("Umask", "0022"), 8)
+
+    def leader(self, thread: int) -> int:
+        """The process that a thread belongs to."""
+        return thread if thread == self.root else int(_status(thread).get("Tgid", thread))
+
+    # -- who belongs to them
+
+    def members(self) -> list[int]:
+        """All processes of the session. Nobody can leave it: setsid(2) is refused."""
+        return [process for process in _processes() if self.contains(process)]
+
+    def contains(self, process: int) -> bool:
+        return _session(process) == self.root
+
+    def signal(self, process: int, number: int) -> None:
+        """Send a signal to a member, and to no one who may get its number later. Raises OSError (ESRCH, EPERM)."""
+        try:
+            pidfd = os.pidfd_open(process)
+        except OSError:
+            raise OSError(errno.ESRCH, "no such process") from None
+        try:
+            if not self.contains(process):
+                raise OSError(errno.EPERM, "not a process of this call")
+            signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
+
+    def kill(self) -> None:
+        """Kill the worker, and what it has started if anything. What a killed process forked last needs another call."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        if self.many:
+            for process in self.members():
+                with contextlib.suppress(OSError, ProcessLookupError):
+                    self.signal(process, signal.SIGKILL)
+
+    def memory_kb(self) -> int:
+        """What they hold together. Shared pages are counted for each."""
+        return sum(int(_status(process).get("VmRSS", "0 kB").split()[0]) for process in self.members())
+
+
+def kill_descendants(process: int) -> None:
+    """Kill all that a subreaper has below it, until nothing is left."""
+    while below := _below(process):
+        for each in below:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(each, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+
+
+def _below(process: int) -> list[int]:
+    children: list[int] = []
+    with contextlib.suppress(OSError), open(f"/proc/{process}/task/{process}/children") as file:
+        children = [int(child) for child in file.read().split()]
+    return children
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _session(process: int) -> int:
+    """The session of a process; 0 if it is gone or dead already."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[3])
+
+
+def _status(process: int) -> dict[str, str]:
+    try:
+        with open(f"/proc/{process}/status", errors="replace") as file:
+            return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
+    except OSError:
+        return {}

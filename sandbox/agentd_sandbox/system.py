@@ -1,0 +1,36 @@
+"""What may be read without any scope: Python's own library, and with programs to start what those need to run at all."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from functools import cache
+
+from agentd_sandbox.access import PathRule
+
+_ZONES = ("/usr/share/zoneinfo", "/etc/localtime")
+_PROGRAMS = (
+    *("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives"),
+    *("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.preload"),
+    *("/etc/ssl/certs", "/etc/ssl/openssl.cnf", "/etc/ca-certificates", "/etc/pki/tls/certs"),
+    *("/etc/localtime", "/etc/timezone", "/etc/mime.types", "/etc/magic", "/etc/inputrc", "/etc/terminfo"),
+    *("/system", "/apex", "/vendor/lib", "/vendor/lib64", "/linkerconfig"),  # Android's own linker and libraries
+)
+"""Nothing here is anybody's own: files that a distribution installs."""
+
+
+@cache
+def python_rules() -> tuple[PathRule, ...]:
+    return _rules((sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_ZONES))
+
+
+@cache
+def program_rules() -> tuple[PathRule, ...]:
+    prefix = os.environ.get("PREFIX")  # Termux: /data/data/com.termux/files/usr
+    return _rules((*_PROGRAMS, *((prefix,) if prefix else ())))
+
+
+def _rules(paths: tuple[str, ...]) -> tuple[PathRule, ...]:
+    """By their real paths, and as they are spelled: both lead to the same, but a link itself is seen by its spelling."""
+    spelled = dict.fromkeys((*paths, *(os.path.realpath(path) for path in paths)))
+    return tuple(PathRule(os.fsencode(path)) for path in spelled)
