@@ -26,7 +26,7 @@ from agentd_sandbox.files import Denial, Files, Recorder
 from agentd_sandbox.levels import Level, probe
 from agentd_sandbox.proxy import Credential, Proxy
 from agentd_sandbox.serving import Serving, Waiting
-from agentd_sandbox.system import program_rules, python_rules
+from agentd_sandbox.system import environment, program_rules, python_rules
 from agentd_sandbox.worker import LENGTH
 from agentd_sandbox.zygote import REQUEST
 
@@ -206,7 +206,7 @@ class Sandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), *self.keep_open],
-                env=_environment(self.folder),
+                env=environment(str(self.folder)),
                 start_new_session=True,
             )
         level = self._level
@@ -235,15 +235,6 @@ class Sandbox:
                 self._zygote.kill()
                 self._zygote.wait(_START_TIMEOUT_S)
             self._zygote = None
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    """All that tools and the programs they start get to see of ours."""
-    zone = {"TZ": os.environ["TZ"]} if "TZ" in os.environ else {}
-    proxy = "http://{}:{}".format(*network.PROXY)
-    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), proxy)
-    path = os.environ.get("PREFIX", "/usr") + "/bin:/usr/bin:/bin"
-    return {"PATH": path, "LANG": "C.UTF-8", "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **proxies, **zone}
 
 
 def _exchange(worker: Waiting, serving: Serving, job: Job, cancelled: threading.Event) -> bytes:

@@ -27,6 +27,9 @@ PROXY = ("198.19.255.254", 3128)
 _FIRST = int(ipaddress.IPv4Address("198.18.0.1"))
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::([0-9]{1,5}))?", re.ASCII)
+_PLAIN = re.compile(r"""[^\x00-\x20\x7f-\U0010ffff#"<>\\^`{|}]+""")
+DEFAULT_PORTS = {"http": 80, "https": 443}
 _TICK_S = 0.1
 _OPTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
@@ -45,6 +48,8 @@ def canonical_host(text: str) -> str | None:
     starts with 0x, would be read as a number by some resolvers: only the four decimal numbers of IPv4 are an address.
     """
     bare = text.removeprefix("[").removesuffix("]") if text.startswith("[") and text.endswith("]") else text
+    if bare != text and ":" not in bare:
+        return None
     try:
         address = ipaddress.ip_address(bare)
     except ValueError:
@@ -54,12 +59,51 @@ def canonical_host(text: str) -> str | None:
             if address.scope_id:
                 return None
             return str(address.ipv4_mapped or address)
-        return str(address) if bare == text else None
+        return str(address)
     name = text.lower().removesuffix(".")
     if len(name) > 253 or not name.isascii() or not _NAME.fullmatch(name):
         return None
     last = name.rpartition(".")[2]
     return None if last.isdigit() or last.startswith("0x") else name
+
+
+@dataclass(frozen=True, slots=True)
+class Url:
+    """An address of the web, taken apart in the one strict way that is decided on. `path` has the query with it."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == DEFAULT_PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.path}"
+
+
+def split_authority(text: str, default: int | None) -> tuple[str, int]:
+    """Host and port. Raises ValueError for anything that two parsers could read differently."""
+    match = _AUTHORITY.fullmatch(text)
+    host = canonical_host(match[1]) if match else None
+    port = int(match[2]) if match and match[2] else default
+    if host is None or port is None or not 0 < port < 65536:
+        raise ValueError("the host is not a plain name or address with a port")
+    return host, port
+
+
+def split_url(text: str) -> Url:
+    """An http or https address (RFC 3986) without userinfo and fragment. Raises ValueError."""
+    scheme, separator, rest = text.partition("://")
+    scheme = scheme.lower()
+    if not separator or scheme not in DEFAULT_PORTS:
+        raise ValueError("only http:// and https:// are fetched")
+    if not _PLAIN.fullmatch(rest):
+        raise ValueError("the address has characters that do not belong in one")
+    end = min((i for i in (rest.find(c) for c in "/?") if i >= 0), default=len(rest))
+    host, port = split_authority(rest[:end], DEFAULT_PORTS[scheme])
+    path = rest[end:]
+    return Url(scheme, host, port, path if path.startswith("/") else "/" + path)
 
 
 def is_name(host: str) -> bool:

@@ -20,7 +20,7 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from agentd_sandbox.network import Network, canonical_host
+from agentd_sandbox.network import DEFAULT_PORTS, Network, split_authority, split_url
 
 if TYPE_CHECKING:
     import threading
@@ -33,7 +33,6 @@ _TICK_S = 0.2
 _TIMEOUT_S = 30.0
 _REQUEST = re.compile(rb"([A-Z]{1,16}) ([\x21-\x7e]{1,8192}) HTTP/1\.[01]")
 _HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\x80-\xff\t]*?)[ \t]*")
-_AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::([0-9]{1,5}))?")
 _PLACEHOLDER = re.compile(r"cred://([a-z][a-z0-9_-]{0,63})")
 _HOP_BY_HOP = frozenset(
     """connection proxy-connection proxy-authorization proxy-authenticate keep-alive te trailer upgrade
@@ -111,6 +110,8 @@ class Proxy:
                     self._forward(worker, request)
             except _Bad as e:
                 _refuse(worker, e.status, str(e))
+            except ValueError as e:
+                _refuse(worker, 400, str(e))
             except OSError as e:
                 if e.errno == errno.EACCES:
                     self.deny("proxy", str(e.strerror))
@@ -123,7 +124,7 @@ class Proxy:
     # -- CONNECT
 
     def _tunnel(self, worker: socket.socket, request: _Request) -> None:
-        host, port = _authority(request.target, None)
+        host, port = split_authority(request.target, None)
         _same_host(request, host, port, 443)
         with self.network.dial(host, port) as remote:
             self._open.append(remote)
@@ -160,8 +161,9 @@ class Proxy:
     # -- a request in the broker's own name
 
     def _forward(self, worker: socket.socket, request: _Request) -> None:
-        scheme, host, port, path = _absolute(request.target)
-        default = {"http": 80, "https": 443}[scheme]
+        url = split_url(request.target)
+        scheme, host, port, path = url.scheme, url.host, url.port, url.path
+        default = DEFAULT_PORTS[scheme]
         _same_host(request, host, port, default)
         headers, used = self._fill_in(request, scheme, host, port, path)
         body = _read_body(worker, request)
@@ -259,33 +261,9 @@ def _read_request(worker: socket.socket) -> _Request:
     return _Request(match[1].decode(), match[2].decode(), parsed, rest)
 
 
-def _authority(text: str, default: int | None) -> tuple[str, int]:
-    """Host and port. Raises _Bad for anything that two parsers could read differently."""
-    match = _AUTHORITY.fullmatch(text)
-    host = canonical_host(match[1]) if match else None
-    port = int(match[2]) if match and match[2] else default
-    if host is None or port is None or not 0 < port < 65536:
-        raise _Bad(400, "the host is not a plain name or address with a port")
-    return host, port
-
-
-def _absolute(target: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port, and path with query."""
-    scheme, separator, rest = target.partition("://")
-    scheme = scheme.lower()
-    if not separator or scheme not in ("http", "https"):
-        raise _Bad(400, "only http:// and https:// are fetched here")
-    end = min((i for i in (rest.find(c) for c in "/?") if i >= 0), default=len(rest))
-    host, port = _authority(rest[:end], 443 if scheme == "https" else 80)
-    path = rest[end:]
-    if "#" in path:
-        raise _Bad(400, "a fragment is not sent")
-    return scheme, host, port, path if path.startswith("/") else "/" + path
-
-
 def _same_host(request: _Request, host: str, port: int, default: int) -> None:
     named = request.values("host")
-    if len(named) > 1 or (named and _authority(named[0], default) != (host, port)):
+    if len(named) > 1 or (named and split_authority(named[0], default) != (host, port)):
         raise _Bad(400, "Host names another host than the request")
 
 

@@ -6,6 +6,7 @@ import os
 import sysconfig
 from functools import cache
 
+from agentd_sandbox import network
 from agentd_sandbox.access import PathRule
 
 _ZONES = ("/usr/share/zoneinfo", "/etc/localtime")
@@ -34,3 +35,12 @@ def _rules(paths: tuple[str, ...]) -> tuple[PathRule, ...]:
     """By their real paths, and as they are spelled: both lead to the same, but a link itself is seen by its spelling."""
     spelled = dict.fromkeys((*paths, *(os.path.realpath(path) for path in paths)))
     return tuple(PathRule(os.fsencode(path)) for path in spelled)
+
+
+def environment(folder: str) -> dict[str, str]:
+    """All that tools and the programs they start get to see of ours."""
+    zone = {"TZ": os.environ["TZ"]} if "TZ" in os.environ else {}
+    proxy = "http://{}:{}".format(*network.PROXY)
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), proxy)
+    path = os.environ.get("PREFIX", "/usr") + "/bin:/usr/bin:/bin"
+    return {"PATH": path, "LANG": "C.UTF-8", "HOME": folder, "PYTHONDONTWRITEBYTECODE": "1", **proxies, **zone}

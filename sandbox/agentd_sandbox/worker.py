@@ -59,8 +59,7 @@ def _lock(channel: socket.socket, manner: Manner, processor: int) -> None:
     os.setsid()  # what it starts stays in this session, and is found by it
     share_processor(processor)
     kernel.die_with_parent()
-    for limit, value in LIMITS.items():
-        resource.setrlimit(limit, (value, value))
+    limit_resources()
     random.seed()  # all workers are forks of one process
     os.dup2(1, 2)  # stdout is /dev/null: a tool must not write into the daemon's log or onto its terminal
     try:
@@ -85,6 +84,13 @@ def lock(manner: Manner) -> int:
         kernel.no_new_privileges()
         layers.restrict_by_landlock()
     return kernel.lock(wait_killable=manner.wait_killable)
+
+
+def limit_resources() -> None:
+    for limit, value in LIMITS.items():
+        hard = resource.getrlimit(limit)[1]
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (allowed, allowed))
 
 
 def share_processor(processor: int) -> None:
