@@ -69,12 +69,35 @@ class JournalConfig(_Strict):
 
 
 class ToolsConfig(_Strict):
-    """`bundles` are folders of bundles beside the bundled ones. Relative paths in calls start at `folder`."""
+    """`bundled` are those that come with agentd, `bundles` folders of further ones.
+
+    Relative paths in calls start at `folder`.
+    """
 
     folder: Folder = Field(default=Path("~"), validate_default=True)
+    bundled: tuple[Literal["files", "system", "http", "shell"], ...] = ("files", "system")
     bundles: tuple[Folder, ...] = ()
     sysfs: str = "/sys"
     proc: str = "/proc"
+
+
+class SandboxConfig(_Strict):
+    """`minimum` is the level below which the daemon does not start. The limits are those of one call, all its processes
+    together.
+    """
+
+    minimum: Literal["L0", "L1", "L2", "L3", "L4"] = "L0"
+    processes: int = Field(default=64, ge=1, le=4096)
+    memory_mib: int = Field(default=768, ge=64)
+
+
+class CredentialConfig(_Strict):
+    """A secret that may be sent to this host and port over TLS, for `path` and what is below it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")]
+    host: str
+    port: int = Field(default=443, ge=1, le=65535)
+    path: Annotated[str, Field(pattern=r"^/[!-~]*$")] = "/"
 
 
 class GrantConfig(_Strict):
@@ -93,6 +116,8 @@ class Config(_Strict):
     runs: RunsConfig = RunsConfig()
     journal: JournalConfig = JournalConfig()
     tools: ToolsConfig = ToolsConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    credentials: tuple[CredentialConfig, ...] = ()
     grants: tuple[GrantConfig, ...] = ()
 
 

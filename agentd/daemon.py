@@ -11,6 +11,7 @@ import signal
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
@@ -19,7 +20,7 @@ from agentd.audit import AuditLog, Event
 from agentd.calls import Calls, Places
 from agentd.engine.client import Engine, EngineSettings
 from agentd.engine.prompt import ToolSpec
-from agentd.errors import AgentdError, EngineError
+from agentd.errors import AgentdError, EngineError, Reason, SandboxError
 from agentd.grants import Grants, Rule
 from agentd.journal import Journal
 from agentd.runs import Limits, ModelSettings, Runs
@@ -45,7 +46,8 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         """Opens the store and reads the tools. Raises StoreError, ConfigError."""
         self._config = config
-        self._toolbox = calls.load([files("agentd.bundled_tools"), *config.tools.bundles])
+        self._toolbox = calls.load(config.tools.bundles, files("agentd.bundled_tools"), config.tools.bundled)
+        self._credentials = calls.load_credentials(config.credentials, config.state)
         self._store = Store(config.state)
         self._audit = AuditLog(self._store)
         limit = config.journal.file_limit_mib << 20
@@ -80,7 +82,16 @@ class Daemon:
         self._recovered = self._journal.recover()
         self._records.close_lost()
         self._level = probe()
-        self._sandbox = Sandbox(self._toolbox.programs, config.tools.folder)
+        if not self._level.reaches(config.sandbox.minimum):
+            raise _below_minimum(self._level, config.sandbox.minimum)
+        self._sandbox = Sandbox(
+            self._toolbox.programs,
+            config.tools.folder,
+            self._level,
+            self._credentials,
+            SandboxLimits(config.sandbox.processes, memory_mib=config.sandbox.memory_mib),
+            keep_open=(self._store.lock_descriptor,),
+        )
         if self._level.confines:
             self._start_sandbox()
         places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc)
@@ -90,7 +101,7 @@ class Daemon:
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
         self._runs = Runs(self._records, self._engine, self._calls, _model_settings(config, self._toolbox), limits)
         principal = f"unix:{pwd.getpwuid(os.getuid()).pw_name}"
-        parts = ApiParts(self._runs, self._calls, self._audit, self._journal, self.status, principal)
+        parts = ApiParts(self._runs, self._calls, self._audit, self.status, principal)
         self._server = ApiServer(parts, config.socket)
         self._audit.record(_boot(self._level, grants, self._toolbox, self._recovered))
         await self._server.start()
@@ -149,6 +160,15 @@ class Daemon:
         except EngineError as e:
             self._model_error = str(e)
             _log.error("%s", e)
+
+
+def _below_minimum(level: Level, minimum: str) -> SandboxError:
+    return SandboxError(
+        Reason.SANDBOX_UNSUPPORTED,
+        f"This machine confines tools at {level.name}, and sandbox.minimum in agentd.toml is {minimum}.",
+        hint=f"Missing: {'; '.join(level.missing) or 'nothing that was looked for'}. docs/sandbox.md explains the levels.",
+        metadata={"level": level.name, "minimum": minimum},
+    )
 
 
 def _rules(config: Config) -> list[Rule]:

@@ -42,6 +42,7 @@ class Reason(Enum):
     BAD_ARGUMENTS = Code.INVALID_ARGUMENT, "bad tool arguments"
     PROMPT_TOO_LONG = Code.INVALID_ARGUMENT, "prompt too long"
     CONFIG_INVALID = Code.FAILED_PRECONDITION, "bad configuration"
+    CREDENTIAL_INVALID = Code.FAILED_PRECONDITION, "bad credential"
     MANIFEST_INVALID = Code.FAILED_PRECONDITION, "bad manifest"
     TOOL_NOT_FOUND = Code.NOT_FOUND, "unknown tool"
     RUN_NOT_FOUND = Code.NOT_FOUND, "unknown run"

@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "audit": {"store", "errors"},
     "journal": {"store", "audit", "errors"},
     "grants": {"store", "errors"},
-    "calls": {"grants", "journal", "audit", "store", "errors"},
+    "calls": {"grants", "journal", "audit", "store", "errors", "config"},
     "runs": {"engine", "calls", "store", "errors"},
     "api": {"runs", "calls", "journal", "audit", "store", "v1", "errors"},
     "client": {"v1", "errors", "config"},
@@ -105,6 +105,7 @@ def test_every_reason_is_documented():
     only_at_start = {
         "CONFIG_INVALID",
         "MANIFEST_INVALID",
+        "CREDENTIAL_INVALID",
         "STORE_LOCKED",
         "SOCKET_TAKEN",
         "SOCKET_INVALID",

@@ -5,15 +5,15 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from agentd.config import SYSTEM
+from agentd.config import SYSTEM, ToolsConfig
 from agentd.engine.prompt import Conversation, ToolSpec, Turn
 
 
 def tools() -> tuple[ToolSpec, ...]:
-    """The bundled tools in the order the daemon declares them: by name."""
+    """The tools that a daemon declares if nobody says otherwise, in its order: by name."""
     specs = []
-    for manifest in sorted(Path("tools").glob("*/tool.toml")):
-        bundle = tomllib.loads(manifest.read_text())
+    for bundled in ToolsConfig().bundled:
+        bundle = tomllib.loads(Path("tools", bundled, "tool.toml").read_text())
         for tool in bundle["tool"]:
             name = f"{bundle['bundle']}.{tool['name']}"
             specs.append(ToolSpec(name, tool["description"], tool.get("parameters", {})))

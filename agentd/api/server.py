@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls import Calls
-    from agentd.journal import Journal
     from agentd.runs import Runs
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of unix(7) less its NUL
@@ -49,7 +48,6 @@ class ApiParts:
     runs: Runs
     calls: Calls
     audit: AuditLog
-    journal: Journal
     status: Callable[[], system_pb2.Status]
     principal: str
 
@@ -69,7 +67,7 @@ class ApiServer:
         run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(parts.runs, parts.principal), server)
         tool_pb2_grpc.add_ToolServiceServicer_to_server(ToolServicer(parts.calls, parts.principal), server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(parts.audit), server)
-        journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalServicer(parts.journal, parts.principal), server)
+        journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalServicer(parts.calls, parts.principal), server)
         system_pb2_grpc.add_SystemServiceServicer_to_server(SystemServicer(parts.status), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         files = (run_pb2, tool_pb2, audit_pb2, journal_pb2, system_pb2)

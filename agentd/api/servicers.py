@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls import Calls
-    from agentd.journal import Journal
     from agentd.runs import Runs
 
 
@@ -110,14 +109,14 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
 
 
 class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
-    def __init__(self, journal: Journal, principal: str) -> None:
-        self._journal, self._principal = journal, principal
+    def __init__(self, calls: Calls, principal: str) -> None:
+        self._calls, self._principal = calls, principal
 
     async def UndoCall(  # noqa: N802
         self, request: journal_pb2.UndoCallRequest, context: Any
     ) -> journal_pb2.UndoCallResponse:
         call = convert.identifier(request.name, "calls")
-        undone = await asyncio.to_thread(self._journal.undo, call, self._principal)
+        undone = await self._calls.undo(call, self._principal)
         paths = [file.path.encode("utf-8", "replace").decode() for file in undone.files]
         return journal_pb2.UndoCallResponse(name=f"calls/{undone.call}", restored_paths=paths)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
+from agentd_sandbox.network import split_authority, split_url
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from agentd.calls.manifest import TEMPLATE
 from agentd.errors import Reason, RequestError, first_mistake
-from agentd.grants import Scope, normalise
+from agentd.grants import PATH_KINDS, Scope, normalise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,7 @@ class Arguments:
         parameters = tool.manifest.parameters
         self._model = _model(tool.name, parameters.properties, parameters.required)
         self._paths = [name for name, p in parameters.properties.items() if p.format == "path"]
+        self._urls = [name for name, p in parameters.properties.items() if p.format == "url"]
 
     def check(self, arguments: Mapping[str, Any], folder: str) -> dict[str, Any]:
         """The arguments as the tool will get them: complete, typed, paths absolute.
@@ -47,22 +49,26 @@ class Arguments:
                 if len(os.fsencode(checked[name])) > LONGEST_PATH:
                     raise self._bad(name, f"is longer than {LONGEST_PATH} bytes")
                 checked[name] = normalise(checked[name], folder)
+        for name in self._urls:
+            if name in checked:
+                try:
+                    checked[name] = str(split_url(checked[name]))
+                except ValueError as e:
+                    raise self._bad(name, str(e)) from None
         return checked
 
     def scopes(self, checked: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[Scope, ...]:
         """What this one call needs. A path that is a link stands for itself and for where it leads."""
-        needs = self._tool.manifest.needs
         found: list[Scope] = []
-        for kind, templates in (("read", needs.read), ("write", needs.write), ("connect", needs.connect)):
-            for template in templates:
-                names = TEMPLATE.findall(template)
-                if any(name in self._tool.manifest.parameters.properties and name not in checked for name in names):
-                    continue  # an optional argument that was not given
-                own = [name for name in names if name in checked]
-                value = TEMPLATE.sub(lambda m: str(checked.get(m[1], variables.get(m[1], ""))), template)
-                found.append(Scope(kind, value, glob="*" in template and not own))
-                if kind != "connect" and own and os.path.islink(value):
-                    found.append(Scope(kind, os.path.realpath(value)))
+        for kind, template in self._tool.manifest.needs.templates():
+            names = TEMPLATE.findall(template)
+            if any(name in self._tool.manifest.parameters.properties and name not in checked for name in names):
+                continue  # an optional argument that was not given
+            own = [name for name in names if name in checked]
+            value = TEMPLATE.sub(lambda m: str(checked.get(m[1], variables.get(m[1], ""))), template)
+            found.append(Scope(kind, _peer(value) if kind == "connect" else value, glob="*" in template and not own))
+            if kind in PATH_KINDS and own and os.path.islink(value):
+                found.append(Scope(kind, os.path.realpath(value)))
         return tuple(dict.fromkeys(found))
 
     def _bad(self, field: str, why: str) -> RequestError:
@@ -73,6 +79,18 @@ class Arguments:
             field=f"arguments.{field}",
             metadata={"tool": self._tool.name, "argument": field},
         )
+
+
+def _peer(value: str) -> str:
+    """host:port of an address, or of what says just that."""
+    if "://" in value:
+        url = split_url(value)
+        return _spelled(url.host, url.port)
+    return _spelled(*split_authority(value, None))
+
+
+def _spelled(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _no_hidden_characters(arguments: Arguments, value: Any, field: str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 TEMPLATE = re.compile(r"\{([a-z0-9_]+)\}")
-VARIABLES = frozenset({"sysfs", "proc", "folder"})
+VARIABLES = frozenset({"sysfs", "proc", "folder", "prefix"})
 """Settings of the daemon that needs may name beside arguments."""
 
 
@@ -27,11 +27,13 @@ class _Strict(BaseModel):
 
 
 class Parameter(_Strict):
-    """The part of JSON Schema that Gemma's template can express. `format = "path"` marks a path of this device."""
+    """The part of JSON Schema that Gemma's template can express. `format` is "path" for a path of this
+    device, "url" for an http or https address.
+    """
 
     type: Literal["string", "integer", "number", "boolean", "array", "object"]
     description: str = ""
-    format: Literal["path"] | None = None
+    format: Literal["path", "url"] | None = None
     enum: tuple[str, ...] | None = None
     nullable: bool = False
     items: Parameter | None = None
@@ -63,11 +65,21 @@ class Parameters(_Strict):
 
 
 class Needs(_Strict):
-    """What a call touches, as templates over its arguments."""
+    """What a call touches, as templates over its arguments.
+
+    `connect` takes host:port or the name of a parameter that is an address; `exec` programs; `use` names of credentials.
+    """
 
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
+    exec: tuple[str, ...] = ()
     connect: tuple[str, ...] = ()
+    use: tuple[str, ...] = ()
+
+    def templates(self) -> list[tuple[str, str]]:
+        """(kind of scope, template) of all of them."""
+        kinds = (("read", self.read), ("write", self.write), ("exec", self.exec), ("connect", self.connect), ("use", self.use))
+        return [(kind, template) for kind, templates in kinds for template in templates]
 
 
 class ToolManifest(_Strict):
@@ -81,12 +93,16 @@ class ToolManifest(_Strict):
 
     @model_validator(mode="after")
     def _needs_are_known(self) -> Self:
-        for template in (*self.needs.read, *self.needs.write, *self.needs.connect):
+        for kind, template in self.needs.templates():
+            if kind in ("read", "write", "exec") and template[:1] not in ("/", "{"):
+                raise ValueError(f"need {kind} = {template!r} is no absolute path")
             for name in TEMPLATE.findall(template):
                 if name not in VARIABLES and name not in self.parameters.properties:
                     raise ValueError(f"need {template!r} names {name!r}, which is no parameter")
         if self.needs.write and self.effect == "none":
             raise ValueError('needs write, so its effect is not "none"')
+        if self.needs.connect and self.effect != "external":
+            raise ValueError('needs connect, so its effect is "external"')
         return self
 
 
@@ -121,14 +137,19 @@ class Toolbox:
     programs: dict[str, bytes]
 
 
-def load(folders: Iterable[Traversable]) -> Toolbox:
-    """Read every bundle (a folder with a `tool.toml`) below `folders`. Raises ConfigError (MANIFEST_INVALID)."""
+def load(folders: Iterable[Traversable], bundled: Traversable | None = None, chosen: Iterable[str] = ()) -> Toolbox:
+    """Read every bundle (a folder with a `tool.toml`) below `folders`, and those of `bundled` that are `chosen`.
+
+    Raises ConfigError (MANIFEST_INVALID).
+    """
     tools: dict[str, Tool] = {}
     programs: dict[str, bytes] = {}
+    entries = [bundled.joinpath(name) for name in sorted(chosen)] if bundled else []
     for folder in folders:
-        for entry in sorted(folder.iterdir(), key=lambda e: e.name):
-            if entry.is_dir() and (file := entry.joinpath("tool.toml")).is_file():
-                _load_bundle(entry, file, tools, programs)
+        entries += sorted(folder.iterdir(), key=lambda e: e.name)
+    for entry in entries:
+        if entry.is_dir() and (file := entry.joinpath("tool.toml")).is_file():
+            _load_bundle(entry, file, tools, programs)
     return Toolbox(dict(sorted(tools.items())), programs)
 
 

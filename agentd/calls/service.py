@@ -8,14 +8,26 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agentd_sandbox import Access, Job, Outcome, OutputTooLarge, SandboxFailure, WorkerCancelled, WorkerDied, WorkerTimeout
+from agentd_sandbox import (
+    Access,
+    Job,
+    Outcome,
+    OutputTooLarge,
+    SandboxFailure,
+    WorkerCancelled,
+    WorkerDied,
+    WorkerOffence,
+    WorkerTimeout,
+)
+from agentd_sandbox.network import split_authority
 
 from agentd.audit import Event, FileTouched, SandboxUse, ToolIdentity, Verdict
 from agentd.calls.arguments import Arguments
 from agentd.errors import AgentdError, Reason, RequestError, SandboxError, ToolError
+from agentd.grants import PATH_KINDS
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -27,7 +39,7 @@ if TYPE_CHECKING:
     from agentd.audit import AuditLog
     from agentd.calls.manifest import Tool, Toolbox
     from agentd.grants import Decision, Grants, Scope
-    from agentd.journal import Journal, Transaction
+    from agentd.journal import Journal, Transaction, Undone
 
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
 
@@ -112,7 +124,8 @@ class Places:
     proc: str = "/proc"
 
     def variables(self) -> dict[str, str]:
-        return {"folder": str(self.folder), "sysfs": self.sysfs, "proc": self.proc}
+        prefix = os.environ.get("PREFIX", "/usr")  # Termux keeps its programs in a folder of its own
+        return {"folder": str(self.folder), "sysfs": self.sysfs, "proc": self.proc, "prefix": prefix}
 
 
 class Calls:
@@ -161,6 +174,11 @@ class Calls:
         async with self._changing:
             return await self._in_thread(prepared)
 
+    async def undo(self, call: str, principal: str) -> Undone:
+        """Put a call back; waits for a change that is under way. Raises what the journal raises."""
+        async with self._changing:
+            return await asyncio.to_thread(self._journal.undo, call, principal)
+
     async def _in_thread(self, prepared: Prepared) -> CallResult:
         cancelled = threading.Event()
         work = asyncio.get_running_loop().run_in_executor(self._threads, self._execute, prepared, cancelled)
@@ -208,7 +226,8 @@ class Calls:
             outcome = self._run(prepared, transaction, cancelled)
         except (SandboxFailure, OSError) as e:
             error = _named(e, prepared.tool)
-            transaction.roll_back(_event("call.abort", prepared, error=error.message))
+            told = self._told(e.outcome) if isinstance(e, SandboxFailure) and e.outcome else {}
+            transaction.roll_back(_event("call.abort", prepared, error=error.message, **told))
             raise error from e
         return self._conclude(prepared, transaction, outcome)
 
@@ -227,15 +246,8 @@ class Calls:
     def _conclude(self, prepared: Prepared, transaction: Transaction, outcome: Outcome) -> CallResult:
         output = outcome.result if outcome.error is None else {"error": outcome.error}
         output = output if output is not None else {"error": "the tool gave nothing back"}
-        use = SandboxUse(
-            level=self._level.name,
-            mediated=outcome.mediated,
-            denied=outcome.denied,
-            denials=tuple(f"{d.call} {d.target}: {d.why}" for d in outcome.denials),
-            peers=tuple(f"{host}:{port}" for host, port in outcome.peers),
-        )
         digest = hashlib.sha256(json.dumps(output, sort_keys=True).encode()).hexdigest()
-        told = {"sandbox": use, "result_digest": digest, "wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us}
+        told = self._told(outcome) | {"result_digest": digest}
         files: tuple[FileTouched, ...] = ()
         if outcome.error is None:
             files = transaction.finish(_event("call.end", prepared, **told))
@@ -246,6 +258,17 @@ class Calls:
             *(prepared.id, prepared.tool.name, output, scopes, prepared.decision, files),
             *(self._level.name, outcome.denied, outcome.wall_us),
         )
+
+    def _told(self, outcome: Outcome) -> dict[str, Any]:
+        """What the record says of a call's way through the sandbox."""
+        use = SandboxUse(
+            level=self._level.name,
+            mediated=outcome.mediated,
+            denied=outcome.denied,
+            denials=tuple(f"{d.call} {d.target}: {d.why}" for d in outcome.denials),
+            peers=tuple(f"{host}:{port}" for host, port in outcome.peers),
+        )
+        return {"sandbox": use, "wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us}
 
 
 def _who(request: CallRequest) -> dict[str, Any]:
@@ -270,17 +293,17 @@ def _event(kind: Any, prepared: Prepared, **more: Any) -> Event:
 
 
 def _access(scopes: tuple[Scope, ...]) -> Access:
-    rules = {kind: tuple(scope.rule() for scope in scopes if scope.kind == kind) for kind in ("read", "write")}
-    peers = (scope.value.rpartition(":") for scope in scopes if scope.kind == "connect")
-    access = Access(rules["read"], rules["write"])
-    return replace(access, connect=frozenset((host, int(port)) for host, _, port in peers))
+    rules = {kind: tuple(scope.rule() for scope in scopes if scope.kind == kind) for kind in PATH_KINDS}
+    peers = frozenset(split_authority(scope.value, None) for scope in scopes if scope.kind == "connect")
+    used = frozenset(scope.value for scope in scopes if scope.kind == "use")
+    return Access(rules["read"], rules["write"], peers, rules["exec"], used)
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:
     """A failure of the sandbox as an error that names the tool and the way out."""
     reasons = {WorkerTimeout: Reason.TOOL_TIMEOUT, WorkerCancelled: Reason.CANCELLED}
     metadata = {"tool": tool.name}
-    if isinstance(error, WorkerTimeout | WorkerCancelled | WorkerDied | OutputTooLarge):
+    if isinstance(error, WorkerTimeout | WorkerCancelled | WorkerDied | WorkerOffence | OutputTooLarge):
         reason = reasons.get(type(error), Reason.TOOL_FAILED)
         return ToolError(reason, f"{tool.name} was ended: {error}.", hint="Its changes were put back.", metadata=metadata)
     hint = "`agentd doctor` says what this machine can confine."

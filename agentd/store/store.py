@@ -11,6 +11,7 @@ import fcntl
 import os
 import queue
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _BUSY_MS = 5000
 _GROUP = 64  # pieces of work in one commit at most
+_LOCK_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10
 
 
@@ -91,6 +93,11 @@ class Store:
                     self._reader.execute("ROLLBACK")
             except apsw.Error as e:
                 raise _unusable(e, self._path) from e
+
+    @property
+    def lock_descriptor(self) -> int:
+        """For a process that must be gone before another daemon may use the store."""
+        return self._lock
 
     def close(self) -> None:
         self._queue.put(None)
@@ -157,10 +164,15 @@ class Store:
 
 
 def _lock(folder: Path) -> int:
+    """Ours until the last copy of the descriptor is closed. The zygote has one: what a killed daemon's tools have left
+    behind is gone before another daemon recovers, which is why a moment is waited here.
+    """
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    deadline = time.monotonic() + _LOCK_TIMEOUT_S
+    while not _try_lock(descriptor):
+        if time.monotonic() < deadline:
+            time.sleep(0.02)
+            continue
         holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
         raise StoreError(
@@ -168,10 +180,18 @@ def _lock(folder: Path) -> int:
             f"Another agentd (pid {holder}) uses the state folder {folder}.",
             hint="Stop it, or give this one its own `state` folder.",
             metadata={"pid": holder, "folder": str(folder)},
-        ) from None
+        )
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _unusable(error: Exception, path: str) -> AgentdError:

@@ -15,9 +15,10 @@ from agentd_sandbox.errors import (
     WorkerOffence,
     WorkerTimeout,
 )
-from agentd_sandbox.files import Change, Denial, Recorder, Refusal
-from agentd_sandbox.host import Job, Outcome, Sandbox
+from agentd_sandbox.files import Change, Recorder, Refusal
+from agentd_sandbox.host import Job, Sandbox
 from agentd_sandbox.levels import Level, no_level, probe
+from agentd_sandbox.outcome import Denial, Outcome
 from agentd_sandbox.proxy import Credential
 
 __all__ = [

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agentd_sandbox.outcome import Outcome
+
 
 class SandboxFailure(Exception):
     """Base of all failures of the sandbox itself or of a worker in it."""
+
+    outcome: Outcome | None = None
+    """What a call that failed has done until then, where one had begun."""
 
 
 class Unsupported(SandboxFailure):

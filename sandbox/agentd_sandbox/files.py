@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from agentd_sandbox import kernel
+from agentd_sandbox.outcome import Denial
 from agentd_sandbox.paths import Resolved, Walker, WalkError, reopen, resolve
 
 if TYPE_CHECKING:
@@ -52,15 +53,6 @@ class Recorder(Protocol):
 
     def before_changes(self, changes: Sequence[Change]) -> None:
         """Return once the states are on disk; raise Refusal if they can't be kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Denial:
-    """A call that was refused, with the path or peer it named."""
-
-    call: str
-    target: str
-    why: str
 
 
 @dataclass(slots=True)

@@ -22,8 +22,9 @@ from agentd_sandbox import network
 from agentd_sandbox.access import Access, PathRule
 from agentd_sandbox.broker import Broker, Limits
 from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, WorkerCancelled, WorkerDied, WorkerTimeout
-from agentd_sandbox.files import Denial, Files, Recorder
+from agentd_sandbox.files import Files, Recorder
 from agentd_sandbox.levels import Level, probe
+from agentd_sandbox.outcome import Outcome
 from agentd_sandbox.proxy import Credential, Proxy
 from agentd_sandbox.serving import Serving, Waiting
 from agentd_sandbox.system import environment, program_rules, python_rules
@@ -51,21 +52,6 @@ class Job:
     variables: Mapping[str, str]
     deadline_s: float
     output_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a worker ended. Exactly one of `result` and `error` is set."""
-
-    result: dict[str, Any] | None
-    error: str | None
-    denials: tuple[Denial, ...]
-    denied: int
-    peers: tuple[tuple[str, int], ...]
-    mediated: int
-    cpu_us: int
-    rss_kb: int
-    wall_us: int
 
 
 @dataclass(slots=True)
@@ -123,22 +109,16 @@ class Sandbox:
         broker = self._broker(worker, access, recorder, started + job.deadline_s)
         serving = Serving(broker, worker)
         try:
-            serving.begin(self._brokers)
-            body = _exchange(worker, serving, job, cancelled)
-        finally:
-            serving.end()
-        result, error, cpu_us, rss_kb = _answer(body)
-        return Outcome(
-            result=result,
-            error=error,
-            denials=tuple(broker.files.denials),
-            denied=broker.files.denied,
-            peers=tuple(broker.network.peers),
-            mediated=broker.calls,
-            cpu_us=cpu_us,
-            rss_kb=rss_kb,
-            wall_us=round((time.monotonic() - started) * 1e6),
-        )
+            try:
+                serving.begin(self._brokers)
+                body = _exchange(worker, serving, job, cancelled)
+            finally:
+                serving.end()
+            result, error, cpu_us, rss_kb = _answer(body)
+        except SandboxFailure as e:
+            e.outcome = _outcome(broker, started, None, str(e))
+            raise
+        return _outcome(broker, started, result, error, cpu_us, rss_kb)
 
     def _broker(self, worker: Waiting, access: Access, recorder: Recorder, deadline: float) -> Broker:
         stopped = threading.Event()
@@ -235,6 +215,22 @@ class Sandbox:
                 self._zygote.kill()
                 self._zygote.wait(_START_TIMEOUT_S)
             self._zygote = None
+
+
+def _outcome(
+    broker: Broker, started: float, result: dict[str, Any] | None, error: str | None, cpu_us: int = 0, rss_kb: int = 0
+) -> Outcome:
+    return Outcome(
+        result=result,
+        error=error,
+        denials=tuple(broker.files.denials),
+        denied=broker.files.denied,
+        peers=tuple(broker.network.peers),
+        mediated=broker.calls,
+        cpu_us=cpu_us,
+        rss_kb=rss_kb,
+        wall_us=round((time.monotonic() - started) * 1e6),
+    )
 
 
 def _exchange(worker: Waiting, serving: Serving, job: Job, cancelled: threading.Event) -> bytes:

@@ -21,7 +21,7 @@ from agentd_sandbox import kernel, network
 from agentd_sandbox.access import Access
 from agentd_sandbox.broker import Broker, Limits
 from agentd_sandbox.errors import SandboxFailure, Unsupported, WorkerTimeout
-from agentd_sandbox.files import Denial, Files
+from agentd_sandbox.files import Files
 from agentd_sandbox.proxy import Proxy
 from agentd_sandbox.serving import Serving, Waiting
 from agentd_sandbox.system import environment as basic_environment
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from agentd_sandbox.files import Change
     from agentd_sandbox.levels import Level
+    from agentd_sandbox.outcome import Denial
 
 _TICK_S = 0.1
 

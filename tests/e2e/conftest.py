@@ -27,10 +27,13 @@ BUNDLES = Path(__file__).parent.parent / "bundles"
 
 @dataclass
 class DaemonProcess:
-    """A daemon with its own state, socket and home folder below `root`. `extra` is appended to its configuration."""
+    """A daemon with its own state, socket and home folder below `root`. `extra` is appended to its configuration,
+    `tools` to the table of that name.
+    """
 
     root: Path
     extra: str = ""
+    tools: str = ""
     process: subprocess.Popen[bytes] | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -55,7 +58,7 @@ class DaemonProcess:
         grants = [("*", f"read:{self.home}"), ("*", f"write:{self.home}"), ("*", "call:*"), ("system.*", "*")]
         rules = "".join(f'[[grants]]\ntool = "{tool}"\nscope = "{scope}"\n' for tool, scope in grants)
         deny = f'[[grants]]\ntool = "*"\nscope = "read:{self.home}/secret"\ndecision = "deny"\n'
-        tools = f'[tools]\nfolder = "{self.home}"\nbundles = ["{BUNDLES}"]\n'
+        tools = f'[tools]\nfolder = "{self.home}"\nbundles = ["{BUNDLES}"]\n{self.tools}'
         text = f'state = "{self.state}"\nsocket = "{self.socket}"\n{tools}{rules}{deny}{self.extra}'
         config = self.root / "agentd.toml"
         config.write_text(text)
