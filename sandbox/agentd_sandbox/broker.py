@@ -177,11 +177,10 @@ class Broker:
             return self.status(call, self.path(call, folder, path), buffer, follow=not flags & kernel.AT_SYMLINK_NOFOLLOW)
         if signed(folder) == AT_FDCWD:
             return self.status(call, self.processes.base(call.thread, folder), buffer, follow=True)
-        own = self.processes.take(call.thread, folder)
         try:
-            data = kernel.raw_stat(own)
-        finally:
-            os.close(own)
+            data = self.processes.status(call.thread, folder)
+        except FileNotFoundError:
+            raise OSError(errno.EBADF, "descriptor") from None
         self.poke(call, buffer, data)
         return 0
 
@@ -254,7 +253,7 @@ class Broker:
         length = len(self.string(call, path)) + 1
         if not self.processes.unshared(call.thread, path, length, self.files.access.may_write):
             self._swapped[self.processes.leader(call.thread)] = (status.st_dev, status.st_ino)
-        self.processes.forget()
+        self.processes.forget_one(call.thread)
         return self.let_through(call)
 
     def check_program(self, call: Notification) -> None:
@@ -298,11 +297,14 @@ class Broker:
         return 0
 
     def kill_thread(self, call: Notification, process: int, thread: int, number: int) -> int:
-        """tgkill(2). To itself, as raise(3) does, the kernel may: it can't be anybody else meanwhile."""
-        process, leader = signed(process), self.processes.leader(signed(thread))
-        if self.processes.leader(call.thread) == leader and process in (-1, leader):
+        """tgkill(2), and tkill(2) with process -1. A thread of its own process the kernel may signal: it checks again.
+
+        Anybody else's number could mean another process by the time it does: those are signalled here, as a whole.
+        """
+        process, thread = signed(process), signed(thread)
+        if thread == call.thread or (process > 0 and process == self.processes.leader(call.thread)):
             return self.let_through(call)
-        self._signal(process if process > 0 else leader, signed(number))
+        self._signal(process if process > 0 else self.processes.leader(thread), signed(number))
         return 0
 
     def _signal(self, process: int, number: int) -> None:

@@ -235,11 +235,17 @@ class Files:
 
     def file_system(self, path: bytes, *, free: bytes) -> bytes:
         """`struct statfs`; that of the folder `free` may always be asked for."""
-        if os.path.normpath(path) == free:
-            with resolve(free, follow=True) as target:
-                return kernel.raw_statfs(target.descriptor)
-        with self.existing(path, "see") as target:
-            return kernel.raw_statfs(target.descriptor)
+        descriptor = self.file_system_of(path, free=free)
+        try:
+            return kernel.raw_statfs(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def file_system_of(self, path: bytes, *, free: bytes) -> int:
+        """An O_PATH descriptor to be asked for its file system, and closed."""
+        is_free = os.path.normpath(path) == free
+        with resolve(free, follow=True) if is_free else self.existing(path, "see") as target:
+            return os.dup(target.descriptor)
 
     # -- changes of names
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from agentd_sandbox import network
 from agentd_sandbox.access import Access, PathRule
 from agentd_sandbox.broker import Broker, Limits
+from agentd_sandbox.desk import Desk
 from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, WorkerCancelled, WorkerDied, WorkerTimeout
 from agentd_sandbox.files import Files, Recorder
 from agentd_sandbox.levels import Level, probe
@@ -120,7 +121,7 @@ class Sandbox:
             raise
         return _outcome(broker, started, result, error, cpu_us, rss_kb)
 
-    def _broker(self, worker: Waiting, access: Access, recorder: Recorder, deadline: float) -> Broker:
+    def _broker(self, worker: Waiting, access: Access, recorder: Recorder, deadline: float) -> Broker | Desk:
         stopped = threading.Event()
         peers = network.Network(access.connect, deadline, stopped, self.resolve)
         rules = self._python + (program_rules() if access.execute else ())
@@ -129,6 +130,8 @@ class Sandbox:
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
         proxy = Proxy(peers, credentials, files.deny, stopped, self.trust)
         folder = os.fsencode(os.path.realpath(self.folder))
+        if worker.questions:
+            return Desk(worker.questions, worker.processes, files, peers, proxy, folder, self.limits)
         one_step = "addfd_send" not in self._level.without
         return Broker(worker.listener, worker.processes, files, peers, proxy, folder, self.limits, one_step=one_step)
 
@@ -161,15 +164,17 @@ class Sandbox:
 
     def _fork(self) -> Waiting:
         ours, theirs = socket.socketpair()
+        asked, asking = (None, None) if "broker" in self._level.layers else socket.socketpair()
         processor = next(self._processors)
-        with theirs:
+        with theirs, asking or contextlib.nullcontext():
             for attempt in (1, 2):
                 if self._zygote is None or self._zygote.poll() is not None:
                     self._start_zygote()
                 assert self._control is not None
                 try:
-                    socket.send_fds(self._control, [REQUEST.pack(processor)], [theirs.fileno()])
-                    return Waiting(ours, processor)
+                    given = [end.fileno() for end in (theirs, asking) if end]
+                    socket.send_fds(self._control, [REQUEST.pack(processor)], given)
+                    return Waiting(ours, processor, asked)
                 except OSError:
                     if attempt == 2:
                         raise
@@ -218,7 +223,7 @@ class Sandbox:
 
 
 def _outcome(
-    broker: Broker, started: float, result: dict[str, Any] | None, error: str | None, cpu_us: int = 0, rss_kb: int = 0
+    broker: Broker | Desk, started: float, result: dict[str, Any] | None, error: str | None, cpu_us: int = 0, rss_kb: int = 0
 ) -> Outcome:
     return Outcome(
         result=result,

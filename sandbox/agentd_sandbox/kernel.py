@@ -40,6 +40,7 @@ _ID = struct.Struct("=Q")
 _STAT_BYTES = {"x86_64": 144, "aarch64": 128, "arm": 104}  # sizeof(struct stat), struct stat64 on arm
 _STATFS_BYTES = {"x86_64": 120, "aarch64": 120, "arm": 84}
 RENAME_NOREPLACE = 1
+_AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_SYMLINK_NOFOLLOW = 0x100
 AT_SYMLINK_FOLLOW = 0x400
@@ -176,6 +177,15 @@ def raw_stat(descriptor: int) -> bytes:
     buffer = ctypes.create_string_buffer(_STAT_BYTES[current.architecture])
     result: int = _syscall(ctypes.c_long(number), ctypes.c_long(descriptor), b"", buffer, ctypes.c_long(AT_EMPTY_PATH))
     check(result, "newfstatat")
+    return buffer.raw
+
+
+def raw_stat_of(path: bytes) -> bytes:
+    """As `raw_stat`, of what a path leads to: for links in procfs that stand for open descriptors."""
+    current = profile()
+    number = current.numbers.get("newfstatat") or current.numbers["fstatat64"]
+    buffer = ctypes.create_string_buffer(_STAT_BYTES[current.architecture])
+    check(_syscall(ctypes.c_long(number), ctypes.c_long(_AT_FDCWD), path, buffer, ctypes.c_long(0)), "newfstatat")
     return buffer.raw
 
 

@@ -26,7 +26,7 @@ from agentd_sandbox.proxy import Proxy
 from agentd_sandbox.serving import Serving, Waiting
 from agentd_sandbox.system import environment as basic_environment
 from agentd_sandbox.system import program_rules
-from agentd_sandbox.worker import HELLO, Manner, limit_resources, lock
+from agentd_sandbox.worker import HELLO, Manner, close_all_but, limit_resources, lock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,9 +128,7 @@ def _become(
     code = 127
     try:
         os.chdir(folder)
-        keep = channel.fileno()
-        os.closerange(3, keep)
-        os.closerange(keep + 1, 1 << 16)
+        close_all_but([channel.fileno()])
         os.setsid()
         kernel.die_with_parent()
         limit_resources()

@@ -5,8 +5,8 @@ Symlinks are read and their text is walked like any other, so what counts in the
 a process in procfs (`/proc/123`, `/proc/self`) does not exist for the walker: its links would lead into the process
 that walks.
 
-Most paths have no link in them at all. Those take one open instead of a walk: if the kernel says that what it opened
-is called exactly what was asked for, then no link was on the way (17 us become 5, measured on x86_64).
+Most paths have no link in them at all. Those take one open instead of a walk: if the kernel says that what it opened as
+O_PATH is called exactly what was asked for, then no link was on the way (17 us become 7, measured on x86_64).
 """
 
 from __future__ import annotations
@@ -122,6 +122,20 @@ def reopen(descriptor: int, flags: int) -> int:
     return os.open(b"%d" % descriptor, flags | os.O_CLOEXEC, dir_fd=_own_descriptors())
 
 
+@cache
+def _merged() -> dict[bytes, bytes]:
+    """Where the folders that most distributions have merged into /usr lead: `/lib` and the like are links of root's."""
+    names = (b"/bin", b"/sbin", b"/lib", b"/lib32", b"/lib64")
+    return {name: os.path.realpath(name) for name in names if os.path.islink(name)}
+
+
+def _unmerged(path: bytes) -> bytes:
+    """The path as it is spelled without those links. Whether that is right, opening it will say."""
+    first, slash, rest = path[1:].partition(b"/")
+    real = _merged().get(b"/" + first)
+    return path if real is None or not slash else real + b"/" + rest
+
+
 @dataclass(slots=True)
 class Walker:
     """Resolves paths for one call. Knows which devices it has seen are not procfs."""
@@ -130,7 +144,8 @@ class Walker:
 
     def existing(self, path: bytes, *, follow: bool) -> Resolved:
         """As `resolve`, but without the parent where the path is there as it is spelled."""
-        return self._as_spelled(path, follow=follow) or resolve(path, follow=follow)
+        spelled = _unmerged(path)
+        return self._as_spelled(spelled, follow=follow) or self._missing(spelled) or resolve(path, follow=follow)
 
     def _as_spelled(self, path: bytes, *, follow: bool) -> Resolved | None:
         try:
@@ -142,6 +157,23 @@ class Walker:
         if real == path and not (follow and stat.S_ISLNK(status.st_mode)) and self._is_ordinary(found, status.st_dev):
             return Resolved(real, -1, b"", found, _status=status)
         os.close(found)
+        return None
+
+    def _missing(self, path: bytes) -> Resolved | None:
+        """Nothing by that name in a folder that is there as it is spelled."""
+        folder, _, name = path.rpartition(b"/")
+        if not name or name in (b".", b".."):
+            return None
+        parent = self._as_spelled(folder or b"/", follow=False)
+        if parent is None:
+            return None
+        try:
+            os.close(os.open(name, _PATH_FLAGS, dir_fd=parent.descriptor))
+        except FileNotFoundError:
+            return Resolved(path, parent.descriptor, name, -1)
+        except OSError:
+            pass
+        parent.__exit__()  # no folder, or there is something after all: a link that leads nowhere, or one that came this moment
         return None
 
     def _is_ordinary(self, descriptor: int, device: int) -> bool:

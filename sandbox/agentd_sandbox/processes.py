@@ -8,7 +8,7 @@ import os
 import re
 import signal
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from agentd_sandbox import kernel
 
@@ -45,10 +45,15 @@ class Processes:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is known of their memory: one of them is about to become another program."""
+        """Drop what is known of their memory."""
         for descriptor in self._memories.values():
             os.close(descriptor)
         self._memories.clear()
+
+    def forget_one(self, thread: int) -> None:
+        """Its process is about to become another program, while the parent of a vfork goes on in the same memory."""
+        for each in {thread, self.leader(thread)} & set(self._memories):
+            os.close(self._memories.pop(each))
 
     # -- memory
 
@@ -66,7 +71,8 @@ class Processes:
         """At least one byte. An address space that has ended reads as nothing: then it is opened anew."""
         try:
             data = os.pread(self._memory(thread), size, address)
-            if not data and self._memories.pop(thread, None) is not None:
+            if not data:
+                os.close(self._memories.pop(thread))
                 data = os.pread(self._memory(thread), size, address)
         except (OSError, OverflowError):
             raise OSError(errno.EFAULT, "address") from None
@@ -95,16 +101,14 @@ class Processes:
         That is so if its process and all those above it have one thread each (a vfork parent shares memory, but
         waits), and the memory is private and not a file's that it may write (mmap(2): changes of the file may show).
         """
-        process = self.leader(thread)
-        while process != self.root:
-            if _status(process).get("Threads") != "1":
-                return False
-            process = int(_status(process).get("PPid", "0"))
-            if process <= 1 or not self.contains(process):
-                return False  # an orphan: whoever forked it can't be looked at any more
-        if _status(process).get("Threads") != "1":
-            return False
-        return self._private(thread, address, length, may_write)
+        process = thread  # with one thread only, that is its process
+        while True:
+            seen = _look(process)
+            if seen.threads != 1 or seen.session != self.root:
+                return False  # or an orphan: whoever forked it can't be looked at any more
+            if process == self.root:
+                return self._private(thread, address, length, may_write)
+            process = seen.parent
 
     def _private(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
         covered = address
@@ -165,6 +169,10 @@ class Processes:
         """The process that a thread belongs to."""
         return thread if thread == self.root else int(_status(thread).get("Tgid", thread))
 
+    def status(self, thread: int, descriptor: int) -> bytes:
+        """`struct stat` of one of its descriptors. What the number leads to after its end, whoever reads it must check."""
+        return kernel.raw_stat_of(b"/proc/%d/fd/%d" % (thread, signed(descriptor)))
+
     # -- who belongs to them
 
     def members(self) -> list[int]:
@@ -172,7 +180,7 @@ class Processes:
         return [process for process in _processes() if self.contains(process)]
 
     def contains(self, process: int) -> bool:
-        return _session(process) == self.root
+        return _look(process).session == self.root
 
     def signal(self, process: int, number: int) -> None:
         """Send a signal to a member, and to no one who may get its number later. Raises OSError (ESRCH, EPERM)."""
@@ -222,14 +230,26 @@ def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _session(process: int) -> int:
-    """The session of a process; 0 if it is gone or dead already."""
+class _Seen(NamedTuple):
+    """Of a process, from /proc/PID/stat; all 0 if it is gone or dead already."""
+
+    parent: int = 0
+    session: int = 0
+    threads: int = 0
+
+
+def _look(process: int) -> _Seen:
     try:
-        with open(f"/proc/{process}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        descriptor = os.open(f"/proc/{process}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[3])
+        return _Seen()
+    try:
+        fields = os.read(descriptor, 1024).rpartition(b")")[2].split()
+    except OSError:
+        return _Seen()
+    finally:
+        os.close(descriptor)
+    return _Seen() if not fields or fields[0] in (b"Z", b"X") else _Seen(int(fields[1]), int(fields[3]), int(fields[17]))
 
 
 def _status(process: int) -> dict[str, str]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
     from agentd_sandbox.broker import Broker
+    from agentd_sandbox.desk import Desk
 
 _GREETING_TIMEOUT_S = 10.0
 _GONE_TIMEOUT_S = 5.0
@@ -33,6 +34,8 @@ class Waiting:
 
     channel: socket.socket
     processor: int = -1
+    questions: socket.socket | None = None
+    """At level 1 the worker asks here; there is no listener then."""
     listener: int = -1
     processes: Processes = field(default_factory=lambda: Processes(0, -1))
 
@@ -45,7 +48,7 @@ class Waiting:
 
     def greet(self) -> None:
         """Take the listener out of the worker, unless that is done. Raises Unsupported if it couldn't lock itself."""
-        if self.listener >= 0:
+        if self.processes.root:
             return
         self.channel.settimeout(_GREETING_TIMEOUT_S)
         hello = b""
@@ -55,9 +58,11 @@ class Waiting:
                 raise WorkerDied("the worker died while it was locking itself down")
             hello += chunk
         kind, pid, listener = HELLO.unpack(hello)
-        if kind != b"P":
+        if kind == b"E":
             raise Unsupported("seccomp", pid, os.strerror(pid))
         self.processes = Processes(pid, os.pidfd_open(pid))
+        if kind == b"A":
+            return
         self.listener = kernel.take_descriptor(self.processes.pidfd, listener)
         kernel.wake_at_once(self.listener)
         self.channel.sendall(b"g")
@@ -74,14 +79,16 @@ class Waiting:
                 os.close(descriptor)
         self.listener = self.processes.pidfd = -1
         self.processes.forget()
-        self.channel.close()
+        for each in (self.channel, self.questions):
+            if each:
+                each.close()
 
 
 @dataclass(slots=True)
 class Serving:
     """The broker of one call at work. `begin`, then `end`; `offence` is set if the broker has ended the call."""
 
-    broker: Broker
+    broker: Broker | Desk
     worker: Waiting
     offence: WorkerOffence | None = None
     _gone: threading.Event = field(default_factory=threading.Event)
@@ -112,14 +119,22 @@ class Serving:
         try:
             share_processor(self.worker.processor)
             self._answer_all()
+            if self.worker.questions:
+                self._await_death()
         finally:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, processors)
             self._gone.set()
 
+    def _await_death(self) -> None:
+        """At level 1 there is one process, and no listener that would hang up with it."""
+        poll = select.poll()
+        poll.register(self.worker.processes.pidfd, select.POLLIN)
+        poll.poll()
+
     def _answer_all(self) -> None:
         poll = select.poll()
-        poll.register(self.worker.listener, select.POLLIN)
+        poll.register(self.worker.questions or self.worker.listener, select.POLLIN)
         look = time.monotonic() + _MEMORY_EVERY_S
         while True:
             ready = poll.poll(_MEMORY_EVERY_S * 1000)
@@ -134,6 +149,8 @@ class Serving:
             except WorkerOffence as e:
                 self.offence = self.offence or e
                 self.worker.processes.kill()
+            except ConnectionError:  # level 1: the worker has closed its end
+                return
             except Exception as e:  # a fault of the broker's must end this call, not leave its worker waiting for ever
                 self.offence = self.offence or WorkerOffence(f"the broker failed: {type(e).__name__}: {e}")
                 self.worker.processes.kill()

@@ -43,4 +43,4 @@ def environment(folder: str) -> dict[str, str]:
     proxy = "http://{}:{}".format(*network.PROXY)
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), proxy)
     path = os.environ.get("PREFIX", "/usr") + "/bin:/usr/bin:/bin"
-    return {"PATH": path, "LANG": "C.UTF-8", "HOME": folder, "PYTHONDONTWRITEBYTECODE": "1", **proxies, **zone}
+    return {"PATH": path, "LANG": "C.utf8", "HOME": folder, "PYTHONDONTWRITEBYTECODE": "1", **proxies, **zone}

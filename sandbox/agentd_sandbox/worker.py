@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from agentd_sandbox import kernel, layers, sdk
+from agentd_sandbox import kernel, layers, sdk, shim
 from agentd_sandbox.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from types import CodeType
 
 HELLO = struct.Struct("=cii")
-"""First message: b"P", pid, listener; or b"E", errno, 0 if this kernel can't confine it."""
+"""First message: b"P", pid, listener; b"A", pid, 0 at level 1; b"E", errno, 0 if this kernel can't confine it."""
 LENGTH = struct.Struct("=I")
 _MIB = 1 << 20
 LIMITS = {
@@ -34,16 +35,20 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How workers are locked: the layers beside filter and broker, and whether signals wait for the broker."""
+    """How workers are locked: the layers beside the filter, and whether signals wait for the broker."""
 
     layers: frozenset[str]
     wait_killable: bool = True
 
 
-def main(channel: socket.socket, programs: dict[str, CodeType], manner: Manner, processor: int) -> NoReturn:
-    """Never returns: answers one request over `channel` and exits."""
+def main(
+    channel: socket.socket, questions: socket.socket | None, programs: dict[str, CodeType], manner: Manner, processor: int
+) -> NoReturn:
+    """Never returns: answers one request over `channel` and exits. `questions` is for level 1 only."""
     try:
-        _lock(channel, manner, processor)
+        _lock([channel, *([questions] if questions else [])], manner, processor)
+        if questions:
+            shim.install(questions)
         request = json.loads(_receive(channel))
         body = json.dumps(_run(request, programs), ensure_ascii=False).encode("utf-8", "replace")
         channel.sendall(LENGTH.pack(len(body)) + body)
@@ -51,11 +56,16 @@ def main(channel: socket.socket, programs: dict[str, CodeType], manner: Manner, 
         os._exit(0)
 
 
-def _lock(channel: socket.socket, manner: Manner, processor: int) -> None:
+def close_all_but(kept: list[int]) -> None:
+    """Beside standard input and output."""
+    for start, end in itertools.pairwise((2, *sorted(kept), 1 << 16)):
+        os.closerange(start + 1, end)
+
+
+def _lock(sockets: list[socket.socket], manner: Manner, processor: int) -> None:
     """From here on the process can do nothing that the policy does not name."""
-    keep = channel.fileno()
-    os.closerange(3, keep)
-    os.closerange(keep + 1, 1 << 16)
+    channel = sockets[0]
+    close_all_but([each.fileno() for each in sockets])
     os.setsid()  # what it starts stays in this session, and is found by it
     share_processor(processor)
     kernel.die_with_parent()
@@ -70,6 +80,9 @@ def _lock(channel: socket.socket, manner: Manner, processor: int) -> None:
     except OSError as e:
         channel.sendall(HELLO.pack(b"E", e.errno or 0, 0))
         raise
+    if listener < 0:
+        channel.sendall(HELLO.pack(b"A", os.getpid(), 0))
+        return
     channel.sendall(HELLO.pack(b"P", os.getpid(), listener))
     if channel.recv(1) != b"g":  # the daemon has its copy of the listener now
         os._exit(0)
@@ -77,12 +90,15 @@ def _lock(channel: socket.socket, manner: Manner, processor: int) -> None:
 
 
 def lock(manner: Manner) -> int:
-    """Give everything up that can be, then install the filter; returns the listener."""
+    """Give everything up that can be, then install the filter; returns the listener, -1 at level 1."""
     kernel.drop_capabilities()
     kernel.stay_inspectable()
     if "landlock" in manner.layers:
         kernel.no_new_privileges()
         layers.restrict_by_landlock()
+    if "broker" not in manner.layers:
+        kernel.lock_alone()
+        return -1
     return kernel.lock(wait_killable=manner.wait_killable)
 
 

@@ -50,15 +50,16 @@ def main(descriptor: int) -> NoReturn:
     control.sendall(b"r")
     manner = worker.Manner(frozenset(setup["layers"]), setup["wait_killable"])
     while True:
-        message, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 1)
+        message, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 2)
         if not message:
             kill_descendants(os.getpid())
             os._exit(0)
-        channel = socket.socket(fileno=descriptors[0])
+        channel, *more = (socket.socket(fileno=descriptor) for descriptor in descriptors)
         if os.fork() == 0:
             control.close()
-            worker.main(channel, programs, manner, *REQUEST.unpack(message))
-        channel.close()
+            worker.main(channel, more[0] if more else None, programs, manner, *REQUEST.unpack(message))
+        for each in (channel, *more):
+            each.close()
 
 
 def _receive(control: socket.socket) -> bytes:
