@@ -68,7 +68,7 @@ class Broker:
     """What is being done right now, for the message if it never ends."""
     _forks: int = 0
     _alive: int = 1
-    _swapped: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _started: dict[int, bytes] = field(default_factory=dict)
     _undelivered: dict[int, tuple[int, tuple[int, ...], int, int]] = field(default_factory=dict)
     _connecting: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(_CONNECTING))
     _names: dict[int, str] = field(default_factory=lambda: profile().names)
@@ -84,7 +84,7 @@ class Broker:
         if self._undelivered and self._answer_again(call):
             return
         try:
-            if self._swapped:
+            if call.thread in self._started:
                 self.check_program(call)
             value, code = FORMS[name](self, call, *call.arguments), 0
         except Answered:
@@ -117,8 +117,7 @@ class Broker:
                 self._undelivered[call.thread] = (call.number, call.arguments, value, code)
 
     def poke(self, call: Notification, address: int, data: bytes) -> None:
-        """Opening the memory first: whoever still waits after that is the one whose memory it is."""
-        self.processes.read(call.thread, address, 1)
+        """Its memory has been read before: whoever still waits after that is the one whose memory it is."""
         if not kernel.still_waiting(self.listener, call.id):
             raise OSError(errno.EINTR, "gone")
         self.processes.write(call.thread, address, data)
@@ -244,27 +243,23 @@ class Broker:
         return self.let_through(call)
 
     def execute(self, call: Notification, path: int) -> int:
-        """The kernel reads the path again. Where somebody could have changed it, the program is looked at afterwards."""
-        place = self.path(call, AT_FDCWD, path)
-        with self.files.existing(place, "execute") as target:
-            status = target.status
-            if not stat.S_ISREG(status.st_mode):
+        """The kernel reads the path again, so the program is looked at once more when it makes its first call."""
+        with self.files.existing(self.path(call, AT_FDCWD, path), "execute") as target:
+            if not stat.S_ISREG(target.status.st_mode):
                 raise OSError(errno.EACCES, "no program")
-        length = len(self.string(call, path)) + 1
-        if not self.processes.unshared(call.thread, path, length, self.files.access.may_write):
-            self._swapped[self.processes.leader(call.thread)] = (status.st_dev, status.st_ino)
+        self._started[call.thread] = self.processes.program(call.thread)
         self.processes.forget_one(call.thread)
         return self.let_through(call)
 
     def check_program(self, call: Notification) -> None:
-        """The first call of a process whose program may have been swapped. Scripts run in a program of the scopes too."""
-        process = self.processes.leader(call.thread)
-        if self._swapped.pop(process, None) is None:
-            return
-        with contextlib.suppress(FileNotFoundError):
-            program = os.readlink(b"/proc/%d/exe" % process)
-            if not (self.files.access.may_execute(program) or self.files.access.may_read(program)):
-                raise WorkerOffence(f"it started {os.fsdecode(program)} by changing a path that was being checked")
+        """Whether what runs now may: by swapping the path, another program may have been started. Or none at all."""
+        before = self._started.pop(call.thread, None)
+        if (
+            before is not None
+            and (now := self.processes.program(call.thread)) != before
+            and not self.files.access.may_execute(now)
+        ):
+            raise WorkerOffence(f"it started {os.fsdecode(now)} by changing a path that was being checked")
 
     def change_folder(self, call: Notification, path: int) -> int:
         """The kernel reads the path again, so nobody may be able to change it. Later uses are resolved anew anyway."""

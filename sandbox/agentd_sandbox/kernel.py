@@ -10,10 +10,14 @@ import errno
 import fcntl
 import os
 import struct
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from agentd_sandbox.errors import Unsupported
 from agentd_sandbox.filters import instructions, profile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -172,21 +176,30 @@ def take_descriptor(pidfd: int, descriptor: int) -> int:
 
 def raw_stat(descriptor: int) -> bytes:
     """`struct stat` of an open descriptor (O_PATH too), as the kernel lays it out (`struct stat64` on 32-bit arm)."""
-    current = profile()
-    number = current.numbers.get("newfstatat") or current.numbers["fstatat64"]
-    buffer = ctypes.create_string_buffer(_STAT_BYTES[current.architecture])
-    result: int = _syscall(ctypes.c_long(number), ctypes.c_long(descriptor), b"", buffer, ctypes.c_long(AT_EMPTY_PATH))
-    check(result, "newfstatat")
+    return _stat_at(descriptor, b"", AT_EMPTY_PATH)
+
+
+@cache
+def _stat_call() -> tuple[Callable[..., int], ctypes.c_long, int]:
+    """The call, its number, and the size of what it writes. Typed once, as it is the one that programs make most."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_long)
+    call.restype = ctypes.c_long
+    numbers = profile().numbers
+    number = numbers.get("newfstatat") or numbers["fstatat64"]
+    return call, ctypes.c_long(number), _STAT_BYTES[profile().architecture]
+
+
+def _stat_at(folder: int, path: bytes, flags: int) -> bytes:
+    call, number, size = _stat_call()
+    buffer = ctypes.create_string_buffer(size)
+    check(call(number, folder, path, buffer, flags), "newfstatat")
     return buffer.raw
 
 
 def raw_stat_of(path: bytes) -> bytes:
     """As `raw_stat`, of what a path leads to: for links in procfs that stand for open descriptors."""
-    current = profile()
-    number = current.numbers.get("newfstatat") or current.numbers["fstatat64"]
-    buffer = ctypes.create_string_buffer(_STAT_BYTES[current.architecture])
-    check(_syscall(ctypes.c_long(number), ctypes.c_long(_AT_FDCWD), path, buffer, ctypes.c_long(0)), "newfstatat")
-    return buffer.raw
+    return _stat_at(_AT_FDCWD, path, 0)
 
 
 def raw_statfs(descriptor: int) -> bytes:

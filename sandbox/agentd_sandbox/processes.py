@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from agentd_sandbox import kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 AT_FDCWD = -100
 _PATH_MAX = 4096
@@ -51,9 +51,9 @@ class Processes:
         self._memories.clear()
 
     def forget_one(self, thread: int) -> None:
-        """Its process is about to become another program, while the parent of a vfork goes on in the same memory."""
-        for each in {thread, self.leader(thread)} & set(self._memories):
-            os.close(self._memories.pop(each))
+        """It is about to become another program, while the parent of a vfork goes on in the same memory."""
+        if thread in self._memories:
+            os.close(self._memories.pop(thread))
 
     # -- memory
 
@@ -112,21 +112,18 @@ class Processes:
 
     def _private(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
         covered = address
-        with open(f"/proc/{thread}/maps", "rb") as maps:
-            for line in maps:
-                match = _MAPPING.match(line)
-                if match is None:
-                    continue
-                start, end = int(match[1], 16), int(match[2], 16)
-                if start <= covered < end:
-                    file = match[5]
-                    if match[3][3:4] != b"p" or (match[4] != b"0" and (b"\\" in file or may_write(file))):
-                        return False
-                    if file.endswith(b" (deleted)"):
-                        return False
-                    covered = end
-                    if covered >= address + length:
-                        return True
+        for line in _mappings(thread):
+            match = _MAPPING.match(line)
+            if match is None or int(match[2], 16) <= covered:
+                continue
+            if int(match[1], 16) > covered or match[3][3:4] != b"p":
+                return False
+            file = match[5]
+            if match[4] != b"0" and (b"\\" in file or file.endswith(b" (deleted)") or may_write(file)):
+                return False
+            covered = int(match[2], 16)
+            if covered >= address + length:
+                return True
         return False
 
     # -- descriptors and folders
@@ -153,6 +150,13 @@ class Processes:
             return kernel.take_descriptor(pidfd, signed(descriptor))
         finally:
             os.close(pidfd)
+
+    def program(self, thread: int) -> bytes:
+        """The path of what it runs; empty if it is gone."""
+        try:
+            return os.readlink(b"/proc/%d/exe" % thread)
+        except OSError:
+            return b""
 
     def flags(self, thread: int, descriptor: int) -> int:
         """The open flags of one of its descriptors, O_CLOEXEC among them (proc(5), fdinfo)."""
@@ -228,6 +232,18 @@ def _below(process: int) -> list[int]:
 
 def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _mappings(thread: int) -> Iterator[bytes]:
+    """The lines of /proc/TID/maps, a page at a time: the kernel takes its time over long ones."""
+    descriptor = os.open(f"/proc/{thread}/maps", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        rest = b""
+        while chunk := os.read(descriptor, 4096):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+    finally:
+        os.close(descriptor)
 
 
 class _Seen(NamedTuple):
