@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from agentd_sandbox import network
 from agentd_sandbox.errors import WorkerOffence
 from agentd_sandbox.files import Refusal
-from agentd_sandbox.shim import LENGTH
+from agentd_sandbox.shim import LENGTH, STATUS
 
 if TYPE_CHECKING:
     from agentd_sandbox.broker import Limits
@@ -98,7 +98,7 @@ class Desk:
                 return files.open(place, int(asked["flags"]), int(asked["mode"]), 0o022)
             case "look":
                 with files.existing(place, "see", follow=bool(asked["follow"])) as target:
-                    return os.dup(target.descriptor)
+                    return _holding(json.dumps([getattr(target.status, name) for name in STATUS]).encode())
             case "statfs":
                 return files.file_system_of(place, free=self.folder)
             case "readlink":

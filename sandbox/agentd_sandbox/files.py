@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from agentd_sandbox import kernel
 from agentd_sandbox.outcome import Denial
 from agentd_sandbox.paths import Resolved, Walker, WalkError, reopen, resolve
+from agentd_sandbox.system import is_part_of_system
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -71,9 +72,12 @@ class Files:
     _walker: Walker = field(default_factory=Walker)
 
     def deny(self, target: bytes | str, why: str) -> None:
+        """Counted, and the first of them kept: but not that a program looked for parts of the system that are not there."""
         self.denied += 1
-        if self.denied <= _RECORDED_DENIALS:
-            self.denials.append(Denial(self.call, os.fsdecode(target), why))
+        if len(self.denials) < _RECORDED_DENIALS and not (isinstance(target, bytes) and is_part_of_system(target)):
+            denial = Denial(self.call, os.fsdecode(target), why)
+            if denial not in self.denials:
+                self.denials.append(denial)
 
     # -- from a path to something that this call may use
 

@@ -7,19 +7,31 @@ answer is an errno or a descriptor (SCM_RIGHTS); what the caller wanted to know 
 from __future__ import annotations
 
 import builtins
+import ctypes
 import errno
 import io
 import json
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from agentd_sandbox import kernel
+from agentd_sandbox.filters import profile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 LENGTH = struct.Struct("=I")
+STATUS = (
+    *("st_mode", "st_ino", "st_dev", "st_nlink", "st_uid", "st_gid", "st_size", "st_atime", "st_mtime", "st_ctime"),
+    *("st_atime_ns", "st_mtime_ns", "st_ctime_ns"),
+)
+"""The fields of os.stat_result in its order, then those that come by name."""
+_DIRENT = struct.Struct("=QqHB")  # struct linux_dirent64: inode, offset, length of this entry, kind, name
+_FOLDER, _FILE, _LINK = 4, 8, 10  # DT_DIR, DT_REG, DT_LNK
 
 
 class _Asking:
@@ -87,8 +99,9 @@ def _replace_looking(asking: _Asking) -> None:
         _no_folder(dir_fd)
         if isinstance(path, int):
             return os.fstat(path)
-        found: os.stat_result = asking.look(os.fstat, "look", path, follow=follow_symlinks)
-        return found
+        told = json.loads(asking.look(lambda descriptor: os.read(descriptor, 4096), "look", path, follow=follow_symlinks))
+        named = dict(zip(STATUS, told, strict=True))
+        return os.stat_result(told[:10], {name: value for name, value in named.items() if name.endswith("_ns")})
 
     def access(path: Any, mode: int, **_: Any) -> bool:
         try:
@@ -105,17 +118,44 @@ def _replace_looking(asking: _Asking) -> None:
     _put(os, stat=stat, lstat=lambda path, **_: stat(path, follow_symlinks=False), access=access, readlink=readlink)
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An os.DirEntry, as far as tools use one."""
+
+    name: str
+    path: str
+    kind: int
+
+    def is_symlink(self) -> bool:
+        return self.kind == _LINK
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        return self.kind == _FOLDER or (self.kind == _LINK and follow_symlinks and os.path.isdir(self.path))
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        return self.kind == _FILE or (self.kind == _LINK and follow_symlinks and os.path.isfile(self.path))
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        return os.stat(self.path, follow_symlinks=follow_symlinks)
+
+    def __fspath__(self) -> str:
+        return self.path
+
+
 def _replace_listing(asking: _Asking) -> None:
-    kept_listdir, kept_scandir, kept_statvfs = os.listdir, os.scandir, os.statvfs
+    kept_statvfs = os.statvfs
+
+    def entries(path: Any) -> Iterator[_Entry]:
+        text = os.fsdecode(os.fspath(path))
+        for kind, name in asking.look(_list, "open", path, flags=os.O_DIRECTORY, mode=0):
+            yield _Entry(os.fsdecode(name), os.path.join(text, os.fsdecode(name)), kind)
 
     def listdir(path: Any = ".") -> list[Any]:
-        if isinstance(path, int):
-            return kept_listdir(path)
-        names: list[str] = asking.look(kept_listdir, "open", path, flags=os.O_DIRECTORY, mode=0)
+        names = [entry.name for entry in entries(path)]
         return [os.fsencode(name) for name in names] if isinstance(os.fspath(path), bytes) else names
 
     def scandir(path: Any = ".") -> Any:
-        return kept_scandir(path if isinstance(path, int) else asking.ask("open", path, flags=os.O_DIRECTORY, mode=0))
+        return _Scan(list(entries(path)))
 
     def statvfs(path: Any) -> os.statvfs_result:
         if isinstance(path, int):
@@ -124,6 +164,46 @@ def _replace_listing(asking: _Asking) -> None:
         return found
 
     _put(os, listdir=listdir, scandir=scandir, statvfs=statvfs)
+
+
+class _Scan:
+    """What os.scandir gives back: to be iterated over, in a with statement or not."""
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        self._entries = iter(entries)
+
+    def __iter__(self) -> Iterator[_Entry]:
+        return self._entries
+
+    def __next__(self) -> _Entry:
+        return next(self._entries)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._entries = iter(())
+
+
+def _list(descriptor: int) -> list[tuple[int, bytes]]:
+    """Kind and name of all that is in a folder, by getdents64(2): the C library would stat the descriptor by name."""
+    found: list[tuple[int, bytes]] = []
+    number = ctypes.c_long(profile().numbers["getdents64"])
+    buffer = ctypes.create_string_buffer(1 << 15)
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    while size := kernel.check(call(number, ctypes.c_long(descriptor), buffer, ctypes.c_long(len(buffer))), "getdents64"):
+        data, at = buffer.raw[:size], 0
+        while at < size:
+            _inode, _offset, length, kind = _DIRENT.unpack_from(data, at)
+            name = data[at + _DIRENT.size : at + length].split(b"\0", 1)[0]
+            if name not in (b".", b".."):
+                found.append((kind, name))
+            at += length
+    return found
 
 
 def _replace_changing(asking: _Asking) -> None:

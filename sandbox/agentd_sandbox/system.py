@@ -31,6 +31,11 @@ def program_rules() -> tuple[PathRule, ...]:
     return _rules((*_PROGRAMS, *((prefix,) if prefix else ())))
 
 
+def is_part_of_system(path: bytes) -> bool:
+    """Whether a path lies where distributions, and nobody else, keep things."""
+    return any(rule.covers(path) for rule in (*program_rules(), *python_rules()))
+
+
 def _rules(paths: tuple[str, ...]) -> tuple[PathRule, ...]:
     """By their real paths, and as they are spelled: both lead to the same, but a link itself is seen by its spelling."""
     spelled = dict.fromkeys((*paths, *(os.path.realpath(path) for path in paths)))

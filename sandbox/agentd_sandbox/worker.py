@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import signal
 import struct
 import sys
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def _lock(sockets: list[socket.socket], manner: Manner, processor: int) -> None:
     share_processor(processor)
     kernel.die_with_parent()
     limit_resources()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the zygote ignores it, and who ignores it can't wait for children
     random.seed()  # all workers are forks of one process
     os.dup2(1, 2)  # stdout is /dev/null: a tool must not write into the daemon's log or onto its terminal
     try:

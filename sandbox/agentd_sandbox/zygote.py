@@ -26,7 +26,7 @@ REQUEST = struct.Struct("=i")
 """A message that asks for a worker: the processor it shares with its broker, or -1."""
 _PREIMPORTED = (
     *("codecs", "collections", "datetime", "encodings.idna", "fnmatch", "http.client", "io", "json", "math", "pathlib"),
-    *("random", "re", "shutil", "stat", "string", "subprocess", "textwrap", "time", "urllib.parse", "zoneinfo"),
+    *("random", "re", "shutil", "stat", "string", "subprocess", "textwrap", "time", "urllib.parse", "uuid", "zoneinfo"),
     "agentd_sandbox.sdk",
 )
 """Imported before the lock: afterwards every import costs mediated opens."""

@@ -167,6 +167,12 @@ def test_ordinary_programs_work(client: Client, daemon: DaemonProcess, program: 
     assert (result["exit"], result["output"]) == (0, expected), result
 
 
+@pytest.mark.parametrize(("command", "status"), [("true", 0), ("false", 1), ("exit 7", 7), ("no-such-program", 127)])
+def test_the_exit_status_is_told(client: Client, daemon: DaemonProcess, command: str, status: int):
+    """A command that fails is a result; what it changed stays."""
+    assert shell(client, daemon, command)["exit"] == status
+
+
 @pytest.mark.parametrize(
     "command",
     ["cat {outside}", "cp {outside} .", "ln -s {outside} l && cat l", "cd {folder} && ls", "find / -name outside.txt -print"],
