@@ -57,9 +57,13 @@ def _look(socket: Path | None, file: Path | None) -> list[Finding]:
 
 def _sandbox() -> Finding:
     level = probe()
-    missing = f"; not there: {'; '.join(level.missing)}" if level.missing else ""
-    hint = "" if level.confines else "No tool can run on this kernel: it needs Linux 5.14 or newer with seccomp."
-    return Finding("sandbox", level.confines, f"{level.name} on {level.architecture}, Linux {level.kernel}{missing}", hint)
+    found = f"{level.name}: filter, {', '.join(layer for layer in level.layers if layer != 'filter')}"
+    if not level.confines:
+        found = "L0: no tool can run on this kernel; it needs seccomp, and for the broker Linux 5.9"
+    elif level.name == "L1":
+        found = "L1: the filter alone; tools in Python work, other programs can't be started"
+    hint = f"not there: {'; '.join(level.missing)}" if level.missing else ""
+    return Finding("sandbox", level.confines, f"{found} ({level.architecture}, Linux {level.kernel})", hint)
 
 
 def _grammar() -> Finding:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from agentd_sandbox import network
 from agentd_sandbox.access import Access, PathRule
 from agentd_sandbox.broker import Broker, Limits
+from agentd_sandbox.cgroup import Cgroup
 from agentd_sandbox.desk import Desk
 from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, WorkerCancelled, WorkerDied, WorkerTimeout
 from agentd_sandbox.files import Files, Recorder
@@ -40,6 +41,7 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from agentd_sandbox.zygot
 _START_TIMEOUT_S = 10.0
 _TICK_S = 0.1
 _OVERHEAD_BYTES = 4096  # usage and JSON syntax around a result
+_WORKERS = 4  # at a time, as far as the cgroup of all of them is concerned
 _BROKERS = 32  # threads; a file system that does not answer holds one until it does
 
 
@@ -75,6 +77,7 @@ class Sandbox:
     _zygote: subprocess.Popen[bytes] | None = None
     _control: socket.socket | None = None
     _spare: Waiting | None = None
+    _cgroup: Cgroup | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _brokers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_BROKERS, thread_name_prefix="broker"))
     _processors: itertools.cycle[int] = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
@@ -101,6 +104,8 @@ class Sandbox:
                 self._spare.discard()
                 self._spare = None
             self._stop_zygote()
+            if self._cgroup:
+                self._cgroup.remove()
         self._brokers.shutdown(wait=False, cancel_futures=True)
 
     def run(self, job: Job, access: Access, recorder: Recorder, cancelled: threading.Event) -> Outcome:
@@ -207,6 +212,9 @@ class Sandbox:
         if ours.recv(1) != b"r":
             raise SandboxFailure("the zygote did not start")
         self._control = ours
+        if "cgroup" in level.layers:
+            self._cgroup = self._cgroup or Cgroup.create(_WORKERS * self.limits.memory_mib, _WORKERS * self.limits.processes)
+            self._cgroup.add(self._zygote.pid)
 
     def _stop_zygote(self) -> None:
         """Closing the connection ends it, once all that its workers have left behind is killed."""

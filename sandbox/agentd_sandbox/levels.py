@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel, layers
+from agentd_sandbox.cgroup import Cgroup
 from agentd_sandbox.errors import SandboxFailure
 
 if TYPE_CHECKING:
@@ -28,15 +29,14 @@ _PROBE_TIMEOUT_S = 10
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from agentd_sandbox.levels import main; main()"
 WITHOUT = "AGENTD_SANDBOX_WITHOUT"
 LEVELS = ("L0", "L1", "L2", "L3", "L4")
-FEATURES = ("broker", "namespaces", "landlock", "wait_killable", "addfd_send")
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
     """`name`: L0 nothing works, L1 the filter alone, L2 with the broker, L3 and namespaces, L4 and Landlock.
 
-    `layers` are those in use beside the filter; `missing` says of each other one why; `without` are features that older
-    kernels lack and the sandbox works around.
+    `layers` are those in use beside the filter, a cgroup among them where there is one, at any level. `missing` says of
+    each other one why. `without` are features that older kernels lack and the sandbox works around.
     """
 
     name: str
@@ -90,6 +90,7 @@ def main() -> None:
     if confined:
         look("namespaces", layers.enter_namespaces)
         look("landlock", _landlock)
+    look("cgroup", lambda: Cgroup.create(64, 16).remove())
     name = "L0" if not alone else "L1" if not confined else "L2"
     if "namespaces" in reached:
         name = "L4" if "landlock" in reached else "L3"

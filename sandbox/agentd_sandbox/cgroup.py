@@ -1,0 +1,75 @@
+"""A memory and process limit by the kernel, for all workers together, where a cgroup of version 2 is ours to divide.
+
+That is so in a systemd unit with Delegate=yes (and DelegateSubgroup=, so that the daemon itself sits one below), and for
+root of a machine. Elsewhere the broker looks at memory and counts processes by itself: cgroups(7), cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from agentd_sandbox.errors import SandboxFailure
+
+_MOUNT = Path("/sys/fs/cgroup")
+_NEEDED = {"memory", "pids"}
+
+
+class Cgroup:
+    """A group for the zygote and what it forks. `create` raises SandboxFailure saying why there can be none."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @classmethod
+    def create(cls, memory_mib: int, processes: int) -> Cgroup:
+        parent = _delegated()
+        folder = parent / f"agentd-tools-{os.getpid()}"
+        try:
+            _write(parent / "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(_NEEDED)))
+            folder.mkdir()
+            _write(folder / "memory.max", str(memory_mib << 20))
+            _write(folder / "pids.max", str(processes))
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+            raise SandboxFailure(f"{parent} can't be divided: {e.strerror}") from None
+        return cls(folder)
+
+    def add(self, process: int) -> None:
+        _write(self._folder / "cgroup.procs", str(process))
+
+    def remove(self) -> None:
+        """Once it is empty."""
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
+
+
+def _delegated() -> Path:
+    """The group that may be divided: the root's own, or the parent of ours. It must have no process of its own."""
+    own = _own()
+    parent = own if own == _MOUNT else own.parent
+    there = set((parent / "cgroup.controllers").read_text().split()) if (parent / "cgroup.controllers").exists() else set()
+    if not there >= _NEEDED:
+        raise SandboxFailure(f"no {' and '.join(sorted(_NEEDED - there))} controller in {parent}")
+    if parent != _MOUNT and (parent / "cgroup.procs").read_text().strip():
+        raise SandboxFailure(f"{parent} holds processes itself, so it can't be divided")
+    if not os.access(parent / "cgroup.subtree_control", os.W_OK):
+        raise SandboxFailure(f"{parent} is not ours")
+    return parent
+
+
+def _own() -> Path:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if line.startswith("0::"):
+            return _MOUNT / line[3:].lstrip("/")
+    raise SandboxFailure("no cgroup of version 2")
+
+
+def _write(file: Path, text: str) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
