@@ -19,6 +19,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest
+	scripts/test-unprivileged.sh $(VENV)
 
 bench: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m tests.bench

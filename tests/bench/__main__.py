@@ -13,54 +13,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from agentd.client import Client
+from tests.bench import confined
+from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb
 from tests.e2e.conftest import DaemonProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-console = Console()
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measurement. `wanted` is the bound it should keep, `baseline` what it is compared with."""
-
-    what: str
-    value: float
-    unit: str
-    wanted: float | None = None
-    baseline: str = ""
-    baseline_value: float | None = None
-
-
-def resident_mb(pid: int) -> float:
-    """VmRSS in MB (10^6 bytes)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise ValueError(pid)
-
-
-def milliseconds(do: Callable[[], object], times: int, label: str) -> list[float]:
-    taken = []
-    for _ in track(range(times), description=f"{label:32}", console=console, transient=True):
-        start = time.perf_counter()
-        do()
-        taken.append((time.perf_counter() - start) * 1000)
-    return sorted(taken)
-
-
-def percentile(values: list[float], share: float) -> float:
-    return values[min(len(values) - 1, int(len(values) * share))]
 
 
 def bare_interpreter(file: Path) -> Callable[[], object]:
@@ -151,6 +117,7 @@ def main() -> None:
             figures = [*tool_calls(daemon, client, args.calls), *memory(client)]
         daemon.stop()
         figures += starts(folder, 5)
+        figures += confined.figures(folder, args.calls)
     if args.json:
         for figure in figures:
             print(json.dumps(asdict(figure)))

@@ -1,0 +1,57 @@
+"""What a measurement is, and how a table of them looks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measurement. `wanted` is the bound it should keep, `baseline` what it is compared with."""
+
+    what: str
+    value: float
+    unit: str
+    wanted: float | None = None
+    baseline: str = ""
+    baseline_value: float | None = None
+
+
+def resident_mb(pid: int) -> float:
+    """VmRSS in MB (10^6 bytes)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise ValueError(pid)
+
+
+def milliseconds(do: Callable[[], object], times: int, label: str) -> list[float]:
+    taken = []
+    for _ in track(range(times), description=f"{label:32}", console=console, transient=True):
+        start = time.perf_counter()
+        do()
+        taken.append((time.perf_counter() - start) * 1000)
+    return sorted(taken)
+
+
+def percentile(values: list[float], share: float) -> float:
+    return values[min(len(values) - 1, int(len(values) * share))]
+
+
+def held_mb(pid: int) -> float:
+    """Pss in MB (10^6 bytes): pages that forks share count once."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise ValueError(pid)
