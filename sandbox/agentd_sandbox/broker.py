@@ -22,7 +22,7 @@ from agentd_sandbox.errors import WorkerOffence
 from agentd_sandbox.files import Refusal
 from agentd_sandbox.filters import profile
 from agentd_sandbox.forms import FORMS
-from agentd_sandbox.processes import AT_FDCWD, signed
+from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
 
 if TYPE_CHECKING:
     from agentd_sandbox.files import Files
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _CONNECTING = 16  # connections of one worker that are being made at a time
 _ATTRIBUTE_BYTES = 65536  # XATTR_SIZE_MAX
+_CLONE_THREAD = 0x0001_0000
 _SIGNALS = 65  # 0 to 64: signal(7)
 
 
@@ -47,6 +48,8 @@ class Limits:
     forks: int = 10_000
     refused: int = 100_000
     memory_mib: int = 768
+    threads: int = 512
+    socket_pairs: int = 128
 
 
 @dataclass(slots=True)
@@ -67,6 +70,8 @@ class Broker:
     busy: str = ""
     """What is being done right now, for the message if it never ends."""
     _forks: int = 0
+    _threads: int = 0
+    _pairs: int = 0
     _alive: int = 1
     _started: dict[int, bytes] = field(default_factory=dict)
     _undelivered: dict[int, tuple[int, tuple[int, ...], int, int]] = field(default_factory=dict)
@@ -228,10 +233,31 @@ class Broker:
         kernel.let_through(self.listener, call.id)
         raise Answered
 
+    def clone(self, call: Notification, flags: int) -> int:
+        """A new thread or process: counted, and let through, as all there is to it are values."""
+        if not flags & _CLONE_THREAD:
+            return self.fork(call)
+        self._threads += 1
+        if self._threads > self.limits.threads:
+            self._threads = self.processes.threads() + 1
+            if self._threads > self.limits.threads:
+                self.files.deny("clone", f"more than {self.limits.threads} threads at a time")
+                raise OSError(errno.EAGAIN, "threads")
+        return self.let_through(call)
+
+    def socket_pair(self, call: Notification) -> int:
+        """All there is to it are values; where its two ends go to, the kernel writes."""
+        self._pairs += 1
+        if self._pairs > self.limits.socket_pairs:
+            self.files.deny("socketpair", f"more than {self.limits.socket_pairs} pairs of sockets")
+            raise OSError(errno.EMFILE, "sockets")
+        return self.let_through(call)
+
     def fork(self, call: Notification) -> int:
-        """A new process: counted, and let through, as all there is to it are values."""
         self._forks += 1
-        self.processes.many = True
+        if not self.processes.many:
+            self.processes.many = True
+            share_no_processor(call.thread)
         if self._forks > self.limits.forks:
             raise WorkerOffence(f"it started more than {self.limits.forks} processes")
         self._alive += 1
@@ -325,7 +351,11 @@ class Broker:
         if (host, port) not in self.network.granted and not ((host, port) == network.PROXY and self.network.granted):
             self.files.deny(f"{host}:{port}", "no scope to connect to it")
             raise OSError(errno.EACCES, "peer")
-        template = socket.socket(fileno=self.processes.take(call.thread, descriptor))
+        own = self.processes.take(call.thread, descriptor)
+        if not stat.S_ISSOCK(os.fstat(own).st_mode):
+            os.close(own)
+            raise OSError(errno.ENOTSOCK, "descriptor")
+        template = socket.socket(fileno=own)
         if not self._connecting.acquire(blocking=False):
             template.close()
             raise OSError(errno.EAGAIN, "connections")

@@ -65,8 +65,9 @@ def _compile(architecture: str, *, mediated: bool) -> bytes:
         for call in rule.calls:
             if s.resolve_syscall(arch, call) < 0:  # the legacy forms (open, stat, rename ...) do not exist on aarch64
                 continue
+            action = s.ALLOW if rule.free_alone and not mediated else actions[rule.action]
             for checks in rule.checks or ((),):
-                program.add_rule_exactly(actions[rule.action], call, *(_argument(s, check) for check in checks))
+                program.add_rule_exactly(action, call, *(_argument(s, check) for check in checks))
     with tempfile.TemporaryFile() as file:
         program.export_bpf(file)
         file.seek(0)

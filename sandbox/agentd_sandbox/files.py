@@ -95,16 +95,21 @@ class Files:
 
     def _reach(self, path: bytes, *, follow: bool, parent: bool) -> Resolved:
         """A hidden path is not even looked up: a link out there that leads into the scopes does not exist either."""
-        if not (self.access.may_see(path) or _is_crooked(path) or path in _DEVICES):
+        if not (self._may_see(path) or _is_crooked(path)):
             self.deny(path, "no scope to see it")
             raise OSError(errno.ENOENT, "hidden")
         try:
-            return resolve(path, follow=follow) if parent else self._walker.existing(path, follow=follow)
+            if parent:
+                return resolve(path, follow=follow, visible=self._may_see)
+            return self._walker.existing(path, follow=follow, visible=self._may_see)
         except WalkError as e:
-            if self.access.may_see(e.reached):
+            if self._may_see(e.reached):
                 raise
             self.deny(e.reached, "leads out of the scopes")
             raise OSError(errno.ENOENT, "hidden") from None
+
+    def _may_see(self, path: bytes) -> bool:
+        return self.access.may_see(path) or path in _DEVICES
 
     def require(self, target: Resolved, right: Right) -> None:
         """What is hidden does not exist; what is seen but not granted is refused."""
@@ -273,17 +278,30 @@ class Files:
     def make_link(self, text: bytes, path: bytes) -> None:
         """A symbolic link, to where this call may go itself. Every use of it is decided anew."""
         with self._new(path) as target:
-            leads = text if text.startswith(b"/") else os.path.dirname(target.real) + b"/" + text
-            try:
-                with resolve(leads, follow=True) as end:
-                    allowed = self.access.may_read(end.real) or self.access.may_write(end.real)
-            except OSError:
-                allowed = False
-            if not allowed:
-                self.deny(target.real, f"a link to {os.fsdecode(text)} would lead out of the scopes")
-                raise OSError(errno.EACCES, "link")
+            self._leads_within(target.real, text)
             self._record(("create", target.real))
             os.symlink(text, target.name, dir_fd=target.parent)
+
+    def _leads_within(self, link: bytes, text: bytes) -> None:
+        """Links are for others to follow too, who have no broker: they may lead only to where this call may go.
+
+        That is read from the text alone, so that nothing put in its way later changes it: with `..` at its beginning
+        only, what it goes through are folders of the scopes, or links that lead within them themselves.
+        """
+        names = text.split(b"/")
+        ups = next((n for n, name in enumerate(names) if name != b".."), len(names))
+        end = os.path.normpath(os.path.join(os.path.dirname(link), text))
+        if not text or b".." in names[ups:] or not self._is_inside(end):
+            self.deny(link, f"a link to {os.fsdecode(text)} would lead out of the scopes")
+            raise OSError(errno.EACCES, "link")
+
+    def _is_inside(self, spelled: bytes) -> bool:
+        """Whether a path lies in the scopes as it is spelled, and as it is: other people's links may be on the way."""
+        try:
+            with resolve(spelled, follow=True, visible=self._may_see) as end:
+                return all(self.access.may_read(path) or self.access.may_write(path) for path in (spelled, end.real))
+        except OSError:
+            return False
 
     def make_name(self, old: bytes, new: bytes, *, follow: bool) -> None:
         """A hard link: both names within what may be written. From then on the file can't be, until one is gone."""
@@ -308,6 +326,8 @@ class Files:
             if source.is_folder:
                 self._record_tree(source, target)
             else:
+                if source.is_link:
+                    self._leads_within(target.real, os.readlink(b"", dir_fd=source.descriptor))
                 self._record(("remove", source.real), ("write" if target.exists else "create", target.real))
             if target.exists:
                 os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
@@ -324,6 +344,8 @@ class Files:
                 why = "something in it is outside the scopes" if not inside else f"more than {_TREE_LIMIT} entries"
                 self.deny(source.real, f"can't be moved: {why}")
                 raise OSError(errno.EACCES if not inside else errno.EPERM, "tree")
+            if os.path.islink(path):
+                self._leads_within(target.real + path[len(source.real) :], os.readlink(path))
         coming = [target.real + path[len(source.real) :] for path in going]
         self._record(*(("remove", path) for path in going), *(("create", path) for path in coming))
 

@@ -144,9 +144,10 @@ FORMS: dict[str, Form] = {
     "fremovexattr": lambda b, c, number, name, *_: _done(
         b.files.set_attribute(b.place_of(c, number), b.string(c, name), None, 0, follow=False)
     ),
+    "socketpair": lambda b, c, *_: b.socket_pair(c),
     "chdir": lambda b, c, path, *_: b.change_folder(c, path),
     "execve": lambda b, c, path, *_: b.execute(c, path),
-    "clone": lambda b, c, *_: b.fork(c),
+    "clone": lambda b, c, flags, *_: b.clone(c, flags),
     "fork": lambda b, c, *_: b.fork(c),
     "vfork": lambda b, c, *_: b.fork(c),
     "kill": lambda b, c, process, number, *_: b.kill(c, process, number),

@@ -149,7 +149,8 @@ class Sandbox:
     def _take(self) -> Waiting:
         with self._lock:
             worker, self._spare = self._spare, None
-            if worker is not None and not worker.is_alive:
+            dying = self._zygote is None or self._zygote.poll() is not None  # and its workers with it
+            if worker is not None and (dying or not worker.is_alive):
                 worker.discard()
                 worker = None
             try:
@@ -282,15 +283,21 @@ def _exchange(worker: Waiting, serving: Serving, job: Job, cancelled: threading.
 def _answer(body: bytes) -> tuple[dict[str, Any] | None, str | None, int, int]:
     """Result, error, CPU time and memory out of a worker's answer, which may be forged. Raises WorkerDied if it is none."""
     try:
-        answer = _clean(json.loads(body))
+        answer = _clean(json.loads(body, parse_constant=_no_json))
         result, error, usage = answer.get("result"), answer.get("error"), answer["usage"]
         numbers = int(usage["cpu_us"]), int(usage["rss_kb"])
+        if not all(0 <= number < 1 << 53 for number in numbers):
+            raise ValueError("usage")
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise WorkerDied("the tool's answer is not in the form of one") from None
     sound = isinstance(result, dict) if error is None else isinstance(error, str) and result is None
     if not sound:
         raise WorkerDied("the tool's answer is neither a result nor an error")
     return result, error, *numbers
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def _clean(value: Any) -> Any:

@@ -16,11 +16,15 @@ import os
 import stat
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from agentd_sandbox import kernel
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _PROC_SUPER_MAGIC = 0x9FA0  # linux/magic.h
+_DEPTH = 128  # folders on the way, each of which costs a descriptor
 _LINKS = 40  # as the kernel: path_resolution(7)
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -84,8 +88,12 @@ class Resolved:
 
 @dataclass(slots=True)
 class _Walk:
-    """The folders from / down to where we are, each held open so that `..` means the real parent."""
+    """The folders from / down to where we are, each held open so that `..` means the real parent.
 
+    What is not `visible` is not there, wherever the way leads on from it.
+    """
+
+    visible: Callable[[bytes], bool]
     folders: list[tuple[bytes, int]] = field(default_factory=lambda: [(b"", os.open(b"/", _PATH_FLAGS | os.O_DIRECTORY))])
 
     @property
@@ -98,6 +106,8 @@ class _Walk:
 
     def enter(self, name: bytes, descriptor: int) -> None:
         self.folders.append((name, descriptor))
+        if len(self.folders) > _DEPTH:
+            raise WalkError(errno.ENAMETOOLONG, self.real)
 
     def up(self, *, to_root: bool = False) -> None:
         while len(self.folders) > 1:
@@ -142,10 +152,11 @@ class Walker:
 
     _ordinary: set[int] = field(default_factory=set)
 
-    def existing(self, path: bytes, *, follow: bool) -> Resolved:
+    def existing(self, path: bytes, *, follow: bool, visible: Callable[[bytes], bool]) -> Resolved:
         """As `resolve`, but without the parent where the path is there as it is spelled."""
         spelled = _unmerged(path)
-        return self._as_spelled(spelled, follow=follow) or self._missing(spelled) or resolve(path, follow=follow)
+        found = self._as_spelled(spelled, follow=follow) or self._missing(spelled)
+        return found or resolve(path, follow=follow, visible=visible)
 
     def _as_spelled(self, path: bytes, *, follow: bool) -> Resolved | None:
         try:
@@ -184,14 +195,18 @@ class Walker:
         return True
 
 
-def resolve(path: bytes, *, follow: bool) -> Resolved:
+def everything(_: bytes) -> bool:
+    return True
+
+
+def resolve(path: bytes, *, follow: bool, visible: Callable[[bytes], bool] = everything) -> Resolved:
     """Walk an absolute path. The last component may be missing; if it is a link, `follow` says what to do.
 
-    Raises WalkError where the way there is broken.
+    Raises WalkError where the way there is broken, or leads through what is not visible.
     """
     if not path.startswith(b"/"):
         raise WalkError(errno.ENOENT, b"/")
-    walk = _Walk()
+    walk = _Walk(visible)
     try:
         return _resolve(walk, path, follow=follow)
     finally:
@@ -235,8 +250,9 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
 
 def _open(walk: _Walk, name: bytes, *, last: bool) -> int:
     """A component as O_PATH; -1 if it is the last one and there is nothing by that name."""
-    if _names_a_process(walk.here, name):
-        raise WalkError(errno.ENOENT, _join(walk.real, name))
+    real = _join(walk.real, name)
+    if _names_a_process(walk.here, name) or not walk.visible(real):
+        raise WalkError(errno.ENOENT, real)
     try:
         return os.open(name, _PATH_FLAGS, dir_fd=walk.here)
     except OSError as e:

@@ -41,6 +41,8 @@ class Rule:
     reason: str
     calls: tuple[str, ...]
     checks: tuple[tuple[Check, ...], ...] = ()
+    free_alone: bool = False
+    """Of what is mediated: allowed where there is no broker, instead of refused."""
 
 
 _LOW = 0xFFFF_FFFF  # int arguments: the upper half of the register is noise
@@ -72,10 +74,16 @@ TABLE: tuple[Rule, ...] = (
         tuple(
             """read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek _llseek close close_range fstat
             fstat64 fstatfs fstatfs64 getdents getdents64 fsync fdatasync sync_file_range arm_sync_file_range flock fadvise64
-            arm_fadvise64_64 sendfile sendfile64 splice tee copy_file_range ftruncate ftruncate64 fallocate dup dup2 dup3 pipe
+            arm_fadvise64_64 sendfile sendfile64 splice tee copy_file_range ftruncate ftruncate64 dup dup2 dup3 pipe
             pipe2 eventfd eventfd2 poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create
             epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2""".split()
         ),
+    ),
+    Rule(
+        Action.ALLOW,
+        "to make a file longer: other modes take room on the disk that RLIMIT_FSIZE does not count",
+        ("fallocate",),
+        ((Check(1, 0, _LOW),),),
     ),
     Rule(
         Action.ALLOW,
@@ -119,19 +127,26 @@ TABLE: tuple[Rule, ...] = (
         ((Check(4, 0),),),
     ),
     Rule(Action.ALLOW, "TCP only: no datagrams, so no name look-ups", ("socket",), _stream(2) + _stream(10)),
-    Rule(Action.ALLOW, "a pipe in both directions, to nobody else", ("socketpair",), ((Check(0, 1, _LOW),),)),
     Rule(
-        Action.ALLOW,
-        "SO_REUSEADDR SO_ERROR SO_SNDBUF SO_RCVBUF SO_KEEPALIVE SO_LINGER SO_RCVTIMEO SO_SNDTIMEO, and of TCP: NODELAY CORK "
-        "KEEPIDLE KEEPINTVL KEEPCNT USER_TIMEOUT, IPV6_V6ONLY: nothing that connects, binds or marks",
-        ("setsockopt",),
-        _options(1, (2, 4, 7, 8, 9, 13, 20, 21, 66, 67)) + _options(6, (1, 3, 4, 5, 6, 18)) + _options(41, (26,)),
+        Action.MEDIATE,
+        "a pipe in both directions, to nobody else: counted, as its buffers are in nobody's account",
+        ("socketpair",),
+        ((Check(0, 1, _LOW),),),
+        free_alone=True,
     ),
     Rule(
         Action.ALLOW,
-        "threads of its own; no namespace",
+        "SO_REUSEADDR SO_ERROR SO_KEEPALIVE SO_LINGER SO_RCVTIMEO SO_SNDTIMEO, and of TCP: NODELAY CORK "
+        "KEEPIDLE KEEPINTVL KEEPCNT USER_TIMEOUT, IPV6_V6ONLY: nothing that connects, binds, marks or makes buffers larger",
+        ("setsockopt",),
+        _options(1, (2, 4, 9, 13, 20, 21, 66, 67)) + _options(6, (1, 3, 4, 5, 6, 18)) + _options(41, (26,)),
+    ),
+    Rule(
+        Action.MEDIATE,
+        "threads of its own: counted; no namespace",
         ("clone",),
         ((Check(0, _THREAD, _NEW_NAMESPACES | _THREAD),),),
+        free_alone=True,
     ),
     Rule(
         Action.MEDIATE,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel
 from agentd_sandbox.errors import BrokerStuck, Unsupported, WorkerDied, WorkerOffence
-from agentd_sandbox.processes import Processes
-from agentd_sandbox.worker import HELLO, share_processor
+from agentd_sandbox.processes import ALL_PROCESSORS, Processes, share_processor
+from agentd_sandbox.worker import HELLO
 
 if TYPE_CHECKING:
     import socket
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _GREETING_TIMEOUT_S = 10.0
 _GONE_TIMEOUT_S = 5.0
 _TICK_S = 0.1
-_MEMORY_EVERY_S = 0.5
+_MEMORY_EVERY_S = 0.2
 
 
 @dataclass(slots=True)
@@ -115,7 +115,6 @@ class Serving:
 
     def _serve(self) -> None:
         """The broker's thread: until the listener hangs up, which is when the last process under the filter is gone."""
-        processors = os.sched_getaffinity(0)
         try:
             share_processor(self.worker.processor)
             self._answer_all()
@@ -123,7 +122,7 @@ class Serving:
                 self._await_death()
         finally:
             with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, processors)
+                os.sched_setaffinity(0, ALL_PROCESSORS)
             self._gone.set()
 
     def _await_death(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from agentd_sandbox import kernel, layers, sdk, shim
 from agentd_sandbox.errors import Unsupported
+from agentd_sandbox.processes import share_processor
 
 if TYPE_CHECKING:
     import socket
@@ -109,13 +109,6 @@ def limit_resources() -> None:
         hard = resource.getrlimit(limit)[1]
         allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (allowed, allowed))
-
-
-def share_processor(processor: int) -> None:
-    """Run where the broker runs, so that a call and its answer need not wake another processor (100 us become 45)."""
-    if processor >= 0:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, {processor})
 
 
 def _receive(channel: socket.socket) -> bytes:
