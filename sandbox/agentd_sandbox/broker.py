@@ -22,6 +22,7 @@ from agentd_sandbox.errors import WorkerOffence
 from agentd_sandbox.files import Refusal
 from agentd_sandbox.filters import profile
 from agentd_sandbox.forms import FORMS
+from agentd_sandbox.paths import unmerged
 from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
 
 if TYPE_CHECKING:
@@ -269,13 +270,28 @@ class Broker:
         return self.let_through(call)
 
     def execute(self, call: Notification, path: int) -> int:
-        """The kernel reads the path again, so the program is looked at once more when it makes its first call."""
-        with self.files.existing(self.path(call, AT_FDCWD, path), "execute") as target:
+        """The kernel reads the path again, so nobody may be able to change it, nor what it leads through.
+
+        The program is looked at once more when it makes its first call.
+        """
+        place = self.path(call, AT_FDCWD, path)
+        with self.files.existing(place, "execute") as target:
             if not stat.S_ISREG(target.status.st_mode):
                 raise OSError(errno.EACCES, "no program")
+            swappable = target.real != unmerged(place) and self.files.access.may_write(place)
+        if swappable:
+            self.files.deny(place, "execve through a link that could be changed")
+            raise OSError(errno.EACCES, "link")
+        self._require_unshared(call, path, "execve")
         self._started[call.thread] = self.processes.program(call.thread)
         self.processes.forget_one(call.thread)
         return self.let_through(call)
+
+    def _require_unshared(self, call: Notification, path: int, what: str) -> None:
+        text = self.string(call, path)
+        if not self.processes.unshared(call.thread, path, len(text) + 1, self.files.access.may_write):
+            self.files.deny(text, f"{what} where somebody else could change the path meanwhile")
+            raise OSError(errno.EPERM, "shared")
 
     def check_program(self, call: Notification) -> None:
         """Whether what runs now may: by swapping the path, another program may have been started. Or none at all."""
@@ -293,10 +309,7 @@ class Broker:
         with self.files.existing(place, "see") as target:
             if not target.is_folder:
                 raise OSError(errno.ENOTDIR, "folder")
-        length = len(self.string(call, path)) + 1
-        if not self.processes.unshared(call.thread, path, length, self.files.access.may_write):
-            self.files.deny(place, "chdir where another thread could change the path")
-            raise OSError(errno.EPERM, "threads")
+        self._require_unshared(call, path, "chdir")
         return self.let_through(call)
 
     def kill(self, call: Notification, process: int, number: int) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PROFILES = Path(__file__).parent / "profiles"
 ARCHITECTURES = {"x86_64": ("X86_64", 0xC000_003E), "aarch64": ("AARCH64", 0xC000_00B7), "arm": ("ARM", 0x4000_0028)}
 HOST_CALLS = (
-    *("seccomp", "pidfd_getfd", "capset", "mount_setattr", "getdents64"),
+    *("seccomp", "pidfd_getfd", "capset", "mount_setattr", "getdents64", "kcmp"),
     *("landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self"),
 )
 

@@ -28,6 +28,7 @@ _KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O
 _DEVICES = frozenset({b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/urandom", b"/dev/random"})
 _NULL = b"/dev/null"
 _RECORDED_DENIALS = 32
+_NOTED_DENIALS = 1000  # looked at at all
 _TREE_LIMIT = 2000  # entries of a folder that is moved: each one's former state is kept
 
 Right = Literal["see", "read", "write", "execute"]
@@ -69,15 +70,18 @@ class Files:
     call: str = ""
     denied: int = 0
     denials: list[Denial] = field(default_factory=list)
+    _noted: set[tuple[str, bytes | str]] = field(default_factory=set)
     _walker: Walker = field(default_factory=Walker)
 
     def deny(self, target: bytes | str, why: str) -> None:
         """Counted, and the first of them kept: but not that a program looked for parts of the system that are not there."""
         self.denied += 1
-        if len(self.denials) < _RECORDED_DENIALS and not (isinstance(target, bytes) and is_part_of_system(target)):
-            denial = Denial(self.call, os.fsdecode(target), why)
-            if denial not in self.denials:
-                self.denials.append(denial)
+        noted = (self.call, target)
+        if len(self.denials) >= _RECORDED_DENIALS or noted in self._noted or len(self._noted) >= _NOTED_DENIALS:
+            return
+        self._noted.add(noted)
+        if not (isinstance(target, bytes) and is_part_of_system(target)):
+            self.denials.append(Denial(self.call, os.fsdecode(target), why))
 
     # -- from a path to something that this call may use
 

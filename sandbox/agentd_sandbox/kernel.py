@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import struct
+import sys
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,8 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_CHILD_SUBREAPER, 
 _SIGKILL = 9
 _CAPABILITY_VERSION_3 = 0x2008_0522
 
+_KCMP_VM = 1
+_NOTHING = (ctypes.c_long(0), ctypes.c_long(0))
 _RECV, _SEND, _ID_VALID, _ADDFD, _SET_FLAGS = 0xC050_2100, 0xC018_2101, 0x4008_2102, 0x4018_2103, 0x4008_2104
 _ADDFD_SETFD = 1 << 0  # Linux 5.9
 _ADDFD_SEND = 1 << 1  # Linux 5.14: inject the descriptor and answer in one step
@@ -172,6 +175,15 @@ def take_descriptor(pidfd: int, descriptor: int) -> int:
     number = profile().numbers["pidfd_getfd"]
     copy: int = _syscall(ctypes.c_long(number), ctypes.c_long(pidfd), ctypes.c_long(descriptor), ctypes.c_long(0))
     return check(copy, "pidfd_getfd")
+
+
+def share_memory(one: int, other: int) -> bool:
+    """Whether two processes have one address space, by kcmp(2); where that can't be asked, they may."""
+    if hasattr(sys, "getandroidapilevel"):  # its filter kills whoever asks
+        return True
+    number = ctypes.c_long(profile().numbers["kcmp"])
+    result: int = _syscall(number, ctypes.c_long(one), ctypes.c_long(other), ctypes.c_long(_KCMP_VM), *_NOTHING)
+    return result <= 0
 
 
 def raw_stat(descriptor: int) -> bytes:

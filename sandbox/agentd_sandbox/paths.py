@@ -139,7 +139,7 @@ def _merged() -> dict[bytes, bytes]:
     return {name: os.path.realpath(name) for name in names if os.path.islink(name)}
 
 
-def _unmerged(path: bytes) -> bytes:
+def unmerged(path: bytes) -> bytes:
     """The path as it is spelled without those links. Whether that is right, opening it will say."""
     first, slash, rest = path[1:].partition(b"/")
     real = _merged().get(b"/" + first)
@@ -154,7 +154,7 @@ class Walker:
 
     def existing(self, path: bytes, *, follow: bool, visible: Callable[[bytes], bool]) -> Resolved:
         """As `resolve`, but without the parent where the path is there as it is spelled."""
-        spelled = _unmerged(path)
+        spelled = unmerged(path)
         found = self._as_spelled(spelled, follow=follow) or self._missing(spelled)
         return found or resolve(path, follow=follow, visible=visible)
 

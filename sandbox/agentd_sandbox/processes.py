@@ -99,15 +99,15 @@ class Processes:
     def unshared(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
         """Whether nobody but the waiting thread can change this memory: then the kernel may read it once more.
 
-        That is so if its process and all those above it have one thread each (a vfork parent shares memory, but
-        waits), and the memory is private and not a file's that it may write (mmap(2): changes of the file may show).
+        That is so if its process and those above it that share its memory have one thread each (the parent of a vfork
+        does, and waits), and the memory is private and not a file's that it may write (mmap(2): changes of the file may show).
         """
         process = thread  # with one thread only, that is its process
         while True:
             seen = _look(process)
             if seen.threads != 1 or seen.session != self.root:
                 return False  # or an orphan: whoever forked it can't be looked at any more
-            if process == self.root:
+            if process == self.root or not kernel.share_memory(process, seen.parent):
                 return self._private(thread, address, length, may_write)
             process = seen.parent
 

@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import struct
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -73,6 +74,7 @@ def _lock(sockets: list[socket.socket], manner: Manner, processor: int) -> None:
     limit_resources()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the zygote ignores it, and who ignores it can't wait for children
     random.seed()  # all workers are forks of one process
+    subprocess._USE_VFORK = False  # type: ignore[misc] # a fork shares no memory: see Processes.unshared
     os.dup2(1, 2)  # stdout is /dev/null: a tool must not write into the daemon's log or onto its terminal
     try:
         listener = lock(manner)
