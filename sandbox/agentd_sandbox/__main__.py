@@ -1,6 +1,7 @@
 """Run a program under a policy.
 
     python -m agentd_sandbox --policy POLICY.json -- PROGRAM [ARGUMENT]...
+    python -m agentd_sandbox --levels           what this kernel can confine, as JSON
 
 The policy is a JSON object; every key may be left out: "read", "write" and "execute" are lists of absolute paths (each with
 all below it; `*` and `**` as in PathRule), "connect" a list of "host:port", "folder" the working folder, "environment" an
@@ -89,10 +90,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m agentd_sandbox", description=about, epilog=keys, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", type=Path, required=True, help="file with the policy as JSON, - for standard input")
+    parser.add_argument("--policy", type=Path, help="file with the policy as JSON, - for standard input")
+    parser.add_argument("--levels", action="store_true", help="print what this kernel can confine, as JSON, and end")
     parser.add_argument("--json", action="store_true", help="print what happened as JSON to standard error")
-    parser.add_argument("program", nargs="+", help="program and its arguments")
+    parser.add_argument("program", nargs="*", help="program and its arguments")
     arguments = parser.parse_args()
+    if arguments.levels:
+        print(json.dumps(asdict(probe())))
+        return 0
+    if not arguments.policy or not arguments.program:
+        parser.error("--policy and a program are needed")
     try:
         text = sys.stdin.read() if str(arguments.policy) == "-" else arguments.policy.read_text()
         policy = parse(json.loads(text))

@@ -1,6 +1,6 @@
 """Which layers of confinement this kernel has, found out in throw-away processes.
 
-    python -m agentd_sandbox.levels      the answer as JSON
+    python -m agentd_sandbox --levels      the answer as JSON
 
 The probe really confines a child and answers one of its calls, enters the namespaces, restricts itself by Landlock: what
 it reports, works. AGENTD_SANDBOX_WITHOUT (a list with commas) pretends that layers or features are missing, for tests.
@@ -156,7 +156,3 @@ def _landlock() -> None:
         raise SandboxFailure("not in this kernel")
     kernel.no_new_privileges()
     layers.restrict_by_landlock()
-
-
-if __name__ == "__main__":
-    main()

@@ -106,6 +106,14 @@ def test_a_policy_that_is_wrong_is_refused_by_name(tmp_path: Path, policy: str, 
     assert "Traceback" not in done.stderr
 
 
+def test_the_levels_are_told_as_json():
+    """What `agentd doctor` shows, for programs."""
+    command = [sys.executable, "-m", "agentd_sandbox", "--levels"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["name"] == probe().name
+    assert done.stderr == ""
+
+
 def test_help_shows_the_keys_of_a_policy():
     """With the exit statuses."""
     done = subprocess.run(
