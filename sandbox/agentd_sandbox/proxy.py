@@ -57,8 +57,7 @@ class Credential:
     def traces(self) -> list[bytes]:
         """The forms in which an answer could give the secret back."""
         raw = self.secret.encode()
-        encoded = base64.b64encode(raw).rstrip(b"=")
-        return [raw, encoded, urllib.parse.quote(self.secret, safe="").encode()]
+        return [raw, urllib.parse.quote(self.secret, safe="").encode(), *(_in_base64(raw, at) for at in range(3))]
 
 
 class _Bad(Exception):
@@ -110,14 +109,14 @@ class Proxy:
                     self._forward(worker, request)
             except _Bad as e:
                 _refuse(worker, e.status, str(e))
-            except ValueError as e:
-                _refuse(worker, 400, str(e))
             except OSError as e:
                 if e.errno == errno.EACCES:
                     self.deny("proxy", str(e.strerror))
                     _refuse(worker, 403, str(e.strerror))
                 else:
                     _refuse(worker, 502, f"the host can't be reached: {e.strerror or type(e).__name__}")
+            except ValueError as e:  # after OSError: a certificate that can't be verified is both
+                _refuse(worker, 400, str(e))
             except http.client.HTTPException as e:
                 _refuse(worker, 502, f"the host's answer is not HTTP: {type(e).__name__}")
 
@@ -240,6 +239,13 @@ class Proxy:
             if ready > 0:
                 worker.sendall(held[:ready])
                 held = held[ready:]
+
+
+def _in_base64(raw: bytes, before: int) -> bytes:
+    """The characters that only `raw` decides if that many bytes, modulo 3, stand before it."""
+    encoded = base64.b64encode(bytes(before) + raw).rstrip(b"=")
+    complete = len(encoded) - ((before + len(raw)) % 3 != 0)
+    return encoded[(0, 2, 3)[before] : complete]
 
 
 def _read_request(worker: socket.socket) -> _Request:
