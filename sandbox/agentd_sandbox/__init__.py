@@ -4,7 +4,6 @@ Stands alone: standard library only, imports nothing of agentd. Linux on x86_64,
 """
 
 from agentd_sandbox.access import Access, PathRule
-from agentd_sandbox.broker import Limits
 from agentd_sandbox.errors import (
     BrokerStuck,
     OutputTooLarge,
@@ -15,11 +14,12 @@ from agentd_sandbox.errors import (
     WorkerOffence,
     WorkerTimeout,
 )
-from agentd_sandbox.files import Change, Recorder, Refusal
 from agentd_sandbox.host import Job, Sandbox
 from agentd_sandbox.levels import Level, no_level, probe
+from agentd_sandbox.limits import Limits
 from agentd_sandbox.outcome import Denial, Outcome
 from agentd_sandbox.proxy import Credential
+from agentd_sandbox.recorder import Change, Recorder, Refusal
 
 __all__ = [
     "Access",

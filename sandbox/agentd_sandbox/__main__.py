@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from agentd_sandbox.access import Access, PathRule
-from agentd_sandbox.broker import Limits
 from agentd_sandbox.errors import SandboxFailure, WorkerTimeout
 from agentd_sandbox.launch import Ended, launch
 from agentd_sandbox.levels import probe
+from agentd_sandbox.limits import Limits
 from agentd_sandbox.network import split_authority
 
 _KEYS = {"read", "write", "execute", "connect", "folder", "environment", "deadline_s", "memory_mib", "processes"}

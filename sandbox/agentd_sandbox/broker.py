@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel, network
 from agentd_sandbox.errors import WorkerOffence
-from agentd_sandbox.files import Refusal
 from agentd_sandbox.filters import profile
 from agentd_sandbox.forms import FORMS
+from agentd_sandbox.limits import Limits
 from agentd_sandbox.paths import unmerged
 from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
+from agentd_sandbox.recorder import Refusal
 
 if TYPE_CHECKING:
     from agentd_sandbox.files import Files
@@ -39,18 +40,6 @@ _SIGNALS = 65  # 0 to 64: signal(7)
 
 class Answered(Exception):
     """The notification has been answered already, or will be by a thread of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of one call, all its processes together. `memory_mib` is looked at every half second."""
-
-    processes: int = 64
-    forks: int = 10_000
-    refused: int = 100_000
-    memory_mib: int = 768
-    threads: int = 512
-    socket_pairs: int = 128
 
 
 @dataclass(slots=True)
@@ -163,14 +152,28 @@ class Broker:
         flags &= 0xFFFF_FFFF
         umask = self.umask(call) if flags & os.O_CREAT else 0
         opened = self.files.open(place, flags, mode, umask)
+        close_on_exec = bool(flags & os.O_CLOEXEC)
         try:
-            kernel.inject(self.listener, call.id, opened, close_on_exec=bool(flags & os.O_CLOEXEC), one_step=self.one_step)
+            if self._inject(call, opened, close_on_exec=close_on_exec):
+                raise Answered
+            return kernel.install(self.listener, call.id, opened, close_on_exec=close_on_exec)
         except OSError as e:
-            if e.errno != errno.ENOENT:  # EMFILE: the caller holds too many
-                raise
+            if e.errno == errno.ENOENT:  # the caller is gone
+                raise Answered from None
+            raise  # EMFILE: it holds too many
         finally:
             os.close(opened)
-        raise Answered
+
+    def _inject(self, call: Notification, opened: int, *, close_on_exec: bool) -> bool:
+        """In one step, unless the kernel is too old for that."""
+        if self.one_step:
+            try:
+                kernel.inject(self.listener, call.id, opened, close_on_exec=close_on_exec)
+            except OSError as e:
+                if e.errno != errno.EINVAL:
+                    raise
+                self.one_step = False
+        return self.one_step
 
     def status(self, call: Notification, place: bytes, buffer: int, *, follow: bool) -> int:
         self.poke(call, buffer, self.files.status(place, follow=follow))

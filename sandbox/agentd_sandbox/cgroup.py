@@ -10,6 +10,7 @@ import contextlib
 import os
 from pathlib import Path
 
+from agentd_sandbox import kernel
 from agentd_sandbox.errors import SandboxFailure
 
 _MOUNT = Path("/sys/fs/cgroup")
@@ -27,10 +28,10 @@ class Cgroup:
         parent = _delegated()
         folder = parent / f"agentd-tools-{os.getpid()}"
         try:
-            _write(parent / "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(_NEEDED)))
+            kernel.tell(parent / "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(_NEEDED)))
             folder.mkdir()
-            _write(folder / "memory.max", str(memory_mib << 20))
-            _write(folder / "pids.max", str(processes))
+            kernel.tell(folder / "memory.max", str(memory_mib << 20))
+            kernel.tell(folder / "pids.max", str(processes))
         except OSError as e:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -38,7 +39,7 @@ class Cgroup:
         return cls(folder)
 
     def add(self, process: int) -> None:
-        _write(self._folder / "cgroup.procs", str(process))
+        kernel.tell(self._folder / "cgroup.procs", str(process))
 
     def remove(self) -> None:
         """Once it is empty."""
@@ -65,11 +66,3 @@ def _own() -> Path:
         if line.startswith("0::"):
             return _MOUNT / line[3:].lstrip("/")
     raise SandboxFailure("no cgroup of version 2")
-
-
-def _write(file: Path, text: str) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, text.encode())
-    finally:
-        os.close(descriptor)

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from agentd_sandbox import network
 from agentd_sandbox.errors import WorkerOffence
-from agentd_sandbox.files import Refusal
+from agentd_sandbox.recorder import Refusal
 from agentd_sandbox.shim import LENGTH, STATUS
 
 if TYPE_CHECKING:
-    from agentd_sandbox.broker import Limits
     from agentd_sandbox.files import Files
+    from agentd_sandbox.limits import Limits
     from agentd_sandbox.processes import Processes
     from agentd_sandbox.proxy import Proxy
 

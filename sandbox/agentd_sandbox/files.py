@@ -11,15 +11,16 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from agentd_sandbox import kernel
 from agentd_sandbox.outcome import Denial
 from agentd_sandbox.paths import Resolved, Walker, WalkError, reopen, resolve
+from agentd_sandbox.recorder import Change, Recorder
 from agentd_sandbox.system import is_part_of_system
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     from agentd_sandbox.access import Access
 
@@ -32,29 +33,6 @@ _NOTED_DENIALS = 1000  # looked at at all
 _TREE_LIMIT = 2000  # entries of a folder that is moved: each one's former state is kept
 
 Right = Literal["see", "read", "write", "execute"]
-
-
-class Refusal(Exception):
-    """A recorder's no: the change is not made and the worker gets `errno`."""
-
-    def __init__(self, code: int, why: str) -> None:
-        super().__init__(why)
-        self.errno = code
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A change about to be made to a real path. `operation` is create, write or remove."""
-
-    operation: Literal["create", "write", "remove"]
-    path: bytes
-
-
-class Recorder(Protocol):
-    """Makes the former state of paths durable before they are changed."""
-
-    def before_changes(self, changes: Sequence[Change]) -> None:
-        """Return once the states are on disk; raise Refusal if they can't be kept."""
 
 
 @dataclass(slots=True)

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from agentd_sandbox import network
 from agentd_sandbox.access import Access, PathRule
-from agentd_sandbox.broker import Broker, Limits
+from agentd_sandbox.broker import Broker
 from agentd_sandbox.cgroup import Cgroup
 from agentd_sandbox.desk import Desk
 from agentd_sandbox.errors import OutputTooLarge, SandboxFailure, WorkerCancelled, WorkerDied, WorkerTimeout
-from agentd_sandbox.files import Files, Recorder
+from agentd_sandbox.files import Files
 from agentd_sandbox.levels import Level, probe
+from agentd_sandbox.limits import Limits
 from agentd_sandbox.outcome import Outcome
 from agentd_sandbox.proxy import Credential, Proxy
 from agentd_sandbox.serving import Serving, Waiting
@@ -36,6 +37,8 @@ from agentd_sandbox.zygote import REQUEST
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Mapping
+
+    from agentd_sandbox.recorder import Recorder
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from agentd_sandbox.zygote import main; main(int(sys.argv[2]))"
 _START_TIMEOUT_S = 10.0

@@ -148,20 +148,18 @@ def still_waiting(listener: int, identity: int) -> bool:
     return True
 
 
-def inject(listener: int, identity: int, descriptor: int, *, close_on_exec: bool, one_step: bool = True) -> None:
-    """Give the caller a copy of `descriptor` as the result of its call: in one step, or in two before Linux 5.14."""
+def inject(listener: int, identity: int, descriptor: int, *, close_on_exec: bool) -> None:
+    """Give the caller a copy of `descriptor` as the result of its call, in one step (Linux 5.14; before it EINVAL)."""
     flags = os.O_CLOEXEC if close_on_exec else 0
-    if one_step:
-        try:
-            fcntl.ioctl(listener, _ADDFD, _INJECTION.pack(identity, _ADDFD_SEND, descriptor, 0, flags))
-        except OSError as e:
-            if e.errno != errno.EINVAL:
-                raise
-        else:
-            return
-    # A buffer that may change is what makes ioctl() return the number: that of the caller's new descriptor.
-    number = fcntl.ioctl(listener, _ADDFD, bytearray(_INJECTION.pack(identity, 0, descriptor, 0, flags)), True)
-    answer(listener, identity, number)
+    fcntl.ioctl(listener, _ADDFD, _INJECTION.pack(identity, _ADDFD_SEND, descriptor, 0, flags))
+
+
+def install(listener: int, identity: int, descriptor: int, *, close_on_exec: bool) -> int:
+    """The first of two steps: a copy of `descriptor` in the caller. Returns its number there, which is still to be told."""
+    flags = os.O_CLOEXEC if close_on_exec else 0
+    # A buffer that may change is what makes ioctl() return the number.
+    number: int = fcntl.ioctl(listener, _ADDFD, bytearray(_INJECTION.pack(identity, 0, descriptor, 0, flags)), True)
+    return number
 
 
 def replace(listener: int, identity: int, descriptor: int, number: int, *, close_on_exec: bool) -> None:
@@ -248,6 +246,15 @@ def rename_to_new(source: tuple[int, bytes], target: tuple[int, bytes]) -> None:
         if e.errno != errno.EINVAL:
             raise
         os.rename(source[1], target[1], src_dir_fd=source[0], dst_dir_fd=target[0])
+
+
+def tell(file: str | os.PathLike[str], text: str) -> None:
+    """One write(2) into a file of procfs or cgroupfs: they take a value whole."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode())
+    finally:
+        os.close(descriptor)
 
 
 def die_with_parent() -> None:

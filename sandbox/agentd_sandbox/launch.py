@@ -19,21 +19,22 @@ from typing import TYPE_CHECKING, NoReturn
 
 from agentd_sandbox import kernel, network
 from agentd_sandbox.access import Access
-from agentd_sandbox.broker import Broker, Limits
+from agentd_sandbox.broker import Broker
 from agentd_sandbox.errors import SandboxFailure, Unsupported, WorkerTimeout
 from agentd_sandbox.files import Files
+from agentd_sandbox.limits import Limits, limit_resources
 from agentd_sandbox.proxy import Proxy
 from agentd_sandbox.serving import Serving, Waiting
 from agentd_sandbox.system import environment as basic_environment
 from agentd_sandbox.system import program_rules
-from agentd_sandbox.worker import HELLO, Manner, close_all_but, limit_resources, lock
+from agentd_sandbox.worker import HELLO, Manner, close_all_but, lock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from agentd_sandbox.files import Change
     from agentd_sandbox.levels import Level
     from agentd_sandbox.outcome import Denial
+    from agentd_sandbox.recorder import Change
 
 _TICK_S = 0.1
 

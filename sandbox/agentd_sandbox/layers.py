@@ -38,9 +38,9 @@ def enter_namespaces() -> None:
     """
     user, group = os.getuid(), os.getgid()
     kernel.check(_libc.unshare(_NEWUSER | _NEWNS | _NEWNET | _NEWIPC | _NEWUTS), "unshare")
-    _say("/proc/self/setgroups", "deny")
-    _say("/proc/self/uid_map", f"{user} {user} 1")
-    _say("/proc/self/gid_map", f"{group} {group} 1")
+    kernel.tell("/proc/self/setgroups", "deny")
+    kernel.tell("/proc/self/uid_map", f"{user} {user} 1")
+    kernel.tell("/proc/self/gid_map", f"{group} {group} 1")
     attributes = _MOUNT_ATTRIBUTES.pack(_READ_ONLY | _NO_SUID | _NO_DEVICES, 0, _PRIVATE, 0)
     number = ctypes.c_long(profile().numbers["mount_setattr"])
     result: int = _syscall(
@@ -53,14 +53,6 @@ def enter_namespaces() -> None:
     )
     kernel.check(result, "mount_setattr")
     kernel.drop_capabilities()
-
-
-def _say(file: str, text: str) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, text.encode())
-    finally:
-        os.close(descriptor)
 
 
 def landlock_version() -> int:

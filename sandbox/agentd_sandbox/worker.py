@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from agentd_sandbox import kernel, layers, sdk, shim
 from agentd_sandbox.errors import Unsupported
+from agentd_sandbox.limits import limit_resources
 from agentd_sandbox.processes import share_processor
 
 if TYPE_CHECKING:
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
 HELLO = struct.Struct("=cii")
 """First message: b"P", pid, listener; b"A", pid, 0 at level 1; b"E", errno, 0 if this kernel can't confine it."""
 LENGTH = struct.Struct("=I")
-_MIB = 1 << 20
-LIMITS = {
-    resource.RLIMIT_AS: 512 * _MIB,
-    resource.RLIMIT_CPU: 60,
-    resource.RLIMIT_FSIZE: 64 * _MIB,
-    resource.RLIMIT_NOFILE: 256,
-    resource.RLIMIT_CORE: 0,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +97,6 @@ def lock(manner: Manner) -> int:
         kernel.lock_alone()
         return -1
     return kernel.lock(wait_killable=manner.wait_killable)
-
-
-def limit_resources() -> None:
-    for limit, value in LIMITS.items():
-        hard = resource.getrlimit(limit)[1]
-        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(limit, (allowed, allowed))
 
 
 def _receive(channel: socket.socket) -> bytes:

@@ -1,0 +1,35 @@
+"""What one call may take of the device: by process, kept by the kernel, and all its processes together, kept by the broker."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+_MIB = 1 << 20
+_BY_PROCESS = {
+    resource.RLIMIT_AS: 512 * _MIB,
+    resource.RLIMIT_CPU: 60,
+    resource.RLIMIT_FSIZE: 64 * _MIB,
+    resource.RLIMIT_NOFILE: 256,
+    resource.RLIMIT_CORE: 0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one call, all its processes together. `memory_mib` is looked at every half second."""
+
+    processes: int = 64
+    forks: int = 10_000
+    refused: int = 100_000
+    memory_mib: int = 768
+    threads: int = 512
+    socket_pairs: int = 128
+
+
+def limit_resources() -> None:
+    """To be called in the process itself, before it is locked."""
+    for limit, value in _BY_PROCESS.items():
+        hard = resource.getrlimit(limit)[1]
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (allowed, allowed))
