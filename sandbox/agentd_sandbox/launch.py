@@ -73,10 +73,13 @@ def launch(
     if "broker" not in level.layers:
         raise Unsupported("seccomp", 0, f"no broker here: {'; '.join(level.missing)}")
     ours, theirs = socket.socketpair()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         ours.close()
-        _become(theirs, program, folder, {**basic_environment(folder), **variables}, Manner(frozenset(level.layers)))
+        _become(
+            theirs, program, folder, {**basic_environment(folder), **variables}, Manner(frozenset(level.layers), zygote=parent)
+        )
     theirs.close()
     waiting = Waiting(ours)
     threads = ThreadPoolExecutor(1)
@@ -132,6 +135,8 @@ def _become(
         close_all_but([channel.fileno()])
         os.setsid()
         kernel.die_with_parent()
+        if os.getppid() != manner.zygote:
+            os._exit(code)  # it died before that was said
         limit_resources()
         listener = lock(manner)
         channel.sendall(HELLO.pack(b"P", os.getpid(), listener))

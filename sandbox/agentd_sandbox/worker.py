@@ -30,10 +30,11 @@ LENGTH = struct.Struct("=I")
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How workers are locked: the layers beside the filter, and whether signals wait for the broker."""
+    """How workers are locked: the layers beside the filter, whether signals wait for the broker, and who their parent is."""
 
     layers: frozenset[str]
     wait_killable: bool = True
+    zygote: int = 0
 
 
 def main(
@@ -64,6 +65,8 @@ def _lock(sockets: list[socket.socket], manner: Manner, processor: int) -> None:
     os.setsid()  # what it starts stays in this session, and is found by it
     share_processor(processor)
     kernel.die_with_parent()
+    if os.getppid() != manner.zygote:
+        os._exit(0)  # it died before that was said
     limit_resources()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the zygote ignores it, and who ignores it can't wait for children
     random.seed()  # all workers are forks of one process

@@ -48,7 +48,7 @@ def main(descriptor: int) -> NoReturn:
         layers.enter_namespaces()
         os.chdir(setup["folder"])  # the same one, in the mounts that can't be written
     control.sendall(b"r")
-    manner = worker.Manner(frozenset(setup["layers"]), setup["wait_killable"])
+    manner = worker.Manner(frozenset(setup["layers"]), setup["wait_killable"], os.getpid())
     while True:
         message, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 2)
         if not message:

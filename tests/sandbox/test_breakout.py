@@ -252,9 +252,9 @@ def test_calls_of_every_end_leave_no_process_and_no_descriptor(cell: Cell):
 
 def test_a_zygote_killed_during_a_call_ends_that_call_only(cell: Cell):
     """Its workers die with it, the call says so, and the next one works at once, also while the spare is still dying."""
-    for _ in range(8):
+    for _ in range(4):
         pid = living_zygote(cell)
-        threading.Timer(0.1, os.kill, (pid, signal.SIGKILL)).start()
+        threading.Timer(0.7, os.kill, (pid, signal.SIGKILL)).start()
         with pytest.raises(WorkerDied):
             cell.run("sleep", seconds=8)
         assert cell.run("sleep", seconds=0).result == {}
