@@ -195,6 +195,10 @@ def test_signals_do_not_make_a_call_happen_twice(sandbox: Sandbox, tmp_path: Pat
         pytest.skip("messages are not interrupted")
     here = tmp_path.resolve()
     outcome = run(sandbox, "signalled", scope(here), folder=str(here), count=300)
+    if "wait_killable" in sandbox.level.without and outcome.error:
+        # There the kernel may drop an answer that it has accepted, and nobody can tell: docs/sandbox.md.
+        assert outcome.error.endswith(("exists already", "does not exist"))
+        return
     assert outcome.error is None
     assert outcome.result == {"held": 600}
 

@@ -87,15 +87,15 @@ def nothing():
 
 @dataclass
 class Slow:
-    """A recorder on a disk that takes its time, for paths that say so."""
+    """A recorder on a disk that does not answer until it is told to, for paths that say so."""
 
-    seconds: float = 0
     waiting: threading.Event = field(default_factory=threading.Event)
+    answers: threading.Event = field(default_factory=threading.Event)
 
     def before_changes(self, changes: Sequence[Change]) -> None:
         if any(b"slow" in change.path for change in changes):
             self.waiting.set()
-            time.sleep(self.seconds)
+            self.answers.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +124,14 @@ def run(sandbox: Sandbox, home: Path, tool: str, recorder: Any = None, deadline_
 
 def test_a_slow_disk_holds_up_its_own_call_only(sandbox: Sandbox, home: Path):
     """While one broker waits for a pre-image, other calls come and go."""
-    slow = Slow(1.5)
+    slow = Slow()
     waiting = threading.Thread(target=run, args=(sandbox, home, "write", slow), kwargs={"path": str(home / "slow")})
     waiting.start()
-    assert slow.waiting.wait(5)
+    assert slow.waiting.wait(20)
     for _ in range(10):
         assert run(sandbox, home, "quick", path=str(home / "quick")).result == {"text": "old"}
     assert waiting.is_alive()
+    slow.answers.set()
     waiting.join()
 
 
@@ -140,8 +141,9 @@ def test_a_disk_that_never_answers_ends_the_call_with_a_named_error(
     """At its deadline and a little more; the thread that waits is left to wait, and other calls go on."""
     monkeypatch.setattr(serving, "_GONE_TIMEOUT_S", 0.3)
     with pytest.raises(BrokerStuck, match="openat"):
-        run(sandbox, home, "write", Slow(2), 0.3, path=str(home / "slow"))
+        run(sandbox, home, "write", slow := Slow(), 0.5, path=str(home / "slow"))
     assert run(sandbox, home, "quick", path=str(home / "quick")).result == {"text": "old"}
+    slow.answers.set()
 
 
 @pytest.mark.parametrize(
