@@ -22,7 +22,6 @@ from agentd_sandbox.errors import WorkerOffence
 from agentd_sandbox.filters import profile
 from agentd_sandbox.forms import FORMS
 from agentd_sandbox.limits import Limits
-from agentd_sandbox.paths import unmerged
 from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
 from agentd_sandbox.recorder import Refusal
 
@@ -281,9 +280,10 @@ class Broker:
         with self.files.existing(place, "execute") as target:
             if not stat.S_ISREG(target.status.st_mode):
                 raise OSError(errno.EACCES, "no program")
-            swappable = target.real != unmerged(place) and self.files.access.may_write(place)
-        if swappable:
-            self.files.deny(place, "execve through a link that could be changed")
+            swappable = any(self.files.access.may_write(link) for link in target.links)
+        # With `..` in it, a folder on the way that becomes a link makes it lead elsewhere.
+        if swappable or (b"/../" in place and self.files.access.write):
+            self.files.deny(place, "execve by a way that could be changed")
             raise OSError(errno.EACCES, "link")
         self._require_unshared(call, path, "execve")
         self._started[call.thread] = self.processes.program(call.thread)

@@ -49,6 +49,8 @@ class Resolved:
     name: bytes
     descriptor: int  # -1 if there is nothing by that name
     trailing_slash: bool = False
+    links: tuple[bytes, ...] = ()
+    """The real paths of the links that were followed on the way."""
     _status: os.stat_result | None = None
 
     @property
@@ -139,7 +141,7 @@ def _merged() -> dict[bytes, bytes]:
     return {name: os.path.realpath(name) for name in names if os.path.islink(name)}
 
 
-def unmerged(path: bytes) -> bytes:
+def _unmerged(path: bytes) -> bytes:
     """The path as it is spelled without those links. Whether that is right, opening it will say."""
     first, slash, rest = path[1:].partition(b"/")
     real = _merged().get(b"/" + first)
@@ -154,7 +156,7 @@ class Walker:
 
     def existing(self, path: bytes, *, follow: bool, visible: Callable[[bytes], bool]) -> Resolved:
         """As `resolve`, but without the parent where the path is there as it is spelled."""
-        spelled = unmerged(path)
+        spelled = _unmerged(path)
         found = self._as_spelled(spelled, follow=follow) or self._missing(spelled)
         return found or resolve(path, follow=follow, visible=visible)
 
@@ -216,7 +218,7 @@ def resolve(path: bytes, *, follow: bool, visible: Callable[[bytes], bool] = eve
 def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
     trailing = path.endswith((b"/", b"/."))
     todo = [part for part in reversed(path.split(b"/")) if part not in (b"", b".")]
-    links = 0
+    links: list[bytes] = []
     while todo:
         name = todo.pop()
         if name == b"..":
@@ -224,19 +226,19 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
             continue
         found = _open(walk, name, last=not todo)
         if found < 0:
-            return Resolved(_join(walk.real, name), os.dup(walk.here), name, -1, trailing)
+            return Resolved(_join(walk.real, name), os.dup(walk.here), name, -1, trailing, tuple(links))
         mode = os.fstat(found).st_mode
         if stat.S_ISLNK(mode) and (todo or follow or trailing):
-            links += 1
+            links.append(_join(walk.real, name))
             target = os.readlink(b"", dir_fd=found)
             os.close(found)
-            if links > _LINKS:
+            if len(links) > _LINKS:
                 raise WalkError(errno.ELOOP, _join(walk.real, name))
             if target.startswith(b"/"):
                 walk.up(to_root=True)
             todo.extend(part for part in reversed(target.split(b"/")) if part not in (b"", b"."))
         elif not todo:
-            return _found(walk, name, found, mode, trailing=trailing)
+            return _found(walk, name, found, mode, trailing=trailing, links=tuple(links))
         elif stat.S_ISDIR(mode):
             walk.enter(name, found)
         else:
@@ -245,7 +247,7 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
     # The path ended in `..` or is / itself: the folder we stand in.
     name, here = walk.folders[-1]
     parent = walk.folders[-2][1] if len(walk.folders) > 1 else here
-    return Resolved(walk.real, os.dup(parent), name or b".", os.dup(here), trailing_slash=True)
+    return Resolved(walk.real, os.dup(parent), name or b".", os.dup(here), trailing_slash=True, links=tuple(links))
 
 
 def _open(walk: _Walk, name: bytes, *, last: bool) -> int:
@@ -266,12 +268,12 @@ def _names_a_process(folder: int, name: bytes) -> bool:
     return (name.isdigit() or name in (b"self", b"thread-self")) and kernel.file_system(folder) == _PROC_SUPER_MAGIC
 
 
-def _found(walk: _Walk, name: bytes, found: int, mode: int, *, trailing: bool) -> Resolved:
+def _found(walk: _Walk, name: bytes, found: int, mode: int, *, trailing: bool, links: tuple[bytes, ...]) -> Resolved:
     real = _join(walk.real, name)
     if trailing and not stat.S_ISDIR(mode):
         os.close(found)
         raise WalkError(errno.ENOTDIR, real)
-    return Resolved(real, os.dup(walk.here), name, found, trailing)
+    return Resolved(real, os.dup(walk.here), name, found, trailing, links)
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

@@ -95,7 +95,7 @@ TABLE: tuple[Rule, ...] = (
         "own threads, signals to be received, time, waiting for children",
         tuple(
             """rt_sigaction rt_sigprocmask rt_sigreturn sigreturn rt_sigpending rt_sigtimedwait rt_sigtimedwait_time64
-            rt_sigsuspend sigaltstack restart_syscall futex futex_time64 futex_waitv set_robust_list get_robust_list rseq
+            rt_sigsuspend sigaltstack restart_syscall futex futex_time64 futex_waitv set_robust_list rseq
             set_tid_address set_tls sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max
             sched_get_priority_min getcpu arch_prctl nanosleep clock_nanosleep clock_nanosleep_time64 clock_gettime
             clock_gettime64 clock_getres clock_getres_time64 gettimeofday time times getitimer setitimer alarm pause
@@ -210,6 +210,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(Action.REFUSE, "passes descriptors or names an address behind a pointer", ("sendmsg", "sendmmsg", "recvmmsg")),
     Rule(Action.REFUSE, "listens", ("bind", "listen", "accept", "accept4")),
     Rule(Action.REFUSE, "signals by other ways", ("rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "pidfd_open")),
+    Rule(Action.REFUSE, "gives away an address of another process", ("get_robust_list",)),
     Rule(
         Action.REFUSE,
         "ordinary programs ask out of habit",

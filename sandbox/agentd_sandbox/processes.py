@@ -99,17 +99,19 @@ class Processes:
     def unshared(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
         """Whether nobody but the waiting thread can change this memory: then the kernel may read it once more.
 
-        That is so if its process and those above it that share its memory have one thread each (the parent of a vfork
-        does, and waits), and the memory is private and not a file's that it may write (mmap(2): changes of the file may show).
+        That is so if its process has one thread (and the parent that shares its memory since a vfork, which waits), and
+        the memory is private and not a file's that it may write (mmap(2): changes of the file may show).
         """
-        process = thread  # with one thread only, that is its process
-        while True:
-            seen = _look(process)
-            if seen.threads != 1 or seen.session != self.root:
-                return False  # or an orphan: whoever forked it can't be looked at any more
-            if process == self.root or not kernel.share_memory(process, seen.parent):
-                return self._private(thread, address, length, may_write)
-            process = seen.parent
+        seen = _look(thread)  # with one thread only, that is its process
+        if seen.threads != 1 or seen.session != self.root:
+            return False
+        if thread != self.root and kernel.share_memory(thread, seen.parent):
+            above = _look(seen.parent)
+            if above.threads != 1 or above.session != self.root:
+                return False
+            if seen.parent != self.root and kernel.share_memory(seen.parent, above.parent):
+                return False  # if its parent dies, theirs goes on in this memory
+        return self._private(thread, address, length, may_write)
 
     def _private(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
         covered = address
@@ -215,8 +217,9 @@ class Processes:
                     self.signal(process, signal.SIGKILL)
 
     def memory_kb(self) -> int:
-        """What they hold together. Shared pages are counted for each."""
-        return sum(int(_status(process).get("VmRSS", "0 kB").split()[0]) for process in self.members())
+        """What they hold together, files apart. Pages that forks share are counted for each."""
+        seen = (_status(process) for process in self.members())
+        return sum(int(each.get(kind, "0 kB").split()[0]) for each in seen for kind in ("RssAnon", "RssShmem"))
 
 
 def share_processor(processor: int) -> None:
