@@ -37,10 +37,6 @@ _CLONE_THREAD = 0x0001_0000
 _SIGNALS = 65  # 0 to 64: signal(7)
 
 
-class Answered(Exception):
-    """The notification has been answered already, or will be by a thread of its own."""
-
-
 @dataclass(slots=True)
 class Broker:
     """Answers the notifications of one worker, on one thread; connections are made on threads of their own."""
@@ -81,8 +77,6 @@ class Broker:
             if call.thread in self._started:
                 self.check_program(call)
             value, code = FORMS[name](self, call, *call.arguments), 0
-        except Answered:
-            return
         except Refusal as e:
             self.files.deny("", str(e))
             value, code = 0, e.errno
@@ -90,6 +84,8 @@ class Broker:
             value, code = 0, e.errno or errno.EIO
         except (OverflowError, ValueError, struct.error):  # a number or an address that no kernel call takes
             value, code = 0, errno.EINVAL
+        if value is None:  # answered already, or will be on a thread of its own
+            return
         self._answer(call, value, code)
         if self.files.denied > self.limits.refused:
             raise WorkerOffence(f"it made more than {self.limits.refused} calls that were refused")
@@ -147,32 +143,25 @@ class Broker:
 
     # -- files
 
-    def open(self, call: Notification, place: bytes, flags: int, mode: int) -> int:
+    def open(self, call: Notification, place: bytes, flags: int, mode: int) -> int | None:
         flags &= 0xFFFF_FFFF
         umask = self.umask(call) if flags & os.O_CREAT else 0
         opened = self.files.open(place, flags, mode, umask)
-        close_on_exec = bool(flags & os.O_CLOEXEC)
+        injected_flags = flags & os.O_CLOEXEC
         try:
-            if self._inject(call, opened, close_on_exec=close_on_exec):
-                raise Answered
-            return kernel.install(self.listener, call.id, opened, close_on_exec=close_on_exec)
+            if self.one_step:
+                kernel.inject(self.listener, call.id, opened, injected_flags)
+                return None
+            return kernel.install(self.listener, call.id, opened, injected_flags)
         except OSError as e:
             if e.errno == errno.ENOENT:  # the caller is gone
-                raise Answered from None
+                return None
+            if e.errno == errno.EINVAL and self.one_step:  # Linux before 5.14
+                self.one_step = False
+                return kernel.install(self.listener, call.id, opened, injected_flags)
             raise  # EMFILE: it holds too many
         finally:
             os.close(opened)
-
-    def _inject(self, call: Notification, opened: int, *, close_on_exec: bool) -> bool:
-        """In one step, unless the kernel is too old for that."""
-        if self.one_step:
-            try:
-                kernel.inject(self.listener, call.id, opened, close_on_exec=close_on_exec)
-            except OSError as e:
-                if e.errno != errno.EINVAL:
-                    raise
-                self.one_step = False
-        return self.one_step
 
     def status(self, call: Notification, place: bytes, buffer: int, *, follow: bool) -> int:
         self.poke(call, buffer, self.files.status(place, follow=follow))
@@ -232,11 +221,11 @@ class Broker:
 
     # -- processes
 
-    def let_through(self, call: Notification) -> int:
+    def let_through(self, call: Notification) -> int | None:
         kernel.let_through(self.listener, call.id)
-        raise Answered
+        return None
 
-    def clone(self, call: Notification, flags: int) -> int:
+    def clone(self, call: Notification, flags: int) -> int | None:
         """A new thread or process: counted, and let through, as all there is to it are values."""
         if not flags & _CLONE_THREAD:
             return self.fork(call)
@@ -248,7 +237,7 @@ class Broker:
                 raise OSError(errno.EAGAIN, "threads")
         return self.let_through(call)
 
-    def socket_pair(self, call: Notification) -> int:
+    def socket_pair(self, call: Notification) -> int | None:
         """All there is to it are values; where its two ends go to, the kernel writes."""
         self._pairs += 1
         if self._pairs > self.limits.socket_pairs:
@@ -256,7 +245,7 @@ class Broker:
             raise OSError(errno.EMFILE, "sockets")
         return self.let_through(call)
 
-    def fork(self, call: Notification) -> int:
+    def fork(self, call: Notification) -> int | None:
         self._forks += 1
         if not self.processes.many:
             self.processes.many = True
@@ -271,7 +260,7 @@ class Broker:
                 raise OSError(errno.EAGAIN, "processes")
         return self.let_through(call)
 
-    def execute(self, call: Notification, path: int) -> int:
+    def execute(self, call: Notification, path: int) -> int | None:
         """The kernel reads the path again, so nobody may be able to change it, nor what it leads through.
 
         The program is looked at once more when it makes its first call.
@@ -306,7 +295,7 @@ class Broker:
         ):
             raise WorkerOffence(f"it started {os.fsdecode(now)} by changing a path that was being checked")
 
-    def change_folder(self, call: Notification, path: int) -> int:
+    def change_folder(self, call: Notification, path: int) -> int | None:
         """The kernel reads the path again, so nobody may be able to change it. Later uses are resolved anew anyway."""
         place = self.path(call, AT_FDCWD, path)
         with self.files.existing(place, "see") as target:
@@ -333,7 +322,7 @@ class Broker:
                 self.processes.signal(member, number)
         return 0
 
-    def kill_thread(self, call: Notification, process: int, thread: int, number: int) -> int:
+    def kill_thread(self, call: Notification, process: int, thread: int, number: int) -> int | None:
         """tgkill(2), and tkill(2) with process -1. A thread of its own process the kernel may signal: it checks again.
 
         Anybody else's number could mean another process by the time it does: those are signalled here, as a whole.
@@ -359,7 +348,7 @@ class Broker:
 
     # -- network
 
-    def connect(self, call: Notification, descriptor: int, address: int, size: int) -> int:
+    def connect(self, call: Notification, descriptor: int, address: int, size: int) -> int | None:
         """On a thread of its own, so that a peer that does not answer keeps nothing else waiting."""
         if not 2 <= size <= network.ADDRESS_BYTES:
             raise OSError(errno.EINVAL, "address")
@@ -378,7 +367,7 @@ class Broker:
         flags = self.processes.flags(call.thread, descriptor)
         arguments = (call, signed(descriptor), template, flags, (host, port))
         threading.Thread(target=self._connect, args=arguments, name="connect", daemon=True).start()
-        raise Answered
+        return None
 
     def _connect(self, call: Notification, number: int, template: socket.socket, flags: int, peer: tuple[str, int]) -> None:
         """Make the connection, put it in the place of the worker's socket, answer."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from agentd_sandbox.broker import Broker
     from agentd_sandbox.kernel import Notification
 
-    Form = Callable[..., int]
+    Form = Callable[..., int | None]
 
 _UTIME_NOW, _UTIME_OMIT = 0x3FFF_FFFF, 0x3FFF_FFFE
 _CREAT = os.O_CREAT | os.O_WRONLY | os.O_TRUNC

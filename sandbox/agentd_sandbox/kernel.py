@@ -148,15 +148,16 @@ def still_waiting(listener: int, identity: int) -> bool:
     return True
 
 
-def inject(listener: int, identity: int, descriptor: int, *, close_on_exec: bool) -> None:
-    """Give the caller a copy of `descriptor` as the result of its call, in one step (Linux 5.14; before it EINVAL)."""
-    flags = os.O_CLOEXEC if close_on_exec else 0
+def inject(listener: int, identity: int, descriptor: int, flags: int) -> None:
+    """Give the caller a copy of `descriptor` as the result of its call, in one step (Linux 5.14; before it EINVAL).
+
+    `flags` are those of the new descriptor: O_CLOEXEC or nothing.
+    """
     fcntl.ioctl(listener, _ADDFD, _INJECTION.pack(identity, _ADDFD_SEND, descriptor, 0, flags))
 
 
-def install(listener: int, identity: int, descriptor: int, *, close_on_exec: bool) -> int:
+def install(listener: int, identity: int, descriptor: int, flags: int) -> int:
     """The first of two steps: a copy of `descriptor` in the caller. Returns its number there, which is still to be told."""
-    flags = os.O_CLOEXEC if close_on_exec else 0
     # A buffer that may change is what makes ioctl() return the number.
     number: int = fcntl.ioctl(listener, _ADDFD, bytearray(_INJECTION.pack(identity, 0, descriptor, 0, flags)), True)
     return number

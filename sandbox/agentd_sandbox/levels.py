@@ -145,7 +145,7 @@ def _answer_a_call() -> None:
     ours.sendall(b"g")
     call = kernel.receive(listener)
     null = os.open("/dev/null", os.O_RDONLY)
-    kernel.inject(listener, call.id, null, close_on_exec=True)
+    kernel.inject(listener, call.id, null, os.O_CLOEXEC)
     _, status = os.waitpid(child, 0)
     if status:
         raise SandboxFailure("a mediated open did not come back")

@@ -138,14 +138,16 @@ def reopen(descriptor: int, flags: int) -> int:
 def _merged() -> dict[bytes, bytes]:
     """Where the folders that most distributions have merged into /usr lead: `/lib` and the like are links of root's."""
     names = (b"/bin", b"/sbin", b"/lib", b"/lib32", b"/lib64")
-    return {name: os.path.realpath(name) for name in names if os.path.islink(name)}
+    return {name + b"/": os.path.realpath(name) + b"/" for name in names if os.path.islink(name)}
 
 
 def _unmerged(path: bytes) -> bytes:
     """The path as it is spelled without those links. Whether that is right, opening it will say."""
-    first, slash, rest = path[1:].partition(b"/")
-    real = _merged().get(b"/" + first)
-    return path if real is None or not slash else real + b"/" + rest
+    if path.startswith(tuple(_merged())):
+        for link, real in _merged().items():
+            if path.startswith(link):
+                return real + path[len(link) :]
+    return path
 
 
 @dataclass(slots=True)

@@ -87,7 +87,7 @@ def figures(folder: Path, calls: int) -> list[Figure]:
 
 
 def _call(run: Any, calls: int) -> list[Figure]:
-    taken = milliseconds(lambda: run("nothing"), calls, "call through zygote and broker")
+    taken = milliseconds(lambda: run("nothing"), calls, "call through zygote and broker", pause_s=0.01)
     forked = milliseconds(lambda: subprocess.run(["/bin/true"], check=True), calls, "/bin/true, unconfined")
     name = "/bin/true from Python, p50"
     return [

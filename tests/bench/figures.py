@@ -36,12 +36,15 @@ def resident_mb(pid: int) -> float:
     raise ValueError(pid)
 
 
-def milliseconds(do: Callable[[], object], times: int, label: str) -> list[float]:
+def milliseconds(do: Callable[[], object], times: int, label: str, *, pause_s: float = 0) -> list[float]:
+    """Sorted. `pause_s` lies between two of them, where what is measured gets something ready for the next."""
     taken = []
     for _ in track(range(times), description=f"{label:32}", console=console, transient=True):
         start = time.perf_counter()
         do()
         taken.append((time.perf_counter() - start) * 1000)
+        if pause_s:
+            time.sleep(pause_s)
     return sorted(taken)
 
 
