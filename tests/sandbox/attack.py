@@ -323,4 +323,4 @@ def returns_text() -> Any:
 
 @tool("eats_memory")
 def eats_memory() -> dict[str, Any]:
-    return {"n": len(bytearray(2 << 30))}
+    return {"n": len(bytearray(1 << 30))}

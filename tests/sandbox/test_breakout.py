@@ -172,7 +172,7 @@ def test_no_arguments_of_a_mediated_call_bring_the_broker_down(cell: Cell, name:
     numbers = [profile().numbers[name]]
     try:
         outcome = cell.run("random_calls", numbers=numbers, seed=7, count=300, path=str(cell.inside), deadline_s=30)
-    except (WorkerDied, WorkerOffence):
+    except (WorkerDied, WorkerOffence, WorkerTimeout):
         assert name in DEADLY
     else:
         assert outcome.result == {"done": 300}
