@@ -23,11 +23,11 @@ fi
 copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 packages="$venv/lib/python$version/site-packages"
-mkdir "$copy/packages" "$copy/tmp"
-for name in pytest _pytest pluggy iniconfig packaging pygments hypothesis _hypothesis_pytestplugin.py sortedcontainers \
+mkdir "$copy/site-packages" "$copy/tmp"
+for name in pytest _pytest py.py pluggy iniconfig packaging pygments "*hypothesis*" sortedcontainers \
     pyseccomp pyseccomp.py trustme cryptography cffi _cffi_backend* idna; do
     for found in "$packages"/$name; do
-        if [ -e "$found" ]; then cp -R "$found" "$copy/packages/"; fi
+        if [ -e "$found" ]; then cp -R "$found" "$copy/site-packages/"; fi
     done
 done
 cp -R sandbox tests tools pyproject.toml "$copy/"
@@ -36,5 +36,5 @@ chmod -R a+rX "$copy"
 chown 65534:65534 "$copy/tmp"
 echo "The sandbox's tests as nobody:"
 cd "$copy"
-as_nobody PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$copy/packages:$copy/sandbox:$copy" HYPOTHESIS_STORAGE_DIRECTORY="$copy/tmp/h" \
+as_nobody PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$copy/site-packages:$copy/sandbox:$copy" HYPOTHESIS_STORAGE_DIRECTORY="$copy/tmp/h" \
     "$python" -m pytest -p no:cacheprovider --basetemp "$copy/tmp/pytest" tests/sandbox

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from agentd_sandbox import kernel, layers
 from agentd_sandbox.cgroup import Cgroup
 from agentd_sandbox.errors import SandboxFailure
+from agentd_sandbox.filters import profile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,8 +96,16 @@ def main() -> None:
     if "namespaces" in reached:
         name = "L4" if "landlock" in reached else "L3"
     without = tuple(sorted(pretended & {"wait_killable", "addfd_send"}))
-    level = Level(name, platform.machine(), platform.release(), tuple(reached), tuple(missing), without)
+    level = Level(name, _architecture(), platform.release(), tuple(reached), tuple(missing), without)
     print(json.dumps(asdict(level)))
+
+
+def _architecture() -> str:
+    """Of this process, which may have fewer bits than the kernel."""
+    try:
+        return profile().architecture
+    except SandboxFailure:
+        return platform.machine()
 
 
 def _in_a_child(check: Callable[[], None]) -> str:

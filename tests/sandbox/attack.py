@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -185,7 +186,8 @@ def chroot_late(pid: int, daemon: int) -> dict[str, Any]:
 NUMBERS = {
     "x86_64": {"ptrace": 101, "unshare": 272, "process_vm_readv": 310, "seccomp": 317, "userfaultfd": 323, "mount": 165},
     "aarch64": {"ptrace": 117, "unshare": 97, "process_vm_readv": 270, "seccomp": 277, "userfaultfd": 282, "mount": 40},
-}[os.uname().machine]
+    "arm": {"ptrace": 26, "unshare": 337, "process_vm_readv": 376, "seccomp": 383, "userfaultfd": 388, "mount": 21},
+}[os.uname().machine if sys.maxsize > 1 << 32 else "arm"]
 
 
 @tool("ptrace")

@@ -92,8 +92,8 @@ def connect(host: str, port: int) -> dict[str, Any]:
 def random_calls(numbers: list[int], seed: int, count: int, path: str) -> dict[str, Any]:
     chance = random.Random(seed)
     buffer = ctypes.create_string_buffer(1 << 16)
-    name = ctypes.create_string_buffer(path.encode())
-    inner = ctypes.create_string_buffer(path.encode() + b"/x")
+    name = ctypes.create_string_buffer(path.encode(), 4096)  # room for what calls may write there
+    inner = ctypes.create_string_buffer(path.encode() + b"/x", 4096)
     addresses = [ctypes.addressof(name), ctypes.addressof(inner), ctypes.addressof(buffer) + 4096, page_end(b"/x"), 1]
     odd = [
         0,

@@ -72,11 +72,11 @@ def start():
 
 @tool("signalled")
 def signalled(folder, count):
-    """A timer signal every half millisecond, while files are made and renamed."""
+    """A timer signal every two milliseconds, while files are made and renamed."""
     import signal
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, False)
-    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
     for n in range(count):
         os.mkdir(f"{folder}/d{n}")
         os.close(os.open(f"{folder}/d{n}/f", os.O_CREAT | os.O_WRONLY))
