@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -130,7 +131,7 @@ def main() -> None:
         baseline = f"{f.baseline}: {f.baseline_value:.2f} {f.unit}" if f.baseline_value else ""
         ratio = f"x{f.value / f.baseline_value:.2f}" if f.baseline_value else ""
         table.add_row(f.what, measured, wanted, baseline, ratio)
-    console.print(table)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from rich.progress import track
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-console = Console()
+console = Console(stderr=True)
+"""For progress: figures go to standard output."""
 
 
 @dataclass(frozen=True)
