@@ -187,6 +187,7 @@ finish() { echo "emulate-result: $*"; sync; busybox poweroff -f; }
 trap 'finish the first process ended' EXIT
 busybox mount -t proc proc /proc
 busybox mount -t sysfs sysfs /sys
+busybox mount -t cgroup2 cgroup2 /sys/fs/cgroup
 busybox mount -t securityfs securityfs /sys/kernel/security
 busybox mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/shm /dev/pts /run /root /tmp

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import time
 from pathlib import Path
 
 from agentd_sandbox import kernel
 from agentd_sandbox.errors import SandboxFailure
 
 _MOUNT = Path("/sys/fs/cgroup")
+_EMPTY_TIMEOUT_S = 1.0
 _NEEDED = {"memory", "pids"}
 
 
@@ -26,7 +29,7 @@ class Cgroup:
     @classmethod
     def create(cls, memory_mib: int, processes: int) -> Cgroup:
         parent = _delegated()
-        folder = parent / f"agentd-tools-{os.getpid()}"
+        folder = parent / f"agentd-tools-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             kernel.tell(parent / "cgroup.subtree_control", " ".join(f"+{name}" for name in sorted(_NEEDED)))
             folder.mkdir()
@@ -42,9 +45,17 @@ class Cgroup:
         kernel.tell(self._folder / "cgroup.procs", str(process))
 
     def remove(self) -> None:
-        """Once it is empty."""
-        with contextlib.suppress(OSError):
-            self._folder.rmdir()
+        """Once it is empty: what was killed a moment ago may still be in it."""
+        deadline = time.monotonic() + _EMPTY_TIMEOUT_S
+        while time.monotonic() < deadline:
+            try:
+                self._folder.rmdir()
+            except FileNotFoundError:
+                return
+            except OSError:
+                time.sleep(0.01)
+            else:
+                return
 
 
 def _delegated() -> Path:

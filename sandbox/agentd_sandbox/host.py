@@ -192,6 +192,8 @@ class Sandbox:
 
     def _start_zygote(self) -> None:
         self._stop_zygote()
+        if "cgroup" in self._level.layers and self._cgroup is None:
+            self._cgroup = Cgroup.create(_WORKERS * self.limits.memory_mib, _WORKERS * self.limits.processes)
         ours, theirs = socket.socketpair()
         package_root = str(Path(__file__).resolve().parent.parent)
         with theirs:
@@ -216,8 +218,7 @@ class Sandbox:
         if ours.recv(1) != b"r":
             raise SandboxFailure("the zygote did not start")
         self._control = ours
-        if "cgroup" in level.layers:
-            self._cgroup = self._cgroup or Cgroup.create(_WORKERS * self.limits.memory_mib, _WORKERS * self.limits.processes)
+        if self._cgroup:
             self._cgroup.add(self._zygote.pid)
 
     def _stop_zygote(self) -> None:

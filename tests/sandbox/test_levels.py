@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,6 @@ from agentd_sandbox.levels import WITHOUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from agentd_sandbox import Change, Level
 
@@ -72,11 +72,11 @@ def start():
 
 @tool("signalled")
 def signalled(folder, count):
-    """A timer signal every two milliseconds, while files are made and renamed."""
+    """A timer signal every 20 milliseconds, while files are made and renamed."""
     import signal
     signal.signal(signal.SIGALRM, lambda *_: None)
     signal.siginterrupt(signal.SIGALRM, False)
-    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
     for n in range(count):
         os.mkdir(f"{folder}/d{n}")
         os.close(os.open(f"{folder}/d{n}/f", os.O_CREAT | os.O_WRONLY))
@@ -194,13 +194,13 @@ def test_signals_do_not_make_a_call_happen_twice(sandbox: Sandbox, tmp_path: Pat
     if sandbox.level.name == "L1":
         pytest.skip("messages are not interrupted")
     here = tmp_path.resolve()
-    outcome = run(sandbox, "signalled", scope(here), folder=str(here), count=300)
+    outcome = run(sandbox, "signalled", scope(here), folder=str(here), count=200)
     if "wait_killable" in sandbox.level.without and outcome.error:
         # There the kernel may drop an answer that it has accepted, and nobody can tell: docs/sandbox.md.
         assert outcome.error.endswith(("exists already", "does not exist"))
         return
     assert outcome.error is None
-    assert outcome.result == {"held": 600}
+    assert outcome.result == {"held": 400}
 
 
 def test_the_worker_has_the_layers_of_its_level(sandbox: Sandbox):
@@ -242,3 +242,22 @@ def test_a_daemon_of_a_machine_that_confines_nothing_is_told_why():
     level = no_level("the probe was killed")
     assert not level.confines
     assert level.missing == ("the probe was killed",)
+
+
+def test_a_cgroup_holds_the_zygote_and_what_it_forks(tmp_path: Path):
+    """Where one is ours to divide; with the memory and processes of all workers limited, and gone with the sandbox."""
+    level = probe()
+    if "cgroup" not in level.layers:
+        pytest.skip(next(why for why in level.missing if why.startswith("cgroup")))
+    made = Sandbox({"tool": PROGRAM}, tmp_path, level)
+    made.start()
+    try:
+        (group,) = (line[3:] for line in Path(f"/proc/{made.zygote_pid}/cgroup").read_text().split() if line[:3] == "0::")
+        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+        assert folder.name.startswith("agentd-tools-")
+        assert int((folder / "memory.max").read_text()) == 4 * made.limits.memory_mib << 20
+        assert int((folder / "pids.max").read_text()) == 4 * made.limits.processes
+        assert str(made.zygote_pid) in (folder / "cgroup.procs").read_text().split()
+    finally:
+        made.stop()
+    assert not folder.exists()
