@@ -133,7 +133,13 @@ def work(daemon: DaemonProcess) -> Path:
 
 
 def shell(client: Client, daemon: DaemonProcess, command: str) -> dict[str, Any]:
-    return output(client.call("shell.run", {"command": command, "folder": str(work(daemon))}))
+    """Once more if dash could not fork as a child ended that moment: a known limit, in docs/sandbox.md."""
+    result: dict[str, Any] = {}
+    for _ in range(3):
+        result = output(client.call("shell.run", {"command": command, "folder": str(work(daemon))}))
+        if "Cannot fork" not in result["errors"]:
+            break
+    return result
 
 
 def test_a_pipeline_runs_and_what_it_wrote_can_be_undone(client: Client, daemon: DaemonProcess):
@@ -330,3 +336,17 @@ def test_a_machine_below_the_minimum_is_refused(own_daemon: DaemonProcess):
     assert own_daemon.process.wait(30) != 0
     assert "L4" in own_daemon.log
     assert "landlock" in own_daemon.log
+
+
+def test_one_call_changes_files_at_a_time(client: Client, daemon: DaemonProcess):
+    """One that fails is put back, and must not take another's change with it: intents and ends do not interleave."""
+    before = sum(1 for _ in client.audit_events())
+    arguments = {"command": "sleep 0.4; echo x >> turns.txt", "folder": str(work(daemon))}
+    callers = [threading.Thread(target=_ignore, args=(client, arguments)) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    told = [event.kind for event in client.audit_events()][before:]
+    assert [kind for kind in told if kind in ("call.intent", "call.end")] == ["call.intent", "call.end"] * 3
+    assert (work(daemon) / "turns.txt").read_text() == "x\n" * 3
