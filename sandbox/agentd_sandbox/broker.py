@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _CONNECTING = 16  # connections of one worker that are being made at a time
 _ATTRIBUTE_BYTES = 65536  # XATTR_SIZE_MAX
 _CLONE_THREAD = 0x0001_0000
+_SA_RESTART = 0x1000_0000
+_WORD = struct.Struct("@L")
 _SIGNALS = 65  # 0 to 64: signal(7)
 
 
@@ -235,6 +237,18 @@ class Broker:
             if self._threads > self.limits.threads:
                 self.files.deny("clone", f"more than {self.limits.threads} threads at a time")
                 raise OSError(errno.EAGAIN, "threads")
+        return self.let_through(call)
+
+    def handle_signal(self, call: Notification, action: int) -> int | None:
+        """rt_sigaction(2) of SIGCHLD: with SA_RESTART, whatever else it is.
+
+        A signal takes a call away that the broker has not received yet, and the kernel then says EINTR to whoever has not
+        asked for restarts: programs know of no such error from fork(2), and dash gives up. The memory is only its own.
+        """
+        if action:  # a handler or its number, then the flags: struct sigaction of the kernel's
+            flags = action + _WORD.size
+            (asked,) = _WORD.unpack(self.processes.read(call.thread, flags, _WORD.size))
+            self.poke(call, flags, _WORD.pack(asked | _SA_RESTART))
         return self.let_through(call)
 
     def socket_pair(self, call: Notification) -> int | None:

@@ -1,8 +1,7 @@
 """What path calls do, within the scopes of one call: every way to open, look at or change a file.
 
-Paths come in absolute and are walked here; what is decided on is the real path. Before the first change of a path the
-recorder makes its former state durable. What is outside the scopes does not exist (ENOENT), what may be seen but not
-used is refused (EACCES). Errors are those of the manual pages, as OSError.
+Paths come in absolute; `Reach` says what they lead to and whether that may be used. Before the first change of a path the
+recorder makes its former state durable. Errors are those of the manual pages, as OSError.
 """
 
 from __future__ import annotations
@@ -14,103 +13,29 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from agentd_sandbox import kernel
-from agentd_sandbox.outcome import Denial
-from agentd_sandbox.paths import Resolved, Walker, WalkError, reopen, resolve
+from agentd_sandbox.paths import Resolved, reopen, resolve
+from agentd_sandbox.reach import DEVICES, Reach
 from agentd_sandbox.recorder import Change, Recorder
-from agentd_sandbox.system import is_part_of_system
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from agentd_sandbox.access import Access
 
 _O_TMPFILE = 0o20000000
 _KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
-_DEVICES = frozenset({b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/urandom", b"/dev/random"})
 _NULL = b"/dev/null"
-_RECORDED_DENIALS = 32
-_NOTED_DENIALS = 1000  # looked at at all
 _TREE_LIMIT = 2000  # entries of a folder that is moved: each one's former state is kept
-
-Right = Literal["see", "read", "write", "execute"]
 
 
 @dataclass(slots=True)
-class Files:
-    """The file system as one call may use it. `call` is the system call being done, for the record of denials.
+class Files(Reach):
+    """The file system as one call may use it. `made_up` are files that exist for the worker only, by real path."""
 
-    `made_up` are files that exist for the worker only, by real path.
-    """
-
-    access: Access
     recorder: Recorder
     made_up: Mapping[bytes, bytes] = field(default_factory=dict)
-    call: str = ""
-    denied: int = 0
-    denials: list[Denial] = field(default_factory=list)
-    _noted: set[tuple[str, bytes | str]] = field(default_factory=set)
-    _walker: Walker = field(default_factory=Walker)
-
-    def deny(self, target: bytes | str, why: str) -> None:
-        """Counted, and the first of them kept: but not that a program looked for parts of the system that are not there."""
-        self.denied += 1
-        noted = (self.call, target)
-        if len(self.denials) >= _RECORDED_DENIALS or noted in self._noted or len(self._noted) >= _NOTED_DENIALS:
-            return
-        self._noted.add(noted)
-        if not (isinstance(target, bytes) and is_part_of_system(target)):
-            self.denials.append(Denial(self.call, os.fsdecode(target), why))
-
-    # -- from a path to something that this call may use
-
-    def existing(self, path: bytes, right: Right, *, follow: bool = True) -> Resolved:
-        """Something that is there, and may be used as `right` says."""
-        target = self._reach(path, follow=follow, parent=False)
-        try:
-            self.require(target, right)
-            if not target.exists:
-                raise OSError(errno.ENOENT, "missing")
-        except OSError:
-            target.__exit__()
-            raise
-        return target
-
-    def _reach(self, path: bytes, *, follow: bool, parent: bool) -> Resolved:
-        """A hidden path is not even looked up: a link out there that leads into the scopes does not exist either."""
-        if not (self._may_see(path) or _is_crooked(path)):
-            self.deny(path, "no scope to see it")
-            raise OSError(errno.ENOENT, "hidden")
-        try:
-            if parent:
-                return resolve(path, follow=follow, visible=self._may_see)
-            return self._walker.existing(path, follow=follow, visible=self._may_see)
-        except WalkError as e:
-            if self._may_see(e.reached):
-                raise
-            self.deny(e.reached, "leads out of the scopes")
-            raise OSError(errno.ENOENT, "hidden") from None
-
-    def _may_see(self, path: bytes) -> bool:
-        return self.access.may_see(path) or path in _DEVICES
-
-    def require(self, target: Resolved, right: Right) -> None:
-        """What is hidden does not exist; what is seen but not granted is refused."""
-        access, real = self.access, target.real
-        match right:
-            case "read":
-                allowed = access.may_read(real) or real in _DEVICES
-            case "write":
-                allowed = access.may_write(real)
-            case "execute":
-                allowed = access.may_execute(real)
-            case _:
-                allowed = access.may_see(real) or real in _DEVICES
-        if not allowed:
-            self.deny(real, f"no scope to {right} it")
-            raise OSError(errno.EACCES if target.exists and access.may_see(real) else errno.ENOENT, "denied")
 
     def _record(self, *changes: tuple[Literal["create", "write", "remove"], bytes]) -> None:
-        kept = [Change(operation, path) for operation, path in changes if path not in _DEVICES]
+        kept = [Change(operation, path) for operation, path in changes if path not in DEVICES]
         if kept:
             self.recorder.before_changes(kept)
 
@@ -155,7 +80,7 @@ class Files:
         if changes:
             self._record(("write", target.real))
         opened = reopen(target.descriptor, flags & _KEPT_FLAGS)
-        if flags & os.O_TRUNC and target.real not in _DEVICES:
+        if flags & os.O_TRUNC and target.real not in DEVICES:
             os.ftruncate(opened, 0)
         return opened
 
@@ -170,7 +95,7 @@ class Files:
         elif stat.S_ISDIR(mode):
             if changes:
                 raise OSError(errno.EISDIR, "folder")
-        elif target.real not in _DEVICES:
+        elif target.real not in DEVICES:
             self.deny(target.real, "neither a file nor a folder")
             raise OSError(errno.EACCES, "special")
 
@@ -411,11 +336,6 @@ class Files:
                 os.removexattr(place, _user(name))
             else:
                 os.setxattr(place, _user(name), value, flags)
-
-
-def _is_crooked(path: bytes) -> bool:
-    """With dots or needless slashes in it, only the walk can tell where a path leads."""
-    return b"/." in path or b"//" in path or path.endswith(b"/")
 
 
 def _user(name: bytes) -> bytes:

@@ -144,6 +144,7 @@ FORMS: dict[str, Form] = {
     "fremovexattr": lambda b, c, number, name, *_: _done(
         b.files.set_attribute(b.place_of(c, number), b.string(c, name), None, 0, follow=False)
     ),
+    "rt_sigaction": lambda b, c, _signal, action, *__: b.handle_signal(c, action),
     "socketpair": lambda b, c, *_: b.socket_pair(c),
     "chdir": lambda b, c, path, *_: b.change_folder(c, path),
     "execve": lambda b, c, path, *_: b.execute(c, path),

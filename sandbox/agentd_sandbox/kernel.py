@@ -43,6 +43,9 @@ _NOTIFICATION = struct.Struct("=QIIiIQ6Q")
 _RESPONSE = struct.Struct("=QqiI")
 _INJECTION = struct.Struct("=QIIII")
 _ID = struct.Struct("=Q")
+_PROCMAP_QUERY = 0xC068_6611
+_MAPPING = struct.Struct("=9Q4I2Q")  # size, flags, address; start, end, flags, page size, offset, inode, device; names
+_VMA_SHARED = 1 << 3
 
 _STAT_BYTES = {"x86_64": 144, "aarch64": 128, "arm": 104}  # sizeof(struct stat), struct stat64 on arm
 _STATFS_BYTES = {"x86_64": 120, "aarch64": 120, "arm": 84}
@@ -183,6 +186,19 @@ def share_memory(one: int, other: int) -> bool:
     number = ctypes.c_long(profile().numbers["kcmp"])
     result: int = _syscall(number, ctypes.c_long(one), ctypes.c_long(other), ctypes.c_long(_KCMP_VM), *_NOTHING)
     return result <= 0
+
+
+def mapping(maps: int, address: int) -> tuple[int, bool]:
+    """Of the memory at `address`: where it ends, and whether it is its process's alone and no file's.
+
+    `maps` is /proc/PID/maps, open: PROCMAP_QUERY, Linux 6.11 (linux/fs.h). Raises OSError: ENOENT where nothing is mapped,
+    ENOTTY from older kernels.
+    """
+    query = bytearray(_MAPPING.size)
+    _MAPPING.pack_into(query, 0, _MAPPING.size, 0, address, *[0] * 12)
+    fcntl.ioctl(maps, _PROCMAP_QUERY, query, True)
+    fields = _MAPPING.unpack(query)
+    return fields[4], not fields[5] & _VMA_SHARED and fields[8:11] == (0, 0, 0)
 
 
 def raw_stat(descriptor: int) -> bytes:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _PROC_SUPER_MAGIC = 0x9FA0  # linux/magic.h
 _DEPTH = 128  # folders on the way, each of which costs a descriptor
+_KEPT = 32  # what a call keeps open that stays as it is
 _LINKS = 40  # as the kernel: path_resolution(7)
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -52,6 +53,8 @@ class Resolved:
     links: tuple[bytes, ...] = ()
     """The real paths of the links that were followed on the way."""
     _status: os.stat_result | None = None
+    borrowed: bool = False
+    """Whether its descriptors are the walker's, who goes on using them."""
 
     @property
     def status(self) -> os.stat_result:
@@ -81,6 +84,8 @@ class Resolved:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.borrowed:
+            return
         if self.descriptor >= 0:
             os.close(self.descriptor)
         if self.parent >= 0:
@@ -152,15 +157,33 @@ def _unmerged(path: bytes) -> bytes:
 
 @dataclass(slots=True)
 class Walker:
-    """Resolves paths for one call. Knows which devices it has seen are not procfs."""
+    """Resolves paths for one call. Knows which devices it has seen are not procfs.
 
+    What is `steady` it looks up only once: every program that starts opens the same libraries.
+    """
+
+    steady: Callable[[bytes], bool]
     _ordinary: set[int] = field(default_factory=set)
+    _kept: dict[bytes, Resolved] = field(default_factory=dict)
 
     def existing(self, path: bytes, *, follow: bool, visible: Callable[[bytes], bool]) -> Resolved:
         """As `resolve`, but without the parent where the path is there as it is spelled."""
+        if kept := self._kept.get(path):
+            return kept
         spelled = _unmerged(path)
         found = self._as_spelled(spelled, follow=follow) or self._missing(spelled)
-        return found or resolve(path, follow=follow, visible=visible)
+        if found is None:
+            return resolve(path, follow=follow, visible=visible)
+        if len(self._kept) < _KEPT and not found.is_link and self.steady(found.real):
+            found.borrowed = True
+            self._kept[path] = found
+        return found
+
+    def close(self) -> None:
+        for kept in self._kept.values():
+            kept.borrowed = False
+            kept.__exit__()
+        self._kept.clear()
 
     def _as_spelled(self, path: bytes, *, follow: bool) -> Resolved | None:
         try:

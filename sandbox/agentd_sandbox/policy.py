@@ -26,11 +26,12 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`(argument & mask) == value`, compared by value, never behind a pointer."""
+    """`(argument & mask) == value`, compared by value, never behind a pointer. With `differs`, the opposite of it."""
 
     argument: int
     value: int
     mask: int = 0xFFFF_FFFF_FFFF_FFFF
+    differs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,7 @@ class Rule:
 _LOW = 0xFFFF_FFFF  # int arguments: the upper half of the register is noise
 _NEW_NAMESPACES = 0x7E02_0080  # every CLONE_NEW* flag of clone(2)
 _THREAD = 0x0001_0000
+_SIGCHLD = 17  # on all three: signal(7)
 _VM, _VFORK = 0x100, 0x4000
 # What a new process may be given beside its exit signal: settid and cleartid addresses, TLS, a pidfd. Not: a share of
 # memory (but for vfork, whose parent waits), of descriptors or of the working folder; another parent; a namespace.
@@ -94,7 +96,7 @@ TABLE: tuple[Rule, ...] = (
         Action.ALLOW,
         "own threads, signals to be received, time, waiting for children",
         tuple(
-            """rt_sigaction rt_sigprocmask rt_sigreturn sigreturn rt_sigpending rt_sigtimedwait rt_sigtimedwait_time64
+            """rt_sigprocmask rt_sigreturn sigreturn rt_sigpending rt_sigtimedwait rt_sigtimedwait_time64
             rt_sigsuspend sigaltstack restart_syscall futex futex_time64 futex_waitv set_robust_list rseq
             set_tid_address set_tls sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max
             sched_get_priority_min getcpu arch_prctl nanosleep clock_nanosleep clock_nanosleep_time64 clock_gettime
@@ -103,6 +105,14 @@ TABLE: tuple[Rule, ...] = (
             timerfd_create timerfd_settime timerfd_settime64 timerfd_gettime timerfd_gettime64 wait4 waitid exit
             exit_group""".split()
         ),
+    ),
+    Rule(Action.ALLOW, "what its own signals do", ("rt_sigaction",), ((Check(0, _SIGCHLD, differs=True),),)),
+    Rule(
+        Action.MEDIATE,
+        "SIGCHLD: its handler is made to restart what it interrupts, as a fork or an open that waits for the broker",
+        ("rt_sigaction",),
+        ((Check(0, _SIGCHLD),),),
+        free_alone=True,
     ),
     Rule(
         Action.ALLOW,

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import signal
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,19 +115,25 @@ class Processes:
         return self._private(thread, address, length, may_write)
 
     def _private(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
-        covered = address
-        for line in _mappings(thread):
-            match = _MAPPING.match(line)
-            if match is None or int(match[2], 16) <= covered:
-                continue
-            if int(match[1], 16) > covered or match[3][3:4] != b"p":
-                return False
-            file = match[5]
-            if match[4] != b"0" and (b"\\" in file or file.endswith(b" (deleted)") or may_write(file)):
-                return False
-            covered = int(match[2], 16)
-            if covered >= address + length:
+        maps = os.open(f"/proc/{thread}/maps", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if _is_anonymous(maps, address, length):
                 return True
+            covered = address
+            for line in _lines(maps):
+                match = _MAPPING.match(line)
+                if match is None or int(match[2], 16) <= covered:
+                    continue
+                if int(match[1], 16) > covered or match[3][3:4] != b"p":
+                    return False
+                file = match[5]
+                if match[4] != b"0" and (b"\\" in file or file.endswith(b" (deleted)") or may_write(file)):
+                    return False
+                covered = int(match[2], 16)
+                if covered >= address + length:
+                    return True
+        finally:
+            os.close(maps)
         return False
 
     # -- descriptors and folders
@@ -257,16 +264,25 @@ def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def _mappings(thread: int) -> Iterator[bytes]:
-    """The lines of /proc/TID/maps, a page at a time: the kernel takes its time over long ones."""
-    descriptor = os.open(f"/proc/{thread}/maps", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        rest = b""
-        while chunk := os.read(descriptor, 4096):
-            *lines, rest = (rest + chunk).split(b"\n")
-            yield from lines
-    finally:
-        os.close(descriptor)
+def _is_anonymous(maps: int, address: int, length: int) -> bool:
+    """Whether all of it is private memory and no file's; False also where the kernel can't be asked about one address."""
+    end = address + length
+    while address < end:
+        try:
+            address, alone = kernel.mapping(maps, address)
+        except (OSError, struct.error):
+            return False
+        if not alone:
+            return False
+    return True
+
+
+def _lines(maps: int) -> Iterator[bytes]:
+    """Of /proc/TID/maps, a page at a time: the kernel takes its time over long ones."""
+    rest = b""
+    while chunk := os.read(maps, 4096):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
 
 
 class _Seen(NamedTuple):

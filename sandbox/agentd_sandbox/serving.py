@@ -123,6 +123,7 @@ class Serving:
         finally:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, ALL_PROCESSORS)
+            self.broker.files.close()
             self._gone.set()
 
     def _await_death(self) -> None:

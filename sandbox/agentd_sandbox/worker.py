@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import itertools
 import json
 import os
@@ -37,6 +38,13 @@ class Manner:
     zygote: int = 0
 
 
+class _WhileAlone:
+    """True in a process of one thread: what a child may start by memory that others share is not let through."""
+
+    def __bool__(self) -> bool:
+        return _thread._count() == 0  # of threads beside the first
+
+
 def main(
     channel: socket.socket, questions: socket.socket | None, programs: dict[str, CodeType], manner: Manner, processor: int
 ) -> NoReturn:
@@ -70,7 +78,7 @@ def _lock(sockets: list[socket.socket], manner: Manner, processor: int) -> None:
     limit_resources()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the zygote ignores it, and who ignores it can't wait for children
     random.seed()  # all workers are forks of one process
-    subprocess._USE_VFORK = False  # type: ignore[misc] # a fork shares no memory: see Processes.unshared
+    subprocess._USE_VFORK = _WhileAlone()  # type: ignore[assignment, misc]
     os.dup2(1, 2)  # stdout is /dev/null: a tool must not write into the daemon's log or onto its terminal
     try:
         listener = lock(manner)

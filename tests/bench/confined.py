@@ -55,7 +55,7 @@ def shell(line, folder, times):
     return {"taken": timed(lambda: subprocess.run(["sh", "-c", line], stdout=subprocess.DEVNULL, check=True), times)}
 """
 LINE = "ls | sort"
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.utf8"}
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_CTYPE": "C.utf8"}
 MANY = 10_000
 
 

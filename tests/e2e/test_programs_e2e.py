@@ -133,13 +133,7 @@ def work(daemon: DaemonProcess) -> Path:
 
 
 def shell(client: Client, daemon: DaemonProcess, command: str) -> dict[str, Any]:
-    """Once more if dash could not fork as a child ended that moment: a known limit, in docs/sandbox.md."""
-    result: dict[str, Any] = {}
-    for _ in range(3):
-        result = output(client.call("shell.run", {"command": command, "folder": str(work(daemon))}))
-        if "Cannot fork" not in result["errors"]:
-            break
-    return result
+    return output(client.call("shell.run", {"command": command, "folder": str(work(daemon))}))
 
 
 def test_a_pipeline_runs_and_what_it_wrote_can_be_undone(client: Client, daemon: DaemonProcess):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from agentd_sandbox import Change
 
 PROGRAM = b'''
-import os, random, ssl, subprocess, time, uuid
+import os, random, signal, ssl, subprocess, time, uuid
 from pathlib import Path
 from agentd_sandbox.sdk import tool
 
@@ -54,6 +54,24 @@ def forks_and_ends(count):
             os._exit(0)
         os.wait()
     return {}
+
+@tool("forks_while_children_end")
+def forks_while_children_end(count):
+    """With a handler that asks for no restarts, as dash has one."""
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.siginterrupt(signal.SIGCHLD, True)
+    interrupted = 0
+    for _ in range(count):
+        try:
+            if os.fork() == 0:
+                os._exit(0)
+        except InterruptedError:
+            interrupted += 1
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            return {"interrupted": interrupted}
 
 @tool("memory_of_many")
 def memory_of_many(count, mib):
@@ -100,7 +118,7 @@ class Slow:
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    made = Sandbox({"tool": PROGRAM}, tmp_path_factory.mktemp("work"), limits=Limits(16, 200, 3000, 192))
+    made = Sandbox({"tool": PROGRAM}, tmp_path_factory.mktemp("work"), limits=Limits(16, 800, 3000, 192))
     made.start()
     assert made.level is not None
     if "broker" not in made.level.layers:
@@ -150,7 +168,7 @@ def test_a_disk_that_never_answers_ends_the_call_with_a_named_error(
     ("tool", "arguments", "says"),
     [
         ("refused", {"count": 1_000_000}, "refused"),
-        ("forks_and_ends", {"count": 1000}, "more than 200 processes"),
+        ("forks_and_ends", {"count": 1000}, "more than 800 processes"),
         ("memory_of_many", {"count": 6, "mib": 48}, "192 MiB"),
     ],
 )
@@ -168,6 +186,12 @@ def test_no_more_processes_at_a_time_than_allowed(sandbox: Sandbox, home: Path):
     outcome = run(sandbox, home, "forks", count=40)
     assert outcome.error is not None
     assert any("16 processes" in denial.why for denial in outcome.denials)
+
+
+def test_a_child_that_ends_interrupts_no_fork(sandbox: Sandbox, home: Path):
+    """Outside fork(2) never says EINTR, and programs don't expect it: dash gave up with "Cannot fork"."""
+    outcome = run(sandbox, home, "forks_while_children_end", count=400)
+    assert outcome.result == {"interrupted": 0}
 
 
 def test_what_a_worker_leaves_behind_writes_no_more_once_the_call_is_over(sandbox: Sandbox, home: Path):
