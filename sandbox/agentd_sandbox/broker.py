@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import socket
 import stat
 import struct
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from agentd_sandbox import kernel, network
+from agentd_sandbox import kernel
+from agentd_sandbox.connecting import Connections
 from agentd_sandbox.errors import WorkerOffence
 from agentd_sandbox.filters import profile
 from agentd_sandbox.forms import FORMS
@@ -28,10 +27,10 @@ from agentd_sandbox.recorder import Refusal
 if TYPE_CHECKING:
     from agentd_sandbox.files import Files
     from agentd_sandbox.kernel import Notification
+    from agentd_sandbox.network import Network
     from agentd_sandbox.processes import Processes
     from agentd_sandbox.proxy import Proxy
 
-_CONNECTING = 16  # connections of one worker that are being made at a time
 _ATTRIBUTE_BYTES = 65536  # XATTR_SIZE_MAX
 _CLONE_THREAD = 0x0001_0000
 _SA_RESTART = 0x1000_0000
@@ -41,12 +40,12 @@ _SIGNALS = 65  # 0 to 64: signal(7)
 
 @dataclass(slots=True)
 class Broker:
-    """Answers the notifications of one worker, on one thread; connections are made on threads of their own."""
+    """Answers the notifications of one worker, on one thread."""
 
     listener: int
     processes: Processes
     files: Files
-    network: network.Network
+    network: Network
     proxy: Proxy
     folder: bytes
     """The worker's first working folder; its file system may be asked for its size."""
@@ -62,8 +61,11 @@ class Broker:
     _alive: int = 1
     _started: dict[int, bytes] = field(default_factory=dict)
     _undelivered: dict[int, tuple[int, tuple[int, ...], int, int]] = field(default_factory=dict)
-    _connecting: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(_CONNECTING))
+    connections: Connections = field(init=False)
     _names: dict[int, str] = field(default_factory=lambda: profile().names)
+
+    def __post_init__(self) -> None:
+        self.connections = Connections(self.listener, self.processes, self.network, self.proxy, self.files.deny)
 
     def serve_one(self) -> None:
         """Answer one waiting call. A call that is gone before its answer is no error. Raises WorkerOffence."""
@@ -360,66 +362,9 @@ class Broker:
         if self.processes.many and self.processes.memory_kb() > self.limits.memory_mib << 10:
             raise WorkerOffence(f"its processes took more than {self.limits.memory_mib} MiB together")
 
-    # -- network
-
-    def connect(self, call: Notification, descriptor: int, address: int, size: int) -> int | None:
-        """On a thread of its own, so that a peer that does not answer keeps nothing else waiting."""
-        if not 2 <= size <= network.ADDRESS_BYTES:
-            raise OSError(errno.EINVAL, "address")
-        host, port = self.network.meant(*network.peer(self.processes.read(call.thread, address, size)))
-        if (host, port) not in self.network.granted and not ((host, port) == network.PROXY and self.network.granted):
-            self.files.deny(f"{host}:{port}", "no scope to connect to it")
-            raise OSError(errno.EACCES, "peer")
-        own = self.processes.take(call.thread, descriptor)
-        if not stat.S_ISSOCK(os.fstat(own).st_mode):
-            os.close(own)
-            raise OSError(errno.ENOTSOCK, "descriptor")
-        template = socket.socket(fileno=own)
-        if not self._connecting.acquire(blocking=False):
-            template.close()
-            raise OSError(errno.EAGAIN, "connections")
-        flags = self.processes.flags(call.thread, descriptor)
-        arguments = (call, signed(descriptor), template, flags, (host, port))
-        threading.Thread(target=self._connect, args=arguments, name="connect", daemon=True).start()
-        return None
-
-    def _connect(self, call: Notification, number: int, template: socket.socket, flags: int, peer: tuple[str, int]) -> None:
-        """Make the connection, put it in the place of the worker's socket, answer."""
-        code = 0
-        try:
-            with template, self._dial(peer, wait=not flags & os.O_NONBLOCK) as made:
-                network.like(template, made)
-                if flags & os.O_NONBLOCK and not _is_connected(made):
-                    code = errno.EINPROGRESS
-                made.setblocking(not flags & os.O_NONBLOCK)
-                kernel.replace(self.listener, call.id, made.fileno(), number, close_on_exec=bool(flags & os.O_CLOEXEC))
-        except OSError as e:
-            code = e.errno or errno.EIO
-            if code == errno.EACCES:
-                self.files.deny(f"{peer[0]}:{peer[1]}", str(e.strerror))
-        finally:
-            self._connecting.release()
-        with contextlib.suppress(OSError):
-            kernel.answer(self.listener, call.id, 0, code)
-
-    def _dial(self, peer: tuple[str, int], *, wait: bool) -> socket.socket:
-        if peer != network.PROXY:
-            return self.network.dial(*peer, wait=wait)
-        ours, theirs = network.loopback_pair()
-        threading.Thread(target=self.proxy.serve, args=(theirs,), name="proxy", daemon=True).start()
-        return ours
-
 
 def _group(process: int) -> int:
     try:
         return os.getpgid(process)
     except ProcessLookupError:
         return 0
-
-
-def _is_connected(made: socket.socket) -> bool:
-    try:
-        made.getpeername()
-    except OSError:
-        return False
-    return True

@@ -154,7 +154,7 @@ FORMS: dict[str, Form] = {
     "kill": lambda b, c, process, number, *_: b.kill(c, process, number),
     "tkill": lambda b, c, thread, number, *_: b.kill_thread(c, -1, thread, number),
     "tgkill": lambda b, c, process, thread, number, *_: b.kill_thread(c, process, thread, number),
-    "connect": lambda b, c, number, address, size, *_: b.connect(c, number, address, size),
+    "connect": lambda b, c, number, address, size, *_: b.connections.connect(c, number, address, size),
 }
 # The same forms under the names that 32-bit arm has for calls with 64-bit structures and 32-bit ids.
 _SAME = "stat64:stat lstat64:lstat fstatat64:newfstatat chown32:chown lchown32:lchown fchown32:fchown"

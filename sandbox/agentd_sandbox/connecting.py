@@ -1,0 +1,90 @@
+"""connect(2) in a worker's place: its address decided on, the connection made here, and put where its socket was."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agentd_sandbox import kernel, network
+from agentd_sandbox.processes import signed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agentd_sandbox.kernel import Notification
+    from agentd_sandbox.processes import Processes
+    from agentd_sandbox.proxy import Proxy
+
+_AT_A_TIME = 16
+
+
+@dataclass(slots=True)
+class Connections:
+    """Those of one worker, each made on a thread of its own: a peer that does not answer keeps nothing else waiting."""
+
+    listener: int
+    processes: Processes
+    network: network.Network
+    proxy: Proxy
+    deny: Callable[[str, str], None]
+    _making: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(_AT_A_TIME))
+
+    def connect(self, call: Notification, descriptor: int, address: int, size: int) -> None:
+        """Answered later, unless it raises OSError."""
+        if not 2 <= size <= network.ADDRESS_BYTES:
+            raise OSError(errno.EINVAL, "address")
+        host, port = self.network.meant(*network.peer(self.processes.read(call.thread, address, size)))
+        if (host, port) not in self.network.granted and not ((host, port) == network.PROXY and self.network.granted):
+            self.deny(f"{host}:{port}", "no scope to connect to it")
+            raise OSError(errno.EACCES, "peer")
+        own = self.processes.take(call.thread, descriptor)
+        if not stat.S_ISSOCK(os.fstat(own).st_mode):
+            os.close(own)
+            raise OSError(errno.ENOTSOCK, "descriptor")
+        template = socket.socket(fileno=own)
+        if not self._making.acquire(blocking=False):
+            template.close()
+            raise OSError(errno.EAGAIN, "connections")
+        flags = self.processes.flags(call.thread, descriptor)
+        arguments = (call, signed(descriptor), template, flags, (host, port))
+        threading.Thread(target=self._connect, args=arguments, name="connect", daemon=True).start()
+
+    def _connect(self, call: Notification, number: int, template: socket.socket, flags: int, peer: tuple[str, int]) -> None:
+        """Make the connection, put it in the place of the worker's socket, answer."""
+        code = 0
+        try:
+            with template, self._dial(peer, wait=not flags & os.O_NONBLOCK) as made:
+                network.like(template, made)
+                if flags & os.O_NONBLOCK and not _is_connected(made):
+                    code = errno.EINPROGRESS
+                made.setblocking(not flags & os.O_NONBLOCK)
+                kernel.replace(self.listener, call.id, made.fileno(), number, close_on_exec=bool(flags & os.O_CLOEXEC))
+        except OSError as e:
+            code = e.errno or errno.EIO
+            if code == errno.EACCES:
+                self.deny(f"{peer[0]}:{peer[1]}", str(e.strerror))
+        finally:
+            self._making.release()
+        with contextlib.suppress(OSError):
+            kernel.answer(self.listener, call.id, 0, code)
+
+    def _dial(self, peer: tuple[str, int], *, wait: bool) -> socket.socket:
+        if peer != network.PROXY:
+            return self.network.dial(*peer, wait=wait)
+        ours, theirs = network.loopback_pair()
+        threading.Thread(target=self.proxy.serve, args=(theirs,), name="proxy", daemon=True).start()
+        return ours
+
+
+def _is_connected(made: socket.socket) -> bool:
+    try:
+        made.getpeername()
+    except OSError:
+        return False
+    return True
