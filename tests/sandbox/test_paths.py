@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from agentd_sandbox.paths import WalkError, resolve
+from agentd_sandbox.paths import Walker, WalkError, everything, resolve
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -210,3 +210,43 @@ def test_names_are_bytes(name: bytes):
         path = os.path.realpath(os.fsencode(made)) + b"/" + name
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
         assert by_the_walker(path, follow=True) == path
+
+
+def test_what_is_steady_is_looked_up_once_and_what_is_not_each_time(tmp_path: Path):
+    """A system's library stays what it was for the call; a user's file that is replaced is the new one."""
+    root = tmp_path.resolve()
+    for name in ("system", "own"):
+        (root / name).mkdir()
+        (root / name / "file").write_text("old")
+        (root / name / "link").symlink_to("file")
+    walker = Walker(steady=lambda path: path.startswith(os.fsencode(root / "system")))
+
+    def inode(path: str) -> int:
+        with walker.existing(os.fsencode(root / path), follow=True, visible=everything) as found:
+            return found.status.st_ino if found.exists else 0
+
+    names = ["system/file", "system/link", "system/missing", "own/file", "own/link", "own/missing"]
+    before = {name: inode(name) for name in names}
+    for name in ("system", "own"):
+        (root / name / "new").write_text("new")
+        (root / name / "new").replace(root / name / "file")
+        (root / name / "missing").touch()
+    changed = {name for name in names if inode(name) != before[name]}
+    assert changed == {"system/link", "own/file", "own/link", "own/missing"}  # a link is walked, whatever it leads to
+    walker.close()
+
+
+def test_what_is_kept_open_has_a_limit_and_an_end(tmp_path: Path):
+    """Descriptors are the daemon's own: 32 for a call, none after it."""
+    with Walker(steady=lambda _: False).existing(b"/", follow=True, visible=everything):
+        pass  # what the process opens once and for all
+    before = descriptors()
+    walker = Walker(steady=everything)
+    for number in range(100):
+        (tmp_path / str(number)).touch()
+        for _ in range(2):
+            with walker.existing(os.fsencode(tmp_path.resolve() / str(number)), follow=True, visible=everything) as found:
+                assert found.exists
+    assert descriptors() == before + 32
+    walker.close()
+    assert descriptors() == before
