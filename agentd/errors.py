@@ -32,6 +32,7 @@ class Code(Enum):
     ABORTED = 10
     INTERNAL = 13
     UNAVAILABLE = 14
+    UNAUTHENTICATED = 16
 
 
 class Reason(Enum):
@@ -48,6 +49,16 @@ class Reason(Enum):
     RUN_NOT_FOUND = Code.NOT_FOUND, "unknown run"
     CALL_NOT_FOUND = Code.NOT_FOUND, "unknown call"
     GRANT_REQUIRED = Code.PERMISSION_DENIED, "not granted"
+    GRANT_INVALID = Code.INVALID_ARGUMENT, "bad grant"
+    GRANT_NOT_FOUND = Code.NOT_FOUND, "unknown grant"
+    GRANT_REVOKED = Code.ABORTED, "grant revoked"
+    APPROVAL_NOT_FOUND = Code.NOT_FOUND, "unknown approval"
+    APPROVAL_CLOSED = Code.FAILED_PRECONDITION, "already decided"
+    TOKEN_INVALID = Code.INVALID_ARGUMENT, "bad token"
+    TOKEN_NOT_FOUND = Code.NOT_FOUND, "unknown token"
+    ROLE_REQUIRED = Code.PERMISSION_DENIED, "role missing"
+    UNAUTHENTICATED = Code.UNAUTHENTICATED, "not known"
+    TOO_MANY_ATTEMPTS = Code.RESOURCE_EXHAUSTED, "too many attempts"
     REQUEST_ID_REUSED = Code.ALREADY_EXISTS, "request id reused"
     MODEL_INVALID = Code.FAILED_PRECONDITION, "model unusable"
     ENGINE_CRASHED = Code.UNAVAILABLE, "engine crashed"

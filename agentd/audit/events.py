@@ -13,7 +13,8 @@ LONGEST_TEXT = 4096
 
 Kind = Literal[
     "boot", "stop", "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
-    "undo.intent", "undo.end",
+    "undo.intent", "undo.end", "grant.create", "grant.revoke", "approval.request", "approval.answer",
+    "token.create", "token.revoke", "auth.fail",
 ]  # fmt: skip
 
 
@@ -36,6 +37,10 @@ class Verdict(_Part):
     verdict: str
     reason: str
     rules: tuple[str, ...] = ()
+    near: tuple[str, ...] = ()
+    """Rules that almost allowed it, each with what kept it from doing so."""
+    asked: str = ""
+    """What asking a person has come to."""
 
 
 class SandboxUse(_Part):
@@ -68,6 +73,8 @@ class Event(_Part):
     tool: ToolIdentity | None = None
     arguments: dict[str, Any] | None = None
     scopes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    """Of the run, when it asked: untrusted, private."""
     decision: Verdict | None = None
     sandbox: SandboxUse | None = None
     files: tuple[FileTouched, ...] = ()

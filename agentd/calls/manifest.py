@@ -67,7 +67,8 @@ class Parameters(_Strict):
 class Needs(_Strict):
     """What a call touches, as templates over its arguments.
 
-    `connect` takes host:port or the name of a parameter that is an address; `exec` programs; `use` names of credentials.
+    `connect` takes host:port or the name of a parameter that is an address; `exec` programs; `use` names of credentials,
+    `device` of devices.
     """
 
     read: tuple[str, ...] = ()
@@ -75,11 +76,11 @@ class Needs(_Strict):
     exec: tuple[str, ...] = ()
     connect: tuple[str, ...] = ()
     use: tuple[str, ...] = ()
+    device: tuple[str, ...] = ()
 
     def templates(self) -> list[tuple[str, str]]:
         """(kind of scope, template) of all of them."""
-        kinds = (("read", self.read), ("write", self.write), ("exec", self.exec), ("connect", self.connect), ("use", self.use))
-        return [(kind, template) for kind, templates in kinds for template in templates]
+        return [(kind, template) for kind in type(self).model_fields for template in getattr(self, kind)]
 
 
 class ToolManifest(_Strict):
@@ -88,6 +89,8 @@ class ToolManifest(_Strict):
     parameters: Parameters = Parameters()
     needs: Needs = Needs()
     effect: Literal["none", "files", "external"]
+    untrusted: bool = False
+    """Whether what it gives back may be others' words, wherever it has them from."""
     deadline_s: float = Field(default=10, gt=0, le=600)
     output_bytes: int = Field(default=16384, ge=256, le=1 << 20)
 

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agentd_sandbox import (
@@ -16,18 +16,21 @@ from agentd_sandbox import (
     Job,
     Outcome,
     OutputTooLarge,
+    PathRule,
     SandboxFailure,
     WorkerCancelled,
     WorkerDied,
     WorkerOffence,
+    WorkerRevoked,
     WorkerTimeout,
 )
 from agentd_sandbox.network import split_authority
 
-from agentd.audit import Event, FileTouched, SandboxUse, ToolIdentity, Verdict
+from agentd.audit import Event, FileTouched, SandboxUse
 from agentd.calls.arguments import Arguments
+from agentd.calls.wanted import CallRequest, Prepared, Wanted, event, who
 from agentd.errors import AgentdError, Reason, RequestError, SandboxError, ToolError
-from agentd.grants import PATH_KINDS
+from agentd.grants import PATH_KINDS, Request
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -38,33 +41,11 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls.manifest import Tool, Toolbox
-    from agentd.grants import Decision, Grants, Scope
+    from agentd.calls.permission import Permission
+    from agentd.grants import Decision, Labels, Scope
     from agentd.journal import Journal, Transaction, Undone
 
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
-
-
-@dataclass(frozen=True, slots=True)
-class CallRequest:
-    """Who asks for what, and in which run of which session, if any."""
-
-    principal: str
-    tool: str
-    arguments: Mapping[str, Any]
-    session: str = ""
-    run: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A valid call with its decision, before anything has run."""
-
-    id: str
-    request: CallRequest
-    tool: Tool
-    arguments: dict[str, Any]
-    scopes: tuple[Scope, ...]
-    decision: Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +61,8 @@ class CallResult:
     level: str
     denied: int
     wall_us: int
+    labels: Labels
+    """What its output makes of the run that reads it."""
 
     @property
     def failed(self) -> bool:
@@ -96,23 +79,8 @@ class CallResult:
             "level": self.level,
             "denied": self.denied,
             "wall_us": self.wall_us,
+            "labels": list(self.labels.names),
         }
-
-
-class Denied(RequestError):
-    """The grants said no (GRANT_REQUIRED). The refusal is on record as call `call`."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        decision = prepared.decision
-        add = f"To allow it, add a grant for {decision.scope} to agentd.toml."
-        super().__init__(
-            Reason.GRANT_REQUIRED,
-            f"{prepared.tool.name} was denied: {decision.reason}.",
-            hint=f"It stands in {decision.rules[0]}; no grant can overrule it." if decision.rules else add,
-            metadata={"tool": prepared.tool.name, "scope": decision.scope, "call": prepared.id},
-        )
-        self.call, self.decision = prepared.id, decision
-        self.scopes = [str(scope) for scope in prepared.scopes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +90,8 @@ class Places:
     folder: Path
     sysfs: str = "/sys"
     proc: str = "/proc"
+    devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The nodes of each device that a scope can name, as globs."""
 
     def variables(self) -> dict[str, str]:
         prefix = os.environ.get("PREFIX", "/usr")  # Termux keeps its programs in a folder of its own
@@ -134,18 +104,20 @@ class Calls:
     def __init__(
         self,
         toolbox: Toolbox,
-        grants: Grants,
+        permission: Permission,
         journal: Journal,
         audit: AuditLog,
         sandbox: Sandbox,
         level: Level,
         places: Places,
     ) -> None:
-        self.toolbox, self.grants = toolbox, grants
+        self.toolbox, self._permission = toolbox, permission
         self._journal, self._audit, self._sandbox = journal, audit, sandbox
         self._level, self._places = level, places
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
         self._changing = asyncio.Lock()
+        self._running: dict[str, tuple[Prepared, threading.Event]] = {}
+        permission.grants.changed = self._look_again
         self._threads = ThreadPoolExecutor(CONCURRENT_CALLS, thread_name_prefix="broker")
 
     def close(self) -> None:
@@ -156,11 +128,21 @@ class Calls:
         return await self.execute(await self.prepare(request))
 
     async def prepare(self, request: CallRequest) -> Prepared:
-        """Validate and decide; a refusal is on record when this raises.
+        """Validate and decide, asking a person where that must be; a refusal is on record when this raises.
 
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS), Denied.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, request)
+        wanted = await asyncio.get_running_loop().run_in_executor(self._threads, self._validate, request)
+        return await self._permission.obtain(wanted, lambda: self._scopes(wanted.tool, wanted.arguments))
+
+    def explain(self, request: CallRequest) -> tuple[tuple[Scope, ...], Decision]:
+        """What would be decided on such a call now, and why; nothing is recorded or run. Not for the event loop.
+
+        Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS).
+        """
+        tool, arguments = self._checked(request)
+        asked = Request(request.principal, tool.name, self._scopes(tool, arguments), request.run)
+        return asked.wanted, self._permission.grants.decide(asked)
 
     async def execute(self, prepared: Prepared) -> CallResult:
         """Run a prepared call to its end. Cancelling the task kills the worker and puts its changes back.
@@ -191,26 +173,33 @@ class Calls:
                 work.exception()  # it is on record; nobody is left to tell
             raise
 
-    def _prepare(self, request: CallRequest) -> Prepared:
-        tool = self.toolbox.tools.get(request.tool)
+    def _validate(self, request: CallRequest) -> Wanted:
         call = new_id()
         try:
-            if tool is None:
-                known = ", ".join(self.toolbox.tools)
-                message, hint = f"There is no tool {request.tool!r}.", f"The tools are {known}."
-                raise RequestError(Reason.TOOL_NOT_FOUND, message, hint=hint, field="tool", metadata={"tool": request.tool})
-            arguments = self._arguments[tool.name].check(request.arguments, str(self._places.folder))
+            tool, arguments = self._checked(request)
         except RequestError as e:
-            event = Event(kind="call.reject", call=call, error=e.message, detail={"tool": request.tool}, **_who(request))
-            self._audit.record(event)
+            rejected = Event(kind="call.reject", call=call, error=e.message, detail={"tool": request.tool}, **who(request))
+            self._audit.record(rejected)
             raise
-        scopes = self._arguments[tool.name].scopes(arguments, self._places.variables())
-        decision = self.grants.decide(request.principal, tool.name, scopes)
-        prepared = Prepared(call, request, tool, arguments, scopes, decision)
-        if decision.verdict != "allow":
-            self._audit.record(_event("call.deny", prepared))
-            raise Denied(prepared)
-        return prepared
+        scopes = self._scopes(tool, arguments)
+        return Wanted(call, request, tool, arguments, scopes, self._permission.gives(tool, scopes))
+
+    def _checked(self, request: CallRequest) -> tuple[Tool, dict[str, Any]]:
+        tool = self.toolbox.tools.get(request.tool)
+        if tool is None:
+            known = ", ".join(self.toolbox.tools)
+            message, hint = f"There is no tool {request.tool!r}.", f"The tools are {known}."
+            raise RequestError(Reason.TOOL_NOT_FOUND, message, hint=hint, field="tool", metadata={"tool": request.tool})
+        return tool, self._arguments[tool.name].check(request.arguments, str(self._places.folder))
+
+    def _scopes(self, tool: Tool, arguments: Mapping[str, Any]) -> tuple[Scope, ...]:
+        return self._arguments[tool.name].scopes(arguments, self._places.variables())
+
+    def _look_again(self) -> None:
+        """After a change of the grants: what is no longer allowed may do nothing more."""
+        for prepared, revoked in list(self._running.values()):
+            if not self._permission.still(prepared):
+                revoked.set()
 
     def _execute(self, prepared: Prepared, cancelled: threading.Event) -> CallResult:
         if not self._level.confines:
@@ -221,17 +210,25 @@ class Calls:
                 metadata={"kernel": self._level.kernel},
             )
         paths = [os.fsencode(scope.value) for scope in prepared.scopes if scope.kind == "write"]
-        transaction = self._journal.begin(prepared.id, _event("call.intent", prepared), paths)
+        transaction = self._journal.begin(prepared.id, event("call.intent", prepared, prepared.decision), paths)
+        revoked = threading.Event()
+        self._running[prepared.id] = prepared, revoked
         try:
-            outcome = self._run(prepared, transaction, cancelled)
+            if not self._permission.still(prepared):  # revoked between the decision and now
+                revoked.set()
+            outcome = self._run(prepared, transaction, cancelled, revoked)
         except (SandboxFailure, OSError) as e:
             error = _named(e, prepared.tool)
             told = self._told(e.outcome) if isinstance(e, SandboxFailure) and e.outcome else {}
-            transaction.roll_back(_event("call.abort", prepared, error=error.message, **told))
+            transaction.roll_back(event("call.abort", prepared, error=error.message, **told))
             raise error from e
+        finally:
+            del self._running[prepared.id]
         return self._conclude(prepared, transaction, outcome)
 
-    def _run(self, prepared: Prepared, transaction: Transaction, cancelled: threading.Event) -> Outcome:
+    def _run(
+        self, prepared: Prepared, transaction: Transaction, cancelled: threading.Event, revoked: threading.Event
+    ) -> Outcome:
         manifest = prepared.tool.manifest
         job = Job(
             prepared.tool.bundle,
@@ -241,7 +238,15 @@ class Calls:
             manifest.deadline_s,
             manifest.output_bytes,
         )
-        return self._sandbox.run(job, _access(prepared.scopes), transaction, cancelled)
+        return self._sandbox.run(job, self._access(prepared.scopes), transaction, cancelled, revoked)
+
+    def _access(self, scopes: tuple[Scope, ...]) -> Access:
+        rules = {kind: tuple(scope.rule() for scope in scopes if scope.kind == kind) for kind in PATH_KINDS}
+        peers = frozenset(split_authority(scope.value, None) for scope in scopes if scope.kind == "connect")
+        used = frozenset(scope.value for scope in scopes if scope.kind == "use")
+        named = (self._places.devices.get(scope.value, ()) for scope in scopes if scope.kind == "device")
+        nodes = tuple(PathRule(os.fsencode(node), glob=True) for nodes in named for node in nodes)
+        return Access(rules["read"], rules["write"], peers, rules["exec"], used, nodes)
 
     def _conclude(self, prepared: Prepared, transaction: Transaction, outcome: Outcome) -> CallResult:
         output = outcome.result if outcome.error is None else {"error": outcome.error}
@@ -250,13 +255,13 @@ class Calls:
         told = self._told(outcome) | {"result_digest": digest}
         files: tuple[FileTouched, ...] = ()
         if outcome.error is None:
-            files = transaction.finish(_event("call.end", prepared, **told))
+            files = transaction.finish(event("call.end", prepared, **told))
         else:
-            transaction.roll_back(_event("call.abort", prepared, error=outcome.error, **told))
+            transaction.roll_back(event("call.abort", prepared, error=outcome.error, **told))
         scopes = tuple(map(str, prepared.scopes))
         return CallResult(
             *(prepared.id, prepared.tool.name, output, scopes, prepared.decision, files),
-            *(self._level.name, outcome.denied, outcome.wall_us),
+            *(self._level.name, outcome.denied, outcome.wall_us, prepared.gives),
         )
 
     def _told(self, outcome: Outcome) -> dict[str, Any]:
@@ -271,37 +276,13 @@ class Calls:
         return {"sandbox": use, "wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us}
 
 
-def _who(request: CallRequest) -> dict[str, Any]:
-    return {"principal": request.principal, "session": request.session, "run": request.run}
-
-
-def _event(kind: Any, prepared: Prepared, **more: Any) -> Event:
-    tool, decision = prepared.tool, prepared.decision
-    event = Event(
-        kind=kind,
-        call=prepared.id,
-        cause=prepared.request.run,
-        tool=ToolIdentity(name=tool.name, version=tool.version, digest=tool.digest, effect=tool.manifest.effect),
-        **_who(prepared.request),
-        **more,
-    )
-    if kind in ("call.intent", "call.deny"):  # said once; the end refers to it by the call
-        verdict = Verdict(verdict=decision.verdict, reason=decision.reason, rules=decision.rules)
-        said = {"arguments": prepared.arguments, "scopes": tuple(map(str, prepared.scopes)), "decision": verdict}
-        event = event.model_copy(update=said)
-    return event
-
-
-def _access(scopes: tuple[Scope, ...]) -> Access:
-    rules = {kind: tuple(scope.rule() for scope in scopes if scope.kind == kind) for kind in PATH_KINDS}
-    peers = frozenset(split_authority(scope.value, None) for scope in scopes if scope.kind == "connect")
-    used = frozenset(scope.value for scope in scopes if scope.kind == "use")
-    return Access(rules["read"], rules["write"], peers, rules["exec"], used)
-
-
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:
     """A failure of the sandbox as an error that names the tool and the way out."""
-    reasons = {WorkerTimeout: Reason.TOOL_TIMEOUT, WorkerCancelled: Reason.CANCELLED}
+    reasons = {
+        WorkerTimeout: Reason.TOOL_TIMEOUT,
+        WorkerCancelled: Reason.CANCELLED,
+        WorkerRevoked: Reason.GRANT_REVOKED,
+    }
     metadata = {"tool": tool.name}
     if isinstance(error, WorkerTimeout | WorkerCancelled | WorkerDied | WorkerOffence | OutputTooLarge):
         reason = reasons.get(type(error), Reason.TOOL_FAILED)

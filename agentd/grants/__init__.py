@@ -1,6 +1,35 @@
-"""Permissions: what a call's scopes are matched against, and the decision."""
+"""Permissions: what a call's scopes are matched against, the decision, the people who are asked, and what taints a run."""
 
-from agentd.grants.decide import Decision, Grants, Rule
+from agentd.grants.approvals import Answer, Approval, Approvals, Extent, State, offers_for
+from agentd.grants.conditions import Clock, Conditions, Moment, moment
+from agentd.grants.decide import Book, Decision, Request
+from agentd.grants.grant import Grant
+from agentd.grants.grants import Grants
+from agentd.grants.patterns import Pattern, parse
 from agentd.grants.scopes import PATH_KINDS, Scope, normalise
+from agentd.grants.taint import Labels, Taint
 
-__all__ = ["PATH_KINDS", "Decision", "Grants", "Rule", "Scope", "normalise"]
+__all__ = [
+    "PATH_KINDS",
+    "Answer",
+    "Approval",
+    "Approvals",
+    "Book",
+    "Clock",
+    "Conditions",
+    "Decision",
+    "Extent",
+    "Grant",
+    "Grants",
+    "Labels",
+    "Moment",
+    "Pattern",
+    "Request",
+    "Scope",
+    "State",
+    "Taint",
+    "moment",
+    "normalise",
+    "offers_for",
+    "parse",
+]

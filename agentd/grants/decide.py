@@ -1,69 +1,133 @@
-"""The decision on one call: deny beats ask beats allow, and what no rule allows is denied."""
+"""The decision on one call, and why: deny beats a person's answer beats ask beats allow; what nothing covers is asked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from agentd.grants.scopes import Scope, pattern_covers, pattern_touches
+from agentd.grants.index import Index
+from agentd.grants.scopes import Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-Verdict = Literal["allow", "ask", "deny"]
+    from agentd.grants.conditions import Moment
+    from agentd.grants.grant import Grant, Verdict
 
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One line of the grants: who, with which tool, may do what. Principal and tool are glob patterns."""
-
-    principal: str
-    tool: str
-    scope: str
-    decision: Verdict
-    source: str
-
-    def __str__(self) -> str:
-        return f"{self.decision} {self.tool} {self.scope} ({self.source})"
-
-    def concerns(self, principal: str, tool: str) -> bool:
-        return fnmatchcase(principal, self.principal) and fnmatchcase(tool, self.tool)
+_NEAR = 4
+_LOOKED_AT = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`reason` is for people; `rules` are those that decided, `scope` the one that a refusal is about."""
+    """`reason` is for people; `rules` are those that decided, `near` those that almost did and why they did not.
+
+    `scope` is the one that a refusal or question is about; `unmet` are all that nothing allows, `grants` the ids used.
+    """
 
     verdict: Verdict
     reason: str
     rules: tuple[str, ...] = ()
     scope: str = ""
+    near: tuple[str, ...] = ()
+    unmet: tuple[Scope, ...] = ()
+    grants: tuple[str, ...] = ()
+    asked: str = ""
+    """What asking a person has come to, if one was to be asked."""
+    sends_out: bool = False
+    """Whether it is asked because of what the run has taken in, whatever the grants say."""
 
 
-class Grants:
-    """The rules in force. They come from the configuration; nothing a model or tool says can reach them."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is decided on. `run` is the id of the run that asks, for grants that are for this run alone."""
 
-    def __init__(self, rules: Sequence[Rule]) -> None:
-        self.rules = tuple(rules)
+    principal: str
+    tool: str
+    scopes: tuple[Scope, ...]
+    run: str = ""
 
-    def decide(self, principal: str, tool: str, scopes: Sequence[Scope]) -> Decision:
-        """Every scope must be covered. A call that touches nothing is the scope `call:TOOL`."""
-        concerned = [rule for rule in self.rules if rule.concerns(principal, tool)]
-        wanted = list(scopes) or [Scope("call", tool)]
-        for scope in wanted:
-            for rule in concerned:
-                if rule.decision == "deny" and pattern_touches(rule.scope, scope):
-                    return Decision("deny", f"denied by the rule for {rule.scope}", (str(rule),), str(scope))
-        for scope in wanted:
-            for rule in concerned:
-                if rule.decision == "ask" and pattern_covers(rule.scope, scope):
-                    reason = f"the rule for {rule.scope} asks a person, and nobody can be asked yet"
-                    return Decision("ask", reason, (str(rule),), str(scope))
-        used: list[str] = []
-        for scope in wanted:
-            allowing = [rule for rule in concerned if rule.decision == "allow" and pattern_covers(rule.scope, scope)]
-            if not allowing:
-                return Decision("deny", f"no grant covers {scope}", (), str(scope))
-            used.append(str(allowing[0]))
-        return Decision("allow", "every scope is covered by a grant", tuple(dict.fromkeys(used)))
+    @property
+    def principals(self) -> tuple[str, ...]:
+        return (self.principal, f"run:{self.run}") if self.run else (self.principal,)
+
+    @property
+    def wanted(self) -> tuple[Scope, ...]:
+        """A call that touches nothing is the scope `call:TOOL`."""
+        return self.scopes or (Scope("call", self.tool),)
+
+
+@dataclass(slots=True)
+class Book:
+    """The grants in force at one time, indexed. `used` counts the uses of those that have a limit, by id."""
+
+    deny: Index
+    answered: Index
+    ask: Index
+    allow: Index
+    used: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, grants: Iterable[Grant], used: Mapping[str, int]) -> Book:
+        sorted_out: dict[str, list[Grant]] = {"deny": [], "answered": [], "ask": [], "allow": []}
+        for grant in grants:
+            sorted_out["answered" if grant.answers else grant.decision].append(grant)
+        index = {name: Index(found) for name, found in sorted_out.items()}
+        return cls(index["deny"], index["answered"], index["ask"], index["allow"], used)
+
+    def decide(self, request: Request, moment: Moment) -> Decision:
+        """A pure function of book, request and moment."""
+        for scope in request.wanted:
+            if rule := self._first(self.deny.touching(scope), request, moment):
+                return Decision("deny", f"denied by the rule for {rule.pattern}", (str(rule),), str(scope))
+        used: list[Grant] = []
+        asking: list[tuple[Scope, Grant]] = []
+        unmet: list[Scope] = []
+        for scope in request.wanted:
+            if rule := self._first(self.answered.covering(scope), request, moment):
+                used.append(rule)
+            elif rule := self._first(self.ask.covering(scope), request, moment):
+                asking.append((scope, rule))
+            elif rule := self._first(self.allow.covering(scope), request, moment):
+                used.append(rule)
+            else:
+                unmet.append(scope)
+        ids = tuple(dict.fromkeys(grant.id for grant in used if grant.id))
+        if asking or unmet:
+            return replace(self._question(request, moment, asking, unmet), grants=ids)
+        rules = tuple(dict.fromkeys(str(grant) for grant in used))
+        return Decision("allow", "every scope is covered by a grant", rules, grants=ids)
+
+    def _question(
+        self, request: Request, moment: Moment, asking: Sequence[tuple[Scope, Grant]], unmet: Sequence[Scope]
+    ) -> Decision:
+        open_ones = (*(scope for scope, _ in asking), *unmet)
+        if asking:
+            scope, rule = asking[0]
+            reason = f"the rule for {rule.pattern} wants a person to be asked"
+        else:
+            scope, reason = unmet[0], f"no grant covers {unmet[0]}"
+        rules = tuple(dict.fromkeys(str(rule) for _, rule in asking))
+        return Decision("ask", reason, rules, str(scope), self.near(request, scope, moment), open_ones)
+
+    def _first(self, grants: Iterable[Grant], request: Request, moment: Moment) -> Grant | None:
+        for grant in grants:
+            if grant.concerns(request.principals, request.tool) and not grant.asleep(moment, self.used.get(grant.id, 0)):
+                return grant
+        return None
+
+    def near(self, request: Request, scope: Scope, moment: Moment) -> tuple[str, ...]:
+        """Rules that almost allowed it, each with what kept it from doing so."""
+        found: dict[str, None] = {}
+        for index in (self.answered, self.allow):
+            for looked_at, grant in enumerate(index.covering(scope)):
+                if looked_at >= _LOOKED_AT:
+                    break
+                if why := grant.idle(request.principals, request.tool, moment, self.used.get(grant.id, 0)):
+                    found[f"{grant}: {why}"] = None
+        for grant in self.allow.near(scope):
+            if len(found) >= _NEAR:
+                break
+            if grant.concerns(request.principals, request.tool):
+                found[f"{grant}: it does not cover {scope}"] = None
+        return tuple(found)[:_NEAR]

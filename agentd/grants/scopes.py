@@ -1,22 +1,19 @@
-"""Scopes: one thing that one call would touch, and patterns over them.
+"""Scopes: one thing that one call would touch, as `kind:value`.
 
-A scope is `kind:value`. Paths in scopes are absolute and real up to their last component; a path scope means
-that path and all below it. In patterns `*` stands within one name and `**` for whole branches; a pattern without
-either means the path and all below it, as a scope does.
+Values have one spelling each, so that a decision never depends on how something was written: paths are absolute and
+real up to their last component (a path scope means that path and all below it), hosts are those of `canonical_host`.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import unicodedata
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import lru_cache
 
 from agentd_sandbox import PathRule
 
 PATH_KINDS = frozenset({"read", "write", "exec"})
-KINDS = PATH_KINDS | {"connect", "use", "call"}
+KINDS = PATH_KINDS | {"connect", "use", "call", "device"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +27,18 @@ class Scope:
     def __str__(self) -> str:
         return f"{self.kind}:{self.value}"
 
+    @property
+    def folded(self) -> str:
+        """The value as patterns are compared with it: in one Unicode form, as people can't tell two apart."""
+        return fold(self.value)
+
     def rule(self) -> PathRule:
         return PathRule(os.fsencode(self.value), self.glob)
+
+
+def fold(path: str) -> str:
+    """Names that look the same are the same to a grant, whatever the file system says (Unicode TR 15, NFC)."""
+    return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
 def normalise(path: str, folder: str) -> str:
@@ -46,54 +53,3 @@ def normalise(path: str, folder: str) -> str:
 def _climbs(path: str) -> bool:
     """`a/link/..` is not `a`: with `..` in it only the file system knows where a path leads."""
     return ".." in path.split("/")
-
-
-def pattern_covers(pattern: str, scope: Scope) -> bool:
-    """Whether all that `scope` stands for lies within `pattern`."""
-    if pattern == "*":
-        return True
-    kind, _, wanted = pattern.partition(":")
-    if kind != scope.kind:
-        return False
-    if kind not in PATH_KINDS:
-        return fnmatchcase(scope.value.rstrip(".").lower(), wanted.rstrip(".").lower())
-    wanted = _real_pattern(wanted)
-    if "*" not in wanted:
-        return _within(scope.value, wanted)
-    if scope.glob:  # a pattern can't be shown to lie within another, save the very same
-        return scope.value == wanted
-    if _expression(wanted).fullmatch(scope.value) is None:
-        return False
-    # `*.txt` means files of that name, not what lies in a folder that happens to be called so.
-    return wanted.endswith("/**") or not os.path.isdir(scope.value)
-
-
-def pattern_touches(pattern: str, scope: Scope) -> bool:
-    """Whether anything that `scope` stands for lies within `pattern`: what a deny rule must hit."""
-    if pattern_covers(pattern, scope):
-        return True
-    kind, _, wanted = pattern.partition(":")
-    if kind != scope.kind or kind not in PATH_KINDS:
-        return False
-    fixed = _real_pattern(wanted).split("*", 1)[0]
-    start = scope.value.split("*", 1)[0] if scope.glob else scope.value
-    return _within(fixed.rstrip("/"), start) or (scope.glob and _within(start.rstrip("/"), fixed.rstrip("/") or "/"))
-
-
-def _within(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip("/") + "/")
-
-
-def _real_pattern(pattern: str) -> str:
-    """The pattern with `~` filled in and its fixed beginning resolved, as the paths it is matched against are."""
-    fixed, star, rest = os.path.expanduser(pattern).partition("*")
-    folder, name = os.path.split(fixed)
-    real = os.path.join(os.path.realpath(folder), name) if star else os.path.realpath(fixed)
-    return real + star + rest
-
-
-@lru_cache(maxsize=256)
-def _expression(pattern: str) -> re.Pattern[str]:
-    parts = re.split(r"(/\*\*$|\*\*|\*)", pattern)
-    wild = {"/**": r"(/.*)?", "**": r".*", "*": r"[^/]*"}
-    return re.compile("".join(wild.get(part, re.escape(part)) for part in parts), re.DOTALL)

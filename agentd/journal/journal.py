@@ -7,10 +7,12 @@ pre-image of the recovery itself.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
+import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -97,6 +99,16 @@ class Journal:
         transaction = Transaction(self, call)
         self.capture(transaction, paths, intent)
         return transaction
+
+    def foresee(self, paths: Iterable[bytes]) -> str:
+        """Why changing these paths could not be undone, as far as can be said beforehand; empty if it could."""
+        for path in paths:
+            with contextlib.suppress(OSError):
+                status = os.lstat(path)
+                if stat.S_ISREG(status.st_mode) and status.st_size > self._file_limit:
+                    size, limit = status.st_size >> 20, self._file_limit >> 20
+                    return f"{os.fsdecode(path)} has {size} MiB, more than the {limit} MiB the journal keeps"
+        return ""
 
     def capture(self, transaction: Transaction, paths: Iterable[bytes], intent: Event | None) -> None:
         """Add pre-images to a transaction; with `intent`, the event and the transaction itself too."""

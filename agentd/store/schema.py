@@ -44,6 +44,19 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         CREATE INDEX pre_image_by_path ON pre_image (path);
         """,
     ),
+    (
+        "0003_who_may_do_what",
+        """
+        -- Grants that people have made; `body` is JSON. Those that were revoked or have ended stay, to be asked about.
+        CREATE TABLE permission (
+            id TEXT PRIMARY KEY, body TEXT NOT NULL, used INTEGER NOT NULL DEFAULT 0, revoke_ns INTEGER
+        ) STRICT, WITHOUT ROWID;
+        CREATE INDEX permission_in_force ON permission (id) WHERE revoke_ns IS NULL;
+
+        -- Access for programs: only a hash of each secret.
+        CREATE TABLE token (id TEXT PRIMARY KEY, hash BLOB NOT NULL, body TEXT NOT NULL, revoke_ns INTEGER) STRICT, WITHOUT ROWID;
+        """,
+    ),
 )
 
 

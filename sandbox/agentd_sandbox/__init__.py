@@ -12,6 +12,7 @@ from agentd_sandbox.errors import (
     WorkerCancelled,
     WorkerDied,
     WorkerOffence,
+    WorkerRevoked,
     WorkerTimeout,
 )
 from agentd_sandbox.host import Job, Sandbox
@@ -41,6 +42,7 @@ __all__ = [
     "WorkerCancelled",
     "WorkerDied",
     "WorkerOffence",
+    "WorkerRevoked",
     "WorkerTimeout",
     "no_level",
     "probe",

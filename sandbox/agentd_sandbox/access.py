@@ -91,7 +91,8 @@ class Access:
 
     `connect` holds (host, port): a host is a literal address, or a name that the broker resolves to public addresses.
     `execute` names the programs that may be started; with any, what programs need to run at all may be read.
-    `use` names the credentials that the broker may add to requests of this call.
+    `use` names the credentials that the broker may add to requests of this call. `devices` are nodes that may be opened
+    to read and to write; what is done to them can't be undone.
     """
 
     read: tuple[PathRule, ...] = ()
@@ -99,6 +100,7 @@ class Access:
     connect: frozenset[tuple[str, int]] = field(default_factory=frozenset)
     execute: tuple[PathRule, ...] = ()
     use: frozenset[str] = field(default_factory=frozenset)
+    devices: tuple[PathRule, ...] = ()
 
     @cached_property
     def _reading(self) -> _Rules:
@@ -114,7 +116,7 @@ class Access:
 
     @cached_property
     def _all(self) -> _Rules:
-        return _Rules((*self.read, *self.write, *self.execute))
+        return _Rules((*self.read, *self.write, *self.execute, *self.devices))
 
     def may_read(self, path: bytes) -> bool:
         return self._reading.cover(path)
@@ -124,6 +126,9 @@ class Access:
 
     def may_execute(self, path: bytes) -> bool:
         return self._executing.cover(path)
+
+    def is_device(self, path: bytes) -> bool:
+        return any(rule.covers(path) for rule in self.devices)
 
     def may_see(self, path: bytes) -> bool:
         """Whether the call may know if `path` exists and what kind of thing it is."""

@@ -74,6 +74,7 @@ class Broker:
         except OSError:
             return
         self.calls += 1
+        self.files.require_granted()
         name = self.busy = self.files.call = self._names[call.number]
         if self._undelivered and self._answer_again(call):
             return

@@ -62,6 +62,7 @@ class Desk:
 
     def _answer(self, question: bytes) -> None:
         self.calls += 1
+        self.files.require_granted()
         code, given = 0, -1
         try:
             asked = json.loads(question)

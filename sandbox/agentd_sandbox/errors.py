@@ -44,5 +44,9 @@ class WorkerOffence(SandboxFailure):
     """The worker went past a limit of its call, or did what only an attack does; it was killed."""
 
 
+class WorkerRevoked(WorkerOffence):
+    """What the call was allowed to do was taken back while it ran; the worker was killed."""
+
+
 class BrokerStuck(SandboxFailure):
     """The broker waits for a file system that does not answer; the worker was killed, its call may not be final."""

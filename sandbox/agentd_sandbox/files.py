@@ -70,6 +70,8 @@ class Files(Reach):
 
     def _open_existing(self, target: Resolved, flags: int) -> int:
         changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if stat.S_ISCHR(target.status.st_mode) and self.access.is_device(target.real):
+            return _open_device(target, flags)
         if flags & os.O_ACCMODE != os.O_WRONLY:
             self.require(target, "read")
         if changes and target.real != _NULL:  # to be written to, not to be removed or replaced
@@ -336,6 +338,16 @@ class Files(Reach):
                 os.removexattr(place, _user(name))
             else:
                 os.setxattr(place, _user(name), value, flags)
+
+
+def _open_device(target: Resolved, flags: int) -> int:
+    """To be read and written, nothing else: what it is called and who may use it is no call's to change.
+
+    A serial line may keep an open(2) waiting for its other end, and make itself the terminal of who opens it.
+    """
+    opened = reopen(target.descriptor, flags & (os.O_ACCMODE | os.O_APPEND) | os.O_NONBLOCK | os.O_NOCTTY)
+    os.set_blocking(opened, not flags & os.O_NONBLOCK)
+    return opened
 
 
 def _user(name: bytes) -> bytes:

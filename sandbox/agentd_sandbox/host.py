@@ -111,11 +111,22 @@ class Sandbox:
                 self._cgroup.remove()
         self._brokers.shutdown(wait=False, cancel_futures=True)
 
-    def run(self, job: Job, access: Access, recorder: Recorder, cancelled: threading.Event) -> Outcome:
-        """Run one call to its end; blocks. The worker and all it started are gone when this returns or raises."""
+    def run(
+        self,
+        job: Job,
+        access: Access,
+        recorder: Recorder,
+        cancelled: threading.Event,
+        revoked: threading.Event | None = None,
+    ) -> Outcome:
+        """Run one call to its end; blocks. The worker and all it started are gone when this returns or raises.
+
+        Once `revoked` is set, no more system call is done for it: it ends with WorkerRevoked.
+        """
+        revoked = revoked or threading.Event()
         started = time.monotonic()
         worker = self._take()
-        broker = self._broker(worker, access, recorder, started + job.deadline_s)
+        broker = self._broker(worker, access, recorder, started + job.deadline_s, revoked)
         serving = Serving(broker, worker)
         try:
             try:
@@ -129,12 +140,14 @@ class Sandbox:
             raise
         return _outcome(broker, started, result, error, cpu_us, rss_kb)
 
-    def _broker(self, worker: Waiting, access: Access, recorder: Recorder, deadline: float) -> Broker | Desk:
+    def _broker(
+        self, worker: Waiting, access: Access, recorder: Recorder, deadline: float, revoked: threading.Event
+    ) -> Broker | Desk:
         stopped = threading.Event()
         peers = network.Network(access.connect, deadline, stopped, self.resolve)
         rules = self._python + (program_rules() if access.execute else ())
-        reach = Access(access.read + rules, access.write, access.connect, access.execute, access.use)
-        files = Files(reach, recorder, peers.made_up_files() if access.connect else {})
+        reach = Access(access.read + rules, access.write, access.connect, access.execute, access.use, access.devices)
+        files = Files(reach, recorder, peers.made_up_files() if access.connect else {}, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
         proxy = Proxy(peers, credentials, files.deny, stopped, self.trust)
         folder = os.fsencode(os.path.realpath(self.folder))
@@ -266,6 +279,7 @@ def _exchange(worker: Waiting, serving: Serving, job: Job, cancelled: threading.
         remaining = deadline - time.monotonic()
         if cancelled.is_set():
             raise WorkerCancelled("the call was cancelled")
+        serving.broker.files.require_granted()
         if remaining <= 0:
             raise WorkerTimeout(f"the tool was still running after {job.deadline_s:g} s")
         if not poll.poll(min(remaining, _TICK_S) * 1000):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from agentd_sandbox.errors import WorkerRevoked
 from agentd_sandbox.outcome import Denial
 from agentd_sandbox.paths import Resolved, Walker, WalkError, resolve
 from agentd_sandbox.system import is_part_of_system
@@ -30,6 +32,7 @@ class Reach:
     """The scopes of one call, and what it was refused. `call` is the system call being done, for the record of denials."""
 
     access: Access
+    revoked: threading.Event = field(default_factory=threading.Event, kw_only=True)
     call: str = field(default="", kw_only=True)
     denied: int = field(default=0, kw_only=True)
     denials: list[Denial] = field(default_factory=list, kw_only=True)
@@ -38,6 +41,11 @@ class Reach:
 
     def __post_init__(self) -> None:
         self._walker = Walker(steady=self._is_steady)
+
+    def require_granted(self) -> None:
+        """Raises WorkerRevoked once the call may do nothing any more."""
+        if self.revoked.is_set():
+            raise WorkerRevoked("its grant was revoked")
 
     def close(self) -> None:
         """To be called when nothing is served any more."""
