@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agentd.errors import ConfigError, Reason, first_mistake
 
@@ -101,12 +101,70 @@ class CredentialConfig(_Strict):
 
 
 class GrantConfig(_Strict):
-    """One rule. `scope` is `*` or `kind:pattern`; patterns of read and write start with / or ~."""
+    """One rule. `scope` is `*` or `kind:pattern`; it holds until `expires` and while all conditions do."""
 
     principal: str = "*"
     tool: str
-    scope: Annotated[str, Field(pattern=r"^(\*|(read|write|exec):[/~].*|(connect|use|call):.+)$")]
+    scope: str
     decision: Literal["allow", "ask", "deny"] = "allow"
+    expires: AwareDatetime | None = None
+    charging: bool = False
+    hours: str = ""
+    nominal: bool = False
+
+
+class ApprovalsConfig(_Strict):
+    """How long a question waits for an answer, and how many may wait. `notify` shows them on this device's screen."""
+
+    timeout_s: float = Field(default=300, gt=0, le=86400)
+    pending: int = Field(default=256, ge=1, le=10000)
+    notify: bool = True
+
+
+class TaintConfig(_Strict):
+    """What is read outside `trusted` makes a run untrusted, what is read in `private` makes it private."""
+
+    trusted: tuple[str, ...] = ("~", "/usr", "/etc", "/sys", "/proc")
+    private: tuple[str, ...] = ("~/.ssh", "~/.gnupg", "~/.aws", "~/.config", "~/.local/share/keyrings", "~/.mozilla")
+
+
+Role = Literal["user", "approver", "auditor", "admin"]
+
+
+class PrincipalConfig(_Strict):
+    """What a principal may do, beside the owner of the daemon, who may do everything."""
+
+    name: Annotated[str, Field(pattern=r"^(unix|tls):[^\s:*]{1,64}$")]
+    roles: tuple[Role, ...] = Field(min_length=1)
+
+
+class ListenConfig(_Strict):
+    """TCP, beside the socket. Without TLS only at a loopback address. `client_ca` lets in whoever has a certificate of it."""
+
+    address: Annotated[str, Field(pattern=r"^(\[[0-9a-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$")]
+    certificate: Folder | None = None
+    key: Folder | None = None
+    client_ca: Folder | None = None
+
+    @model_validator(mode="after")
+    def _is_safe(self) -> Self:
+        host = self.address.rpartition(":")[0].strip("[]")
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together")
+        if self.client_ca and not self.certificate:
+            raise ValueError("client_ca needs certificate and key")
+        if not self.certificate and host not in ("127.0.0.1", "::1", "localhost"):
+            raise ValueError("without certificate and key only a loopback address may be listened at")
+        return self
+
+
+DEVICES = {
+    "camera": ("/dev/video*",),
+    "gpio": ("/dev/gpiochip*", "/dev/gpiomem*"),
+    "i2c": ("/dev/i2c-*",),
+    "serial": ("/dev/ttyUSB*", "/dev/ttyACM*", "/dev/ttyAMA*"),
+    "spi": ("/dev/spidev*",),
+}
 
 
 class Config(_Strict):
@@ -117,7 +175,13 @@ class Config(_Strict):
     journal: JournalConfig = JournalConfig()
     tools: ToolsConfig = ToolsConfig()
     sandbox: SandboxConfig = SandboxConfig()
+    approvals: ApprovalsConfig = ApprovalsConfig()
+    taint: TaintConfig = TaintConfig()
+    listen: ListenConfig | None = None
+    socket_mode: Literal["0600", "0660", "0666"] = "0600"
+    principals: tuple[PrincipalConfig, ...] = ()
     credentials: tuple[CredentialConfig, ...] = ()
+    devices: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")], tuple[str, ...]] = {}
     grants: tuple[GrantConfig, ...] = ()
 
 

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import pwd
 import signal
+from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,17 @@ from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
-from agentd.api import ApiParts, ApiServer
+from agentd.api import ApiParts, ApiServer, Tcp
 from agentd.audit import AuditLog, Event
-from agentd.calls import Calls, Places
+from agentd.calls import Calls, Permission, Places
+from agentd.config import DEVICES
 from agentd.engine.client import Engine, EngineSettings
 from agentd.engine.prompt import ToolSpec
-from agentd.errors import AgentdError, EngineError, Reason, SandboxError
-from agentd.grants import Grants, Rule
+from agentd.errors import AgentdError, ConfigError, EngineError, Reason, RequestError, SandboxError
+from agentd.grants import Approvals, Clock, Conditions, Grant, Grants, Notifier, Taint, moment, parse, propose
 from agentd.journal import Journal
+from agentd.principals import Roster, Tokens
+from agentd.principals.roster import user_name
 from agentd.runs import Limits, ModelSettings, Runs
 from agentd.runs.record import RunRecords
 from agentd.store import Store
@@ -53,6 +56,10 @@ class Daemon:
         limit = config.journal.file_limit_mib << 20
         self._journal = Journal(self._store, self._audit, config.state / "objects", file_limit=limit)
         self._records = RunRecords(self._store)
+        clock = Clock(self._audit.newest_ns())
+        self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs))
+        self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
+        self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}")
         self._recovered: list[str] = []
         self._model_error = ""
         self._preload: asyncio.Task[None] | None = None
@@ -94,17 +101,19 @@ class Daemon:
         )
         if self._level.confines:
             self._start_sandbox()
-        places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc)
-        grants = Grants(_rules(config))
-        self._calls = Calls(self._toolbox, grants, self._journal, self._audit, self._sandbox, self._level, places)
+        devices = DEVICES | config.devices
+        places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc, devices)
+        taint = Taint(config.taint.trusted, config.taint.private)
+        permission = Permission(self._grants, self._approvals, taint, self._journal, self._audit)
+        self._calls = Calls(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places)
         self._engine = Engine(_engine_settings(config))
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
         self._runs = Runs(self._records, self._engine, self._calls, _model_settings(config, self._toolbox), limits)
-        principal = f"unix:{pwd.getpwuid(os.getuid()).pw_name}"
-        parts = ApiParts(self._runs, self._calls, self._audit, self.status, principal)
-        self._server = ApiServer(parts, config.socket)
-        self._audit.record(_boot(self._level, grants, self._toolbox, self._recovered))
+        self._audit.record(_boot(self._level, self._grants, self._toolbox, self._recovered))
+        self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, _tcp(config))
         await self._server.start()
+        if config.approvals.notify:
+            self._notifier.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
 
     async def stop(self) -> None:
@@ -112,6 +121,8 @@ class Daemon:
         if self._preload:
             self._preload.cancel()
             await asyncio.wait([self._preload])
+            await self._notifier.stop()
+            self._approvals.stop()
             await self._runs.stop()
             await self._server.stop(_GRACE_S)
             await self._engine.stop()
@@ -121,6 +132,24 @@ class Daemon:
         if hasattr(self, "_sandbox"):
             self._sandbox.stop()
         self._store.close()
+
+    def _parts(self) -> ApiParts:
+        roles = {principal.name: frozenset(principal.roles) for principal in self._config.principals}
+        tokens = Tokens(self._store, self._audit, self._grants.now_ns)
+        roster = Roster(os.getuid(), roles, tokens, self._wrong_token)
+        return ApiParts(
+            *(self._runs, self._calls, self._audit, self._grants, self._approvals, tokens, roster),
+            *(self.status, self._propose),
+        )
+
+    def _wrong_token(self, peer: str, why: str) -> None:
+        """Nobody waits for this to be durable."""
+        event = Event(kind="auth.fail", principal=peer, error=why)
+        self._store.submit(lambda db: self._audit.append(db, event))
+
+    def _propose(self, since_ns: int) -> tuple[list[Grant], int]:
+        bodies = (entry.body for entry in self._audit.since(since_ns))
+        return propose(bodies, self._grants.decide, self._calls.fixed_scopes)
 
     def status(self) -> system_pb2.Status:
         model, level = self._engine.model, self._level
@@ -142,7 +171,7 @@ class Daemon:
             state_folder=str(self._config.state),
             folder=str(self._config.tools.folder),
             tools=len(self._toolbox.tools),
-            grants=len(self._config.grants),
+            grants=len(self._grants.all()),
             recovered_calls=[f"calls/{call}" for call in self._recovered],
         )
 
@@ -171,11 +200,33 @@ def _below_minimum(level: Level, minimum: str) -> SandboxError:
     )
 
 
-def _rules(config: Config) -> list[Rule]:
-    return [
-        Rule(grant.principal, grant.tool, grant.scope, grant.decision, f"agentd.toml, grant {number}")
-        for number, grant in enumerate(config.grants, 1)
-    ]
+def _rules(config: Config) -> list[Grant]:
+    """Raises ConfigError for a rule that says nothing."""
+    rules = []
+    for number, grant in enumerate(config.grants, 1):
+        where = f"agentd.toml, grant {number}"
+        try:
+            conditions = Conditions(grant.charging, grant.hours, grant.nominal)
+            made = Grant(grant.principal, grant.tool, parse(grant.scope), grant.decision, "config", where, grant.scope)
+        except RequestError as e:
+            hint = "docs/grants.md shows scopes of every kind."
+            raise ConfigError(Reason.CONFIG_INVALID, f"In {where}: {e.message}", hint=hint, metadata=e.metadata) from None
+        expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
+        rules.append(replace(made, conditions=conditions, expire_ns=expire))
+    return rules
+
+
+def _tcp(config: Config) -> Tcp | None:
+    """Raises ConfigError if certificate or key can't be read."""
+    listen = config.listen
+    if listen is None:
+        return None
+    try:
+        texts = [path.read_bytes() if path else b"" for path in (listen.certificate, listen.key, listen.client_ca)]
+    except OSError as e:
+        message = f"In [listen] of agentd.toml: {e.filename} can't be read: {e.strerror}."
+        raise ConfigError(Reason.CONFIG_INVALID, message, hint="Give the paths of PEM files.") from None
+    return Tcp(listen.address, *texts)
 
 
 def _engine_settings(config: Config) -> EngineSettings:
@@ -197,7 +248,7 @@ def _boot(level: Level, grants: Grants, toolbox: Toolbox, recovered: list[str]) 
         "pid": os.getpid(),
         "sandbox": level.name,
         "kernel": level.kernel,
-        "grants": [str(rule) for rule in grants.rules],
+        "grants": [str(grant) for grant in grants.all()],
         "tools": {tool.name: tool.digest for tool in toolbox.tools.values()},
         "recovered": recovered,
     }

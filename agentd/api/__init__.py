@@ -1,5 +1,5 @@
 """gRPC servicers: translate requests to calls on the parts below, errors to statuses; no logic of their own."""
 
-from agentd.api.server import ApiParts, ApiServer
+from agentd.api.server import ApiParts, ApiServer, Tcp
 
-__all__ = ["ApiParts", "ApiServer"]
+__all__ = ["ApiParts", "ApiServer", "Tcp"]

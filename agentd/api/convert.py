@@ -12,7 +12,7 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from agentd.api.status import to_status
 from agentd.errors import AgentdError, Reason, RequestError
 from agentd.runs import Run, State, StopReason
-from agentd.v1 import audit_pb2, run_pb2, tool_pb2
+from agentd.v1 import approval_pb2, audit_pb2, run_pb2, tool_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +42,14 @@ def page_cursor(token: str) -> str:
     except (binascii.Error, UnicodeError):
         message = "page_token is not one that agentd gave out."
         raise RequestError(Reason.BAD_PAGE_TOKEN, message, hint="Start again without it.", field="page_token") from None
+
+
+def page_number(token: str) -> int:
+    """A cursor that counts. Raises RequestError (BAD_PAGE_TOKEN)."""
+    cursor = page_cursor(token)
+    if cursor and not cursor.isdigit():
+        raise RequestError(Reason.BAD_PAGE_TOKEN, "page_token is of another list.", field="page_token")
+    return int(cursor or 0)
 
 
 def identifier(name: str, collection: str) -> str:
@@ -75,25 +83,25 @@ def _whole(value: Any) -> Any:
 
 def struct(value: Mapping[str, Any]) -> struct_pb2.Struct:
     made = struct_pb2.Struct()
-    json_format.Parse(json.dumps(_valid(value)), made)
+    json_format.Parse(json.dumps(valid(value)), made)
     return made
 
 
-def _valid(value: Any) -> Any:
+def valid(value: Any) -> Any:
     """Lone surrogates (file names that are not UTF-8) have no place in a protobuf string."""
     match value:
         case str():
             return value.encode("utf-8", "replace").decode()
         case dict():
-            return {str(key): _valid(item) for key, item in value.items()}
+            return {str(key): valid(item) for key, item in value.items()}
         case list() | tuple():
-            return [_valid(item) for item in value]
+            return [valid(item) for item in value]
         case _:
             return value
 
 
 def json_text(value: Any) -> str:
-    return json.dumps(_valid(value), ensure_ascii=False, sort_keys=True)
+    return json.dumps(valid(value), ensure_ascii=False, sort_keys=True)
 
 
 def run_message(run: Run) -> run_pb2.Run:
@@ -105,6 +113,7 @@ def run_message(run: Run) -> run_pb2.Run:
         answer=run.answer,
         principal=run.principal,
         create_time=timestamp(run.create_ns),
+        labels=run.labels.names,
         usage=run_pb2.Run.Usage(prompt_tokens=run.prompt_tokens, generated_tokens=run.generated_tokens, calls=run.calls),
     )
     if isinstance(run.stop_reason, StopReason):
@@ -131,9 +140,21 @@ def event_message(event: RunEvent, run: Run | None) -> run_pb2.WatchRunResponse:
             message.call_started.arguments_json = json_text(body["arguments"])
         case "call":
             message.call.CopyFrom(call_message(body))
+        case "approval":
+            message.approval.CopyFrom(_notice(body))
         case _ if run is not None:
             message.run.CopyFrom(run_message(run))
     return message
+
+
+def _notice(body: Mapping[str, Any]) -> run_pb2.ApprovalNotice:
+    return run_pb2.ApprovalNotice(
+        name=f"approvals/{body['approval']}",
+        tool=body["tool"],
+        scopes=valid(body["scopes"]),
+        state=approval_pb2.Approval.State.Value(f"STATE_{body['state'].upper()}"),
+        reason=valid(body["reason"]),
+    )
 
 
 def call_message(body: Mapping[str, Any]) -> tool_pb2.ToolCall:
@@ -143,16 +164,17 @@ def call_message(body: Mapping[str, Any]) -> tool_pb2.ToolCall:
         name=f"calls/{body['call']}" if "call" in body else "",
         tool=body["tool"],
         arguments_json=json_text(body["arguments"]),
-        scopes=_valid(body.get("scopes", ())),
+        scopes=valid(body.get("scopes", ())),
         decision=tool_pb2.ToolCall.Decision.Value(f"DECISION_{decision}"),
-        reason=_valid(body.get("reason", "")),
+        reason=valid(body.get("reason", "")),
         output_json=json_text(body["output"]),
         failed="error" in body["output"],
-        changed_paths=_valid(body.get("changed", ())),
+        changed_paths=valid(body.get("changed", ())),
         undoable=bool(body.get("changed")),
         sandbox_level=body.get("level", ""),
         denied_syscalls=body.get("denied", 0),
         wall_us=body.get("wall_us", 0),
+        labels=body.get("labels", ()),
     )
 
 
@@ -161,8 +183,6 @@ def result_body(result: CallResult, arguments: Mapping[str, Any]) -> dict[str, A
 
 
 def tool_message(tool: Tool) -> tool_pb2.Tool:
-    needs = tool.manifest.needs
-    kinds = (("read", needs.read), ("write", needs.write), ("connect", needs.connect))
     return tool_pb2.Tool(
         name=f"tools/{tool.name}",
         description=tool.manifest.description,
@@ -170,7 +190,7 @@ def tool_message(tool: Tool) -> tool_pb2.Tool:
         effect=tool_pb2.Tool.Effect.Value(f"EFFECT_{tool.manifest.effect.upper()}"),
         version=tool.version,
         digest=tool.digest,
-        needs=[f"{kind}:{template}" for kind, templates in kinds for template in templates],
+        needs=[f"{kind}:{template}" for kind, template in tool.manifest.needs.templates()],
     )
 
 

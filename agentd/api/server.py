@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -13,18 +14,27 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from agentd.api.identity import Doorkeeper
+from agentd.api.people import ApprovalServicer, GrantServicer, TokenServicer
+from agentd.api.relay import Relay
 from agentd.api.servicers import AuditServicer, JournalServicer, RunServicer, SystemServicer, ToolServicer
 from agentd.api.status import ErrorsToStatuses
 from agentd.errors import DaemonError, Reason
 from agentd.v1 import (
+    approval_pb2,
+    approval_pb2_grpc,
     audit_pb2,
     audit_pb2_grpc,
+    grant_pb2,
+    grant_pb2_grpc,
     journal_pb2,
     journal_pb2_grpc,
     run_pb2,
     run_pb2_grpc,
     system_pb2,
     system_pb2_grpc,
+    token_pb2,
+    token_pb2_grpc,
     tool_pb2,
     tool_pb2_grpc,
 )
@@ -35,6 +45,8 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls import Calls
+    from agentd.grants import Approvals, Grant, Grants
+    from agentd.principals import Roster, Tokens
     from agentd.runs import Runs
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of unix(7) less its NUL
@@ -43,54 +55,112 @@ _LARGEST_MESSAGE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class ApiParts:
-    """What the services speak for. `principal` is who may connect: the socket's file mode lets in nobody else."""
+    """What the services speak for."""
 
     runs: Runs
     calls: Calls
     audit: AuditLog
+    grants: Grants
+    approvals: Approvals
+    tokens: Tokens
+    roster: Roster
     status: Callable[[], system_pb2.Status]
-    principal: str
+    propose: Callable[[int], tuple[list[Grant], int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tcp:
+    """HOST:PORT, and for TLS the texts of certificate and key; with `client_ca` clients need a certificate of it."""
+
+    address: str
+    certificate: bytes = b""
+    key: bytes = b""
+    client_ca: bytes = b""
 
 
 class ApiServer:
-    def __init__(self, parts: ApiParts, path: Path) -> None:
-        self._parts, self._path = parts, path
+    """Listens at `path` with file mode `mode`, and at `tcp`. `private` is a folder that only the daemon can enter."""
+
+    def __init__(self, parts: ApiParts, path: Path, mode: int, private: Path, tcp: Tcp | None = None) -> None:
+        self._parts, self._path, self._tcp = parts, path, tcp
+        self._private = os.open(private, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._inner = f"/proc/self/fd/{self._private}/api.sock"  # short, however long the folder's path is
+        self._relay = Relay(path, self._inner, mode)
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
         """Listen. Raises DaemonError: SOCKET_TAKEN, SOCKET_INVALID."""
         prepare_socket(self._path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink("api.sock", dir_fd=self._private)
         options = [("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.so_reuseport", 0)]
-        server = grpc.aio.server(interceptors=[ErrorsToStatuses()], options=options)
-        parts = self._parts
-        run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(parts.runs, parts.principal), server)
-        tool_pb2_grpc.add_ToolServiceServicer_to_server(ToolServicer(parts.calls, parts.principal), server)
-        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(parts.audit), server)
-        journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalServicer(parts.calls, parts.principal), server)
-        system_pb2_grpc.add_SystemServiceServicer_to_server(SystemServicer(parts.status), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = (run_pb2, tool_pb2, audit_pb2, journal_pb2, system_pb2)
-        names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        umask = os.umask(0o177)  # the socket is 0600 from its first moment on
+        doorkeeper = Doorkeeper(self._parts.roster, self._relay.user)
+        server = grpc.aio.server(interceptors=[ErrorsToStatuses(doorkeeper.admit)], options=options)
+        names = self._add_services(server)
+        umask = os.umask(0o177)
         try:
-            server.add_insecure_port(f"unix:{self._path}")
+            server.add_insecure_port(f"unix:{self._inner}")
         except RuntimeError as e:
             raise _invalid(self._path, str(e)) from None
         finally:
             os.umask(umask)
+        if self._tcp:
+            _listen(server, self._tcp)
         await server.start()
         self._server = server
+        try:
+            await self._relay.start()
+        except OSError as e:
+            raise _invalid(self._path, str(e.strerror)) from None
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
+    def _add_services(self, server: grpc.aio.Server) -> list[str]:
+        parts = self._parts
+        run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(parts.runs), server)
+        tool_pb2_grpc.add_ToolServiceServicer_to_server(ToolServicer(parts.calls), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(parts.audit), server)
+        journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalServicer(parts.calls), server)
+        grants = GrantServicer(parts.grants, parts.calls, parts.propose)
+        grant_pb2_grpc.add_GrantServiceServicer_to_server(grants, server)
+        approval_pb2_grpc.add_ApprovalServiceServicer_to_server(ApprovalServicer(parts.approvals), server)
+        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(parts.tokens), server)
+        system_pb2_grpc.add_SystemServiceServicer_to_server(SystemServicer(parts.status), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        files = (run_pb2, tool_pb2, audit_pb2, journal_pb2, grant_pb2, approval_pb2, token_pb2, system_pb2)
+        names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        return names
+
     async def stop(self, grace_s: float) -> None:
         """Refuse new requests, give those under way `grace_s` seconds, then end them."""
+        self._relay.close_door()
         await self._health.enter_graceful_shutdown()
         if self._server:
             await self._server.stop(grace_s)
+        await self._relay.stop()
         self._path.unlink(missing_ok=True)
+        os.close(self._private)
+
+
+def _listen(server: grpc.aio.Server, tcp: Tcp) -> None:
+    """Raises DaemonError (SOCKET_INVALID)."""
+    try:
+        if tcp.certificate:
+            pair = [(tcp.key, tcp.certificate)]
+            ca = tcp.client_ca or None
+            credentials = grpc.ssl_server_credentials(pair, root_certificates=ca, require_client_auth=bool(ca))
+            server.add_secure_port(tcp.address, credentials)
+        else:
+            server.add_insecure_port(tcp.address)
+    except (RuntimeError, ValueError) as e:
+        raise DaemonError(
+            Reason.SOCKET_INVALID,
+            f"{tcp.address} can't be listened at: {e}.",
+            hint="Look at [listen] in agentd.toml: is the port taken, are certificate and key PEM files?",
+            metadata={"address": tcp.address},
+        ) from None
 
 
 def prepare_socket(path: Path) -> None:

@@ -6,8 +6,10 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from agentd.api import convert
+from agentd.api.identity import caller
 from agentd.calls import CallRequest
 from agentd.errors import Reason, RequestError
+from agentd.runs.record import unknown_run
 from agentd.v1 import (
     audit_pb2,
     audit_pb2_grpc,
@@ -26,42 +28,58 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls import Calls
-    from agentd.runs import Runs
+    from agentd.runs import Run, Runs
 
 
 class RunServicer(run_pb2_grpc.RunServiceServicer):
-    def __init__(self, runs: Runs, principal: str) -> None:
-        self._runs, self._principal = runs, principal
+    """Everybody sees their own runs; an admin and an auditor those of all."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
 
     async def CreateRun(self, request: run_pb2.CreateRunRequest, context: Any) -> run_pb2.Run:  # noqa: N802
-        run = await self._runs.create(self._principal, request.run.prompt, request.run.session, request.request_id)
+        who, asked = caller(), request.run
+        run = await self._runs.create(who.name, asked.prompt, asked.session, request.request_id, within=who.within)
         return convert.run_message(run)
 
     async def WatchRun(  # noqa: N802
         self, request: run_pb2.WatchRunRequest, context: Any
     ) -> AsyncIterator[run_pb2.WatchRunResponse]:
-        name = convert.identifier(request.name, "runs")
+        name = (await self._own(request.name)).id
         if request.after_sequence < 0:
             raise RequestError(Reason.BAD_FIELD, "after_sequence is negative.", field="after_sequence")
         async for event in self._runs.watch(name, request.after_sequence):
             yield convert.event_message(event, await self._runs.get(name) if event.kind == "run" else None)
 
     async def GetRun(self, request: run_pb2.GetRunRequest, context: Any) -> run_pb2.Run:  # noqa: N802
-        return convert.run_message(await self._runs.get(convert.identifier(request.name, "runs")))
+        return convert.run_message(await self._own(request.name))
 
     async def ListRuns(self, request: run_pb2.ListRunsRequest, context: Any) -> run_pb2.ListRunsResponse:  # noqa: N802
         size = convert.page_size(request.page_size)
-        runs = await self._runs.page(convert.page_cursor(request.page_token), size + 1)
+        whose = "" if _sees_all() else caller().name
+        runs = await self._runs.page(convert.page_cursor(request.page_token), size + 1, whose)
         token = convert.page_token(runs[size - 1].id) if len(runs) > size else ""
         return run_pb2.ListRunsResponse(runs=map(convert.run_message, runs[:size]), next_page_token=token)
 
     async def CancelRun(self, request: run_pb2.CancelRunRequest, context: Any) -> run_pb2.Run:  # noqa: N802
-        return convert.run_message(await self._runs.cancel(convert.identifier(request.name, "runs")))
+        return convert.run_message(await self._runs.cancel((await self._own(request.name)).id))
+
+    async def _own(self, name: str) -> Run:
+        """Others' runs are not there."""
+        identity = convert.identifier(name, "runs")
+        run = await self._runs.get(identity)
+        if run.principal != caller().name and not _sees_all():
+            raise unknown_run(identity)
+        return run
+
+
+def _sees_all() -> bool:
+    return caller().has("auditor")
 
 
 class ToolServicer(tool_pb2_grpc.ToolServiceServicer):
-    def __init__(self, calls: Calls, principal: str) -> None:
-        self._calls, self._principal = calls, principal
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     async def ListTools(  # noqa: N802
         self, request: tool_pb2.ListToolsRequest, context: Any
@@ -73,7 +91,8 @@ class ToolServicer(tool_pb2_grpc.ToolServiceServicer):
 
     async def CallTool(self, request: tool_pb2.CallToolRequest, context: Any) -> tool_pb2.ToolCall:  # noqa: N802
         arguments = convert.plain(request.arguments)
-        wanted = CallRequest(self._principal, convert.identifier(request.name, "tools"), arguments)
+        who = caller()
+        wanted = CallRequest(who.name, convert.identifier(request.name, "tools"), arguments, within=who.within)
         result = await self._calls.call(wanted)
         return convert.call_message(convert.result_body(result, arguments))
 
@@ -85,12 +104,10 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def ListAuditEvents(  # noqa: N802
         self, request: audit_pb2.ListAuditEventsRequest, context: Any
     ) -> audit_pb2.ListAuditEventsResponse:
-        size, cursor = convert.page_size(request.page_size), convert.page_cursor(request.page_token)
-        if cursor and not cursor.isdigit():
-            raise RequestError(Reason.BAD_PAGE_TOKEN, "page_token is of another list.", field="page_token")
+        size, after = convert.page_size(request.page_size), convert.page_number(request.page_token)
         entries = await asyncio.to_thread(
             self._audit.entries,
-            after=int(cursor or 0),
+            after=after,
             limit=size + 1,
             newest_first=request.newest_first,
             call=convert.identifier(request.call, "calls") if request.call else "",
@@ -109,14 +126,15 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
 
 
 class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
-    def __init__(self, calls: Calls, principal: str) -> None:
-        self._calls, self._principal = calls, principal
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     async def UndoCall(  # noqa: N802
         self, request: journal_pb2.UndoCallRequest, context: Any
     ) -> journal_pb2.UndoCallResponse:
         call = convert.identifier(request.name, "calls")
-        undone = await self._calls.undo(call, self._principal)
+        who = caller()
+        undone = await self._calls.undo(call, who.name, any_call=who.has("admin"))
         paths = [file.path.encode("utf-8", "replace").decode() for file in undone.files]
         return journal_pb2.UndoCallResponse(name=f"calls/{undone.call}", restored_paths=paths)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
 DOMAIN = "agentd.local"
 _UNDECODABLE = object()
 _log = logging.getLogger(__name__)
-_RETRY_AFTER_S = {Reason.MODEL_BUSY: 5, Reason.ENGINE_CRASHED: 1, Reason.ENGINE_TIMEOUT: 5, Reason.DAEMON_STOPPING: 5}
+_RETRY_AFTER_S = {
+    Reason.TOO_MANY_ATTEMPTS: 60,
+    Reason.MODEL_BUSY: 5,
+    Reason.ENGINE_CRASHED: 1,
+    Reason.ENGINE_TIMEOUT: 5,
+    Reason.DAEMON_STOPPING: 5,
+}
 
 
 def to_status(error: AgentdError) -> status_pb2.Status:
@@ -53,19 +60,26 @@ def to_status(error: AgentdError) -> status_pb2.Status:
 
 
 class ErrorsToStatuses(grpc.aio.ServerInterceptor):
-    """Wraps every method, so that no servicer has to. What is not an AgentdError is a bug: only its number gets out."""
+    """Wraps every method, so that no servicer has to. What is not an AgentdError is a bug: only its number gets out.
+
+    `admit(method, context)` raises for those who may not call it.
+    """
+
+    def __init__(self, admit: Callable[[str, Any], None]) -> None:
+        self._admit = admit
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        admit = functools.partial(self._admit, handler_call_details.method)
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                _unary(handler.unary_unary), _lenient(handler.request_deserializer), handler.response_serializer
+                _unary(handler.unary_unary, admit), _lenient(handler.request_deserializer), handler.response_serializer
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                _stream(handler.unary_stream), _lenient(handler.request_deserializer), handler.response_serializer
+                _stream(handler.unary_stream, admit), _lenient(handler.request_deserializer), handler.response_serializer
             )
         return handler
 
@@ -89,9 +103,10 @@ def _decoded(request: Any) -> Any:
     return request
 
 
-def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _unary(method: Callable[[Any, Any], Awaitable[Any]], admit: Callable[[Any], None]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Any) -> Any:
         try:
+            admit(context)
             return await method(_decoded(request), context)
         except AgentdError as e:
             await context.abort_with_status(rpc_status.to_status(to_status(e)))
@@ -103,9 +118,10 @@ def _unary(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any],
     return guarded
 
 
-def _stream(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+def _stream(method: Callable[[Any, Any], Any], admit: Callable[[Any], None]) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Any) -> AsyncIterator[Any]:
         try:
+            admit(context)
             async for response in method(_decoded(request), context):
                 yield response
         except AgentdError as e:

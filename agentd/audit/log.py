@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from agentd.store import new_id
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import apsw
 
     from agentd.audit.events import Event
     from agentd.store import Store
 
 _START = bytes(32)
+_PAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,18 @@ class AuditLog:
         values = (start, call, limit) if call else (start, limit)
         rows = self._store.read(lambda db: list(db.execute(query, values)))
         return [Entry(seq, _parsed(body), chain) for seq, body, chain in rows]
+
+    def since(self, time_ns: int) -> Iterator[Entry]:
+        """All entries from the first one that is not older, oldest first."""
+        after = 0
+        while page := self.entries(after=after, limit=_PAGE):
+            after = page[-1].seq
+            yield from (entry for entry in page if int(entry.body.get("time_ns", 0)) >= time_ns)
+
+    def newest_ns(self) -> int:
+        """When the newest entry was recorded; 0 if there is none."""
+        newest = self.entries(limit=1, newest_first=True)
+        return int(newest[0].body.get("time_ns", 0)) if newest else 0
 
     def verify(self) -> Verification:
         """Recompute the whole chain from the stored bytes."""

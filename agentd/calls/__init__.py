@@ -2,6 +2,19 @@
 
 from agentd.calls.credentials import load_credentials
 from agentd.calls.manifest import Tool, Toolbox, load
-from agentd.calls.service import CallRequest, CallResult, Calls, Denied, Places
+from agentd.calls.permission import Denied, Permission
+from agentd.calls.service import CallResult, Calls, Places
+from agentd.calls.wanted import CallRequest
 
-__all__ = ["CallRequest", "CallResult", "Calls", "Denied", "Places", "Tool", "Toolbox", "load", "load_credentials"]
+__all__ = [
+    "CallRequest",
+    "CallResult",
+    "Calls",
+    "Denied",
+    "Permission",
+    "Places",
+    "Tool",
+    "Toolbox",
+    "load",
+    "load_credentials",
+]

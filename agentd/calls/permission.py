@@ -31,7 +31,7 @@ class Denied(RequestError):
     def __init__(self, wanted: Wanted, decision: Decision) -> None:
         super().__init__(
             Reason.GRANT_REQUIRED,
-            f"{wanted.tool.name} was denied: {decision.reason}{f'; {decision.asked}' if decision.asked else ''}.",
+            f"{wanted.tool.name} was denied: {decision.reason}{_asked(decision)}.",
             hint=_way_out(wanted, decision),
             metadata={"tool": wanted.tool.name, "scope": decision.scope, "call": wanted.id},
         )
@@ -39,8 +39,12 @@ class Denied(RequestError):
         self.scopes = [str(scope) for scope in wanted.scopes]
 
 
+def _asked(decision: Decision) -> str:
+    return f"; {decision.asked}" if decision.asked not in ("", decision.reason) else ""
+
+
 def _way_out(wanted: Wanted, decision: Decision) -> str:
-    if decision.verdict == "deny" and decision.rules:
+    if decision.rules and not decision.asked:
         return f"It stands in {decision.rules[0]}; no grant can overrule it."
     add = f"agentd grants add {wanted.tool.name} '{decision.scope}'"
     return f"To allow it: `{add}`, or keep `agentd approvals` open to be asked."
@@ -105,7 +109,7 @@ class Permission:
 
     async def _ask(self, wanted: Wanted, decision: Decision, again: Callable[[], tuple[Scope, ...]]) -> Decision:
         if not self.approvals.answerable:
-            raise await self._denied(wanted, replace(decision, asked="nobody is there to be asked"))
+            raise await self._denied(wanted, replace(decision, verdict="deny", asked="nobody is there to be asked"))
         question = await asyncio.to_thread(self._question, wanted, decision)
         detail = {"approval": question.id, "labels": list(wanted.request.labels.names), "sends_out": question.sends_out}
         await asyncio.to_thread(self._audit.record, event("approval.request", wanted, decision, detail=detail))
@@ -119,7 +123,7 @@ class Permission:
             await asyncio.shield(asyncio.to_thread(self._audit.record, _answered(wanted, closed)))
             wanted.request.tell(closed)
         if closed.state is not State.ALLOWED:
-            raise await self._denied(wanted, replace(decision, verdict="deny", reason=closed.said, rules=()))
+            raise await self._denied(wanted, replace(decision, verdict="deny", reason=closed.said, rules=(), asked=closed.said))
         return await asyncio.to_thread(self._allowed, wanted, decision, closed, again)
 
     def _question(self, wanted: Wanted, decision: Decision) -> Approval:

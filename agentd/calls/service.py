@@ -141,7 +141,7 @@ class Calls:
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS).
         """
         tool, arguments = self._checked(request)
-        asked = Request(request.principal, tool.name, self._scopes(tool, arguments), request.run)
+        asked = Request(request.principal, tool.name, self._scopes(tool, arguments), request.run, request.within)
         return asked.wanted, self._permission.grants.decide(asked)
 
     async def execute(self, prepared: Prepared) -> CallResult:
@@ -156,10 +156,31 @@ class Calls:
         async with self._changing:
             return await self._in_thread(prepared)
 
-    async def undo(self, call: str, principal: str) -> Undone:
-        """Put a call back; waits for a change that is under way. Raises what the journal raises."""
+    async def undo(self, call: str, principal: str, *, any_call: bool = True) -> Undone:
+        """Put a call back, one's own unless `any_call`; waits for a change that is under way.
+
+        Raises what the journal raises, and RequestError (CALL_NOT_FOUND) for others' calls.
+        """
+        if not any_call:
+            await asyncio.to_thread(self._require_own, call, principal)
         async with self._changing:
             return await asyncio.to_thread(self._journal.undo, call, principal)
+
+    def fixed_scopes(self, tool: str) -> frozenset[str]:
+        """The scopes of a tool that are its own, whatever its arguments; none if there is no such tool."""
+        if tool not in self._arguments:
+            return frozenset()
+        return frozenset(str(scope) for scope in self._arguments[tool].scopes({}, self._places.variables()))
+
+    def _require_own(self, call: str, principal: str) -> None:
+        begun = self._audit.entries(call=call, limit=1)
+        if not begun or begun[0].body.get("principal") != principal:
+            message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
+            raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
+
+    async def end_run(self, run: str) -> None:
+        """What was allowed for this run alone is over."""
+        await asyncio.to_thread(self._permission.end_run, run)
 
     async def _in_thread(self, prepared: Prepared) -> CallResult:
         cancelled = threading.Event()

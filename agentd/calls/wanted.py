@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from agentd.calls.manifest import Tool
-    from agentd.grants import Approval, Scope
+    from agentd.grants import Approval, Pattern, Scope
 
 _NONE = Labels()
 
@@ -25,7 +25,8 @@ def _nobody(_: Approval) -> None:
 class CallRequest:
     """Who asks for what, and in which run of which session, if any.
 
-    `labels` are those of the run so far. `tell` gets every question that the call waits for, and again with its answer.
+    `labels` are those of the run so far, `within` is the most that this principal's calls may touch. `tell` gets every
+    question that the call waits for, and again with its answer.
     """
 
     principal: str
@@ -34,6 +35,7 @@ class CallRequest:
     session: str = ""
     run: str = ""
     labels: Labels = _NONE
+    within: tuple[Pattern, ...] = ()
     tell: Callable[[Approval], None] = _nobody
 
 
@@ -49,7 +51,7 @@ class Wanted:
     gives: Labels
 
     def asked(self) -> Request:
-        return Request(self.request.principal, self.tool.name, self.scopes, self.request.run)
+        return Request(self.request.principal, self.tool.name, self.scopes, self.request.run, self.request.within)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,14 @@ from pathlib import Path
 import click
 
 from agentd import __version__
+from agentd.cli.approvals import approvals
 from agentd.cli.audit import audit, undo
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
+from agentd.cli.grants import grants
 from agentd.cli.run import chat, run
 from agentd.cli.serve import serve
+from agentd.cli.token import token
 from agentd.cli.tools import tools
 from agentd.errors import AgentdError
 
@@ -39,7 +42,7 @@ def cli(context: click.Context, socket: Path | None) -> None:
     context.obj = socket
 
 
-for command in (serve, run, chat, tools, audit, undo, doctor, demo):
+for command in (serve, run, chat, tools, approvals, grants, token, audit, undo, doctor, demo):
     cli.add_command(command)
 
 

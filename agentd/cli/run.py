@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import uuid
 from typing import TYPE_CHECKING
 
 import click
 
+from agentd.cli.approvals import ask, present
 from agentd.cli.output import console, json_option, print_call, print_json, safe, shown
 from agentd.client import Client
 from agentd.errors import AgentdError
-from agentd.v1 import run_pb2
+from agentd.v1 import approval_pb2, run_pb2
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +64,16 @@ def chat(socket: Path | None, *, as_json: bool) -> None:
 
 def follow(client: Client, prompt: str, session: str, *, as_json: bool) -> run_pb2.Run | None:
     """Show a run until it has ended; returns it as it ended."""
+    with present(client) if _is_dialogue(as_json=as_json) else contextlib.nullcontext():
+        return _follow(client, prompt, session, as_json=as_json)
+
+
+def _is_dialogue(*, as_json: bool) -> bool:
+    """Whether somebody sits there who can be asked about a call."""
+    return not as_json and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _follow(client: Client, prompt: str, session: str, *, as_json: bool) -> run_pb2.Run | None:
     ended: run_pb2.Run | None = None
     open_line = False
     for event in client.run(prompt, session=session):
@@ -82,9 +94,21 @@ def follow(client: Client, prompt: str, session: str, *, as_json: bool) -> run_p
                 open_line = True
             case "call":
                 print_call(event.call)
+            case "approval" if event.approval.state == approval_pb2.Approval.STATE_PENDING:
+                _answer(client, event.approval)
             case "run":
                 _print_end(event.run)
     return ended
+
+
+def _answer(client: Client, notice: run_pb2.ApprovalNotice) -> None:
+    """Where somebody sits here, ask; else say what is waited for."""
+    if _is_dialogue(as_json=False):
+        for question in client.approvals():
+            if question.name == notice.name:
+                ask(client, question)
+                return
+    console.print(f"  [yellow]waits for an approval:[/] {shown(notice.tool)}, {shown(', '.join(notice.scopes))}")
 
 
 def _print_end(run: run_pb2.Run) -> None:

@@ -57,7 +57,7 @@ def call(socket: Path | None, tool: str, arguments: tuple[str, ...], *, as_json:
     A value is text unless it is written as NAME:=JSON. Exit status: 0, or 1 if the call was refused or failed.
     """
     with Client(socket) as client:
-        done = client.call(tool, dict(map(_argument, arguments)))
+        done = client.call(tool, dict(map(argument, arguments)))
     if as_json:
         print_json(done)
     else:
@@ -65,7 +65,7 @@ def call(socket: Path | None, tool: str, arguments: tuple[str, ...], *, as_json:
     sys.exit(1 if done.failed else 0)
 
 
-def _argument(text: str) -> tuple[str, Any]:
+def argument(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise click.BadParameter(f"{text!r} is not NAME=VALUE")

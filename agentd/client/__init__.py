@@ -23,14 +23,20 @@ from grpc_status import rpc_status
 from agentd.config import default_socket
 from agentd.errors import AgentdError, DaemonError, Reason
 from agentd.v1 import (
+    approval_pb2,
+    approval_pb2_grpc,
     audit_pb2,
     audit_pb2_grpc,
+    grant_pb2,
+    grant_pb2_grpc,
     journal_pb2,
     journal_pb2_grpc,
     run_pb2,
     run_pb2_grpc,
     system_pb2,
     system_pb2_grpc,
+    token_pb2,
+    token_pb2_grpc,
     tool_pb2,
     tool_pb2_grpc,
 )
@@ -47,16 +53,28 @@ DEADLINE_S = 60.0
 
 
 class Client:
-    """A connection to the daemon. `socket` defaults to where the daemon listens by default. Close after use."""
+    """A connection to the daemon. `socket` defaults to where the daemon listens by default. Close after use.
 
-    def __init__(self, socket: Path | None = None) -> None:
+    `address` is a HOST:PORT to be used instead, over TLS if there is a `ca` (PEM) to know the daemon by; `token` is sent
+    with every request.
+    """
+
+    def __init__(self, socket: Path | None = None, *, address: str = "", token: str = "", ca: bytes = b"") -> None:
         self.socket = socket or default_socket()
-        self._channel = grpc.insecure_channel(f"unix:{self.socket}")
+        self._where = address or str(self.socket)
+        target = address or f"unix:{self.socket}"
+        credentials = grpc.ssl_channel_credentials(ca) if ca else None
+        plain = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+        self._channel = grpc.intercept_channel(plain, _Bearer(token)) if token else plain
+        self._close = plain.close
         self._runs = run_pb2_grpc.RunServiceStub(self._channel)
         self._tools = tool_pb2_grpc.ToolServiceStub(self._channel)
         self._audit = audit_pb2_grpc.AuditServiceStub(self._channel)
         self._journal = journal_pb2_grpc.JournalServiceStub(self._channel)
         self._system = system_pb2_grpc.SystemServiceStub(self._channel)
+        self._grants = grant_pb2_grpc.GrantServiceStub(self._channel)
+        self._approvals = approval_pb2_grpc.ApprovalServiceStub(self._channel)
+        self._tokens = token_pb2_grpc.TokenServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +83,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._channel.close()
+        self._close()
 
     def create_run(self, prompt: str, *, session: str = "", request_id: str = "") -> run_pb2.Run:
         """Start a run; sending the same `request_id` again gives the same run."""
@@ -141,6 +159,71 @@ class Client:
         """Put back what a call (`calls/{call}`) has changed."""
         return self._call(self._journal.UndoCall, journal_pb2.UndoCallRequest(name=call))
 
+    def grants(self) -> Iterator[grant_pb2.Grant]:
+        """All grants in force: those of the configuration, then those made."""
+        token = ""
+        while True:
+            page = self._call(self._grants.ListGrants, grant_pb2.ListGrantsRequest(page_token=token))
+            yield from page.grants
+            if not (token := page.next_page_token):
+                return
+
+    def grant(self, grant: grant_pb2.Grant) -> grant_pb2.Grant:
+        return self._call(self._grants.CreateGrant, grant_pb2.CreateGrantRequest(grant=grant))
+
+    def revoke_grant(self, name: str) -> grant_pb2.Grant:
+        return self._call(self._grants.RevokeGrant, grant_pb2.RevokeGrantRequest(name=name))
+
+    def check(self, tool: str, arguments: Mapping[str, Any], *, principal: str = "") -> grant_pb2.CheckCallResponse:
+        """What would be decided on a call, and why."""
+        struct = struct_pb2.Struct()
+        struct.update(dict(arguments))
+        request = grant_pb2.CheckCallRequest(tool=f"tools/{tool}", arguments=struct, principal=principal)
+        return self._call(self._grants.CheckCall, request)
+
+    def propose_grants(self, since_ns: int = 0) -> grant_pb2.ProposeGrantsResponse:
+        """The few grants that would have allowed what was asked for since then."""
+        request = grant_pb2.ProposeGrantsRequest()
+        if since_ns:
+            request.since.FromNanoseconds(since_ns)
+        return self._call(self._grants.ProposeGrants, request)
+
+    def approvals(self) -> list[approval_pb2.Approval]:
+        """The questions that wait for an answer, oldest first."""
+        return list(self._call(self._approvals.ListApprovals, approval_pb2.ListApprovalsRequest()).approvals)
+
+    @contextlib.contextmanager
+    def watching_approvals(self) -> Iterator[Iterator[approval_pb2.Approval]]:
+        """Be somebody who can be asked, from here to the end of the block; gives each question as it comes and is closed."""
+        self.approvals()  # raises at once for those who may not
+        stream = self._approvals.WatchApprovals(approval_pb2.WatchApprovalsRequest())
+        try:
+            stream.initial_metadata()  # the daemon knows of us now
+            yield self._read(stream)
+        finally:
+            stream.cancel()
+
+    def _read(self, stream: Iterator[T]) -> Iterator[T]:
+        try:
+            yield from stream
+        except grpc.RpcError as e:
+            if e.code() is not grpc.StatusCode.CANCELLED:
+                raise self._error(e) from None
+
+    def resolve(self, request: approval_pb2.ResolveApprovalRequest) -> approval_pb2.Approval:
+        """Answer a question."""
+        return self._call(self._approvals.ResolveApproval, request)
+
+    def tokens(self) -> list[token_pb2.Token]:
+        return list(self._call(self._tokens.ListTokens, token_pb2.ListTokensRequest()).tokens)
+
+    def create_token(self, token: token_pb2.Token) -> token_pb2.CreateTokenResponse:
+        """A new token, with its secret."""
+        return self._call(self._tokens.CreateToken, token_pb2.CreateTokenRequest(token=token))
+
+    def revoke_token(self, name: str) -> token_pb2.Token:
+        return self._call(self._tokens.RevokeToken, token_pb2.RevokeTokenRequest(name=name))
+
     def status(self) -> system_pb2.Status:
         return self._call(self._system.GetStatus, system_pb2.GetStatusRequest())
 
@@ -162,7 +245,23 @@ class Client:
                 message = status.message.removesuffix(hint).rstrip()
                 return AgentdError(Reason[info.reason], message, hint=hint, metadata=metadata)
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            message = f"No daemon answers on {self.socket}."
-            metadata = {"socket": str(self.socket)}
+            message = f"No daemon answers on {self._where}."
+            metadata = {"socket": self._where}
             return DaemonError(Reason.DAEMON_UNREACHABLE, message, hint="Start it with `agentd serve`.", metadata=metadata)
         return AgentdError(Reason.INTERNAL, f"The request failed: {error.code().name}: {error.details()}")
+
+
+class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Sends a token with every request."""
+
+    def __init__(self, token: str) -> None:
+        self._header = ("authorization", f"Bearer {token}")
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._signed(client_call_details), request)
+
+    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._signed(client_call_details), request)
+
+    def _signed(self, details: Any) -> Any:
+        return details._replace(metadata=[*(details.metadata or ()), self._header])

@@ -5,6 +5,8 @@ from agentd.grants.conditions import Clock, Conditions, Moment, moment
 from agentd.grants.decide import Book, Decision, Request
 from agentd.grants.grant import Grant
 from agentd.grants.grants import Grants
+from agentd.grants.learn import propose
+from agentd.grants.notify import Notifier
 from agentd.grants.patterns import Pattern, parse
 from agentd.grants.scopes import PATH_KINDS, Scope, normalise
 from agentd.grants.taint import Labels, Taint
@@ -23,6 +25,7 @@ __all__ = [
     "Grants",
     "Labels",
     "Moment",
+    "Notifier",
     "Pattern",
     "Request",
     "Scope",
@@ -32,4 +35,5 @@ __all__ = [
     "normalise",
     "offers_for",
     "parse",
+    "propose",
 ]

@@ -110,13 +110,14 @@ class Approvals:
         self._timeout_s, self._limit = timeout_s, limit
         self._pending: dict[str, tuple[Approval, asyncio.Future[Approval]]] = {}
         self._closed: dict[str, Approval] = {}
-        self._watchers: set[asyncio.Queue[Approval]] = set()
+        self._queues: set[asyncio.Queue[Approval]] = set()
+        self._people = 0
         self._others: list[Callable[[], bool]] = []
 
     @property
     def answerable(self) -> bool:
         """Whether anybody would be told of a question."""
-        return bool(self._watchers) or any(there() for there in self._others)
+        return self._people > 0 or any(there() for there in self._others)
 
     def also(self, there: Callable[[], bool]) -> None:
         """Another way to reach a person, beside watching clients; `there` says whether it works now."""
@@ -166,15 +167,24 @@ class Approvals:
 
     async def watch(self) -> AsyncIterator[Approval]:
         """All that are pending, then each as it comes and as it is closed. Whoever watches can be asked."""
+        self._people += 1
+        try:
+            async for approval in self.news():
+                yield approval
+        finally:
+            self._people -= 1
+
+    async def news(self) -> AsyncIterator[Approval]:
+        """The same for those who only look on."""
         queue: asyncio.Queue[Approval] = asyncio.Queue(self._limit * 4)
-        self._watchers.add(queue)
+        self._queues.add(queue)
         try:
             for approval in self.pending():
                 yield approval
             while True:
                 yield await queue.get()
         finally:
-            self._watchers.discard(queue)
+            self._queues.discard(queue)
 
     def stop(self) -> None:
         """Withdraw what is pending."""
@@ -195,7 +205,7 @@ class Approvals:
         return closed
 
     def _tell(self, approval: Approval) -> None:
-        for queue in self._watchers:
+        for queue in self._queues:
             with contextlib.suppress(asyncio.QueueFull):  # a watcher that does not read misses news, nobody else does
                 queue.put_nowait(approval)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from agentd.grants.conditions import Moment
     from agentd.grants.grant import Grant, Verdict
+    from agentd.grants.patterns import Pattern
 
 _NEAR = 4
 _LOOKED_AT = 64
@@ -46,6 +47,8 @@ class Request:
     tool: str
     scopes: tuple[Scope, ...]
     run: str = ""
+    within: tuple[Pattern, ...] = ()
+    """The most that this principal's calls may touch, whatever the grants say; no such limit if there is none."""
 
     @property
     def principals(self) -> tuple[str, ...]:
@@ -78,6 +81,8 @@ class Book:
     def decide(self, request: Request, moment: Moment) -> Decision:
         """A pure function of book, request and moment."""
         for scope in request.wanted:
+            if request.within and not any(pattern.covers(scope) for pattern in request.within):
+                return Decision("deny", f"{request.principal} may not touch {scope}, whatever the grants say", (), str(scope))
             if rule := self._first(self.deny.touching(scope), request, moment):
                 return Decision("deny", f"denied by the rule for {rule.pattern}", (str(rule),), str(scope))
         used: list[Grant] = []

@@ -39,7 +39,7 @@ class Grants:
         rows = store.read(lambda db: list(db.execute("SELECT body, used FROM permission WHERE revoke_ns IS NULL ORDER BY id")))
         kept = [(Grant.from_json(body), used) for body, used in rows]
         self._made = {grant.id: grant for grant, _ in kept}
-        self._used = {grant.id: used for grant, used in kept}
+        self._used = {grant.id: int(used) for grant, used in kept}
         self._book: Book | None = None
         self._looked = 0.0
         self.changed: Callable[[], None] = lambda: None

@@ -11,16 +11,19 @@ from agentd.calls import CallRequest, CallResult, Denied
 from agentd.engine.link import Delta, Done, Malformed, ToolCall
 from agentd.engine.prompt import Called, Conversation, Generated, Part, Responded, Said, ToolSpec, Turn
 from agentd.errors import AgentdError, EngineError, Reason
+from agentd.grants import Labels
 from agentd.runs.results import for_the_model
-from agentd.runs.run import StopReason
+from agentd.runs.run import StopReason, told
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
+    from agentd.grants import Pattern
     from agentd.runs.run import Run
 
 MALFORMED_LIMIT = 3
 _NO_TOOL = "unknown"
+_NONE = Labels()
 _PASSED_ON = frozenset({Reason.STORE_FULL, Reason.AUDIT_UNAVAILABLE, Reason.SANDBOX_UNSUPPORTED, Reason.INTERNAL})
 """Errors of calls that no other call could do better: they end the run instead of going to the model."""
 
@@ -59,6 +62,8 @@ class Caller(Protocol):
 
     async def call(self, request: CallRequest) -> CallResult: ...
 
+    async def end_run(self, run: str) -> None: ...
+
 
 @dataclass(slots=True)
 class _Step:
@@ -80,6 +85,10 @@ class Loop:
     limits: Limits
     history: list[Turn]
     emit: Callable[[str, dict[str, Any]], None]
+    within: tuple[Pattern, ...] = ()
+    """The most that its calls may touch, if whoever started it is bounded."""
+    labels: Labels = _NONE
+    """What it has taken in so far, that of its session before it included."""
     answer: str = ""
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -157,16 +166,23 @@ class Loop:
 
     async def _execute(self, call: ToolCall) -> None:
         run = self.run
+        request = CallRequest(
+            *(run.principal, call.tool, call.arguments, run.session, run.id),
+            labels=self.labels,
+            within=self.within,
+            tell=lambda approval: self.emit("approval", told(approval)),
+        )
         try:
-            result = await self.caller.call(CallRequest(run.principal, call.tool, call.arguments, run.session, run.id))
+            result = await self.caller.call(request)
         except Denied as e:
-            told = {"call": e.call, "scopes": e.scopes, "decision": e.decision.verdict, "reason": e.decision.reason}
-            self._tell(call, {"error": f"denied: {e.decision.reason}"}, told)
+            refused = {"call": e.call, "scopes": e.scopes, "decision": e.decision.verdict, "reason": e.decision.reason}
+            self._tell(call, {"error": f"denied: {e.decision.reason}"}, refused)
         except AgentdError as e:
             if e.reason in _PASSED_ON:
                 raise
             self._tell(call, {"error": e.message}, {})
         else:
+            self.labels |= result.labels
             self._tell(call, result.output, result.told())
 
     def _tell(self, call: ToolCall, output: dict[str, Any], told: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from agentd.runs.run import Run, RunEvent, State
 if TYPE_CHECKING:
     import apsw
 
-    from agentd.engine.prompt import Turn
     from agentd.store import Store
 
 _REMEMBERED_TURNS = 32
@@ -57,14 +56,12 @@ class RunRecords:
         query = "SELECT body FROM run WHERE id = ?"
         body = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (run,)).get)
         if body is None:
-            hint = "Check its name; CreateRun gave it out."
-            message = f"There is no run {run!r}."
-            raise RequestError(Reason.RUN_NOT_FOUND, message, hint=hint, field="name", metadata={"run": run})
+            raise unknown_run(run)
         return Run.from_json(str(body))
 
-    async def page(self, before: str, limit: int) -> list[Run]:
-        query = "SELECT body FROM run WHERE id < ? ORDER BY id DESC LIMIT ?"
-        values = (before or "~", limit)
+    async def page(self, before: str, limit: int, principal: str) -> list[Run]:
+        query = "SELECT body FROM run WHERE id < ?1 AND (?2 = '' OR body ->> 'principal' = ?2) ORDER BY id DESC LIMIT ?3"
+        values = (before or "~", principal, limit)
         rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
         return [Run.from_json(body) for (body,) in rows]
 
@@ -74,12 +71,17 @@ class RunRecords:
         rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, (run, after))))
         return [RunEvent(**json.loads(body)) for (body,) in rows]
 
-    async def history(self, session: str) -> list[Turn]:
-        """What a session has said so far, oldest first."""
+    async def history(self, session: str) -> list[Run]:
+        """The runs of a session that its next one sees, oldest first."""
         query = "SELECT body FROM run WHERE session = ? AND state = 'succeeded' ORDER BY id DESC LIMIT ?"
         values = (session, _REMEMBERED_TURNS)
         rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
-        return [Run.from_json(body).turn() for (body,) in reversed(rows)]
+        return [Run.from_json(body) for (body,) in reversed(rows)]
+
+
+def unknown_run(run: str) -> RequestError:
+    hint = "Check its name; CreateRun gave it out."
+    return RequestError(Reason.RUN_NOT_FOUND, f"There is no run {run!r}.", hint=hint, field="name", metadata={"run": run})
 
 
 def _finish(db: apsw.Connection, run: Run, events: list[RunEvent]) -> None:

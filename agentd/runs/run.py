@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentd.engine.prompt import Called, Part, Responded, Said, Turn
+from agentd.grants import Labels
+from agentd.grants import State as ApprovalState
+
+if TYPE_CHECKING:
+    from agentd.grants import Approval
+
+_NONE = Labels()
+WAITS = ApprovalState.PENDING
 
 
 class State(Enum):
@@ -46,6 +54,8 @@ class Run:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     calls: int = 0
+    labels: Labels = _NONE
+    """What it has taken in: later runs of the session have it in their context too."""
     transcript: tuple[Part, ...] = field(default=(), repr=False)
     """Calls, results and answer, thoughts left out: what later runs of the session see of this one."""
 
@@ -68,6 +78,7 @@ class Run:
         fields = json.loads(text)
         fields["state"] = State(fields["state"])
         fields["stop_reason"] = StopReason(fields["stop_reason"]) if fields["stop_reason"] else None
+        fields["labels"] = Labels(**{name: tuple(sources) for name, sources in fields.get("labels", {}).items()})
         fields["error"] = tuple(fields["error"]) if fields["error"] else None
         kinds: dict[str, Any] = {"Said": Said, "Called": Called, "Responded": Responded}
         parts = (next(iter(part.items())) for part in fields["transcript"])
@@ -77,9 +88,21 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """What happened, in order: `kind` is text, thought, call_started, call or run; `body` is JSON."""
+    """What happened, in order: `kind` is text, thought, call_started, approval, call or run; `body` is JSON."""
 
     sequence: int
     time_ns: int
     kind: str
     body: dict[str, Any]
+
+
+def told(approval: Approval) -> dict[str, Any]:
+    """A question that a call waits for, or has waited for, as the body of an event."""
+    return {
+        "approval": approval.id,
+        "call": approval.call,
+        "tool": approval.tool,
+        "state": approval.state.value,
+        "reason": approval.reason if approval.state is WAITS else approval.said,
+        "scopes": [str(scope) for scope in approval.scopes],
+    }

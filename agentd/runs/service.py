@@ -10,18 +10,21 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from agentd.errors import AgentdError, DaemonError, Reason, RequestError
+from agentd.grants import Labels
 from agentd.runs.loop import Caller, Limits, Loop, Model, ModelSettings
-from agentd.runs.run import Run, RunEvent, State, StopReason
+from agentd.runs.run import WAITS, Run, RunEvent, State, StopReason
 from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from agentd.grants import Pattern
     from agentd.runs.record import RunRecords
 
 __all__ = ["Limits", "ModelSettings", "Runs"]
 
 _log = logging.getLogger(__name__)
+_NONE = Labels()
 LONGEST_PROMPT = 1 << 20
 STOP_TIMEOUT_S = 15.0
 
@@ -34,11 +37,27 @@ class _Live:
     events: list[RunEvent] = field(default_factory=list)
     more: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    limit: asyncio.Timeout | None = None
+    _left: float | None = None
 
     def add(self, kind: str, body: dict[str, Any]) -> None:
+        if kind == "approval":
+            self._count_no_waiting(waits=body["state"] == WAITS.value)
         self.events.append(RunEvent(len(self.events) + 1, time.time_ns(), kind, body))
         self.more.set()
         self.more = asyncio.Event()
+
+    def _count_no_waiting(self, *, waits: bool) -> None:
+        """The time that a person takes to answer is not the run's."""
+        now = asyncio.get_running_loop().time()
+        if self.limit is None or (waits == (self._left is not None)):
+            return
+        if waits:
+            self._left = max(0.0, (self.limit.when() or now) - now)
+            self.limit.reschedule(None)
+        else:
+            self.limit.reschedule(now + (self._left or 0.0))
+            self._left = None
 
 
 class Runs:
@@ -50,8 +69,18 @@ class Runs:
         self._live: dict[str, _Live] = {}
         self._stopping = False
 
-    async def create(self, principal: str, prompt: str, session: str, request_id: str) -> Run:
+    async def create(
+        self,
+        principal: str,
+        prompt: str,
+        session: str,
+        request_id: str,
+        labels: Labels = _NONE,
+        within: tuple[Pattern, ...] = (),
+    ) -> Run:
         """Start a run. The same `request_id` gives the run it started the first time.
+
+        `labels` are those of what the prompt was made from, `within` the most that its calls may touch.
 
         Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; StoreError; DaemonError (DAEMON_STOPPING).
         """
@@ -59,7 +88,10 @@ class Runs:
         if self._stopping:
             raise DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
         run = Run(new_id(), principal, prompt, session or new_id(), State.RUNNING, time.time_ns())
-        history = await self._records.history(session) if session else []
+        earlier = await self._records.history(session) if session else []
+        history = [each for each in earlier if each.principal == principal]  # a session's name is no key to others' words
+        for each in history:
+            labels |= each.labels
         kept = await self._records.insert(run, request_id or None)
         if kept.id != run.id:
             if (kept.prompt, kept.principal) != (prompt, principal):
@@ -67,7 +99,8 @@ class Runs:
                 raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
             return kept
         live = self._live[run.id] = _Live(run)
-        loop = Loop(run, self._model, self._caller, self._settings, self._limits, history, live.add)
+        loop = Loop(run, self._model, self._caller, self._settings, self._limits, [each.turn() for each in history], live.add)
+        loop.labels, loop.within = labels, within
         live.task = asyncio.create_task(self._go(live, loop), name=f"run {run.id}")
         return run
 
@@ -77,9 +110,9 @@ class Runs:
             return live.run
         return await self._records.get(run)
 
-    async def page(self, before: str, limit: int) -> list[Run]:
-        """Up to `limit` runs older than `before` (or the newest), newest first."""
-        return await self._records.page(before, limit)
+    async def page(self, before: str, limit: int, principal: str = "") -> list[Run]:
+        """Up to `limit` runs older than `before` (or the newest), newest first; of one principal, or of all."""
+        return await self._records.page(before, limit, principal)
 
     async def watch(self, run: str, after: int) -> AsyncIterator[RunEvent]:
         """The events past number `after`, until the run has ended. Raises RequestError (RUN_NOT_FOUND)."""
@@ -116,7 +149,7 @@ class Runs:
     async def _go(self, live: _Live, loop: Loop) -> None:
         end: dict[str, Any]
         try:
-            async with asyncio.timeout(self._limits.seconds):
+            async with asyncio.timeout(self._limits.seconds) as live.limit:
                 stop = await loop.go()
             end = {"state": State.SUCCEEDED, "stop_reason": stop}
         except TimeoutError:
@@ -138,6 +171,7 @@ class Runs:
             prompt_tokens=loop.prompt_tokens,
             generated_tokens=loop.generated_tokens,
             calls=loop.calls,
+            labels=loop.labels,
             transcript=tuple(loop.transcript),
         )
         live.add("run", {})
@@ -146,6 +180,7 @@ class Runs:
     async def _keep(self, live: _Live) -> None:
         """Only what is on disk may leave the memory."""
         with contextlib.suppress(AgentdError):  # a full disk: the run stays readable while the daemon lives
+            await self._caller.end_run(live.run.id)
             await self._records.finish(live.run, live.events)
             self._live.pop(live.run.id, None)
 

@@ -54,7 +54,9 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         CREATE INDEX permission_in_force ON permission (id) WHERE revoke_ns IS NULL;
 
         -- Access for programs: only a hash of each secret.
-        CREATE TABLE token (id TEXT PRIMARY KEY, hash BLOB NOT NULL, body TEXT NOT NULL, revoke_ns INTEGER) STRICT, WITHOUT ROWID;
+        CREATE TABLE token (
+            id TEXT PRIMARY KEY, hash BLOB NOT NULL, body TEXT NOT NULL, revoke_ns INTEGER
+        ) STRICT, WITHOUT ROWID;
         """,
     ),
 )

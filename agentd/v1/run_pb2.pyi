@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from agentd.v1 import approval_pb2 as _approval_pb2
 from agentd.v1 import tool_pb2 as _tool_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -141,6 +142,7 @@ class Run(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`runs/{run}`."""
     prompt: _builtins.str
@@ -171,6 +173,10 @@ class Run(_message.Message):
     def usage(self) -> Global___Run.Usage:
         """What it has used."""
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it has taken in: `untrusted`, `private`. With both it sends nothing out without a person's word."""
+
     def __init__(
         self,
         *,
@@ -185,10 +191,11 @@ class Run(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         usage: Global___Run.Usage | None = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "name", b"name", "principal", b"principal", "prompt", b"prompt", "session", b"session", "state", b"state", "stop_reason", b"stop_reason", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "labels", b"labels", "name", b"name", "principal", b"principal", "prompt", b"prompt", "session", b"session", "state", b"state", "stop_reason", b"stop_reason", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -261,6 +268,7 @@ class WatchRunResponse(_message.Message):
     CALL_STARTED_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    APPROVAL_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Its number within the run, from 1, without gaps."""
     text: _builtins.str
@@ -283,6 +291,10 @@ class WatchRunResponse(_message.Message):
     def run(self) -> Global___Run:
         """The run has changed its state; the last event of every run."""
 
+    @_builtins.property
+    def approval(self) -> Global___ApprovalNotice:
+        """A call waits for a person, or has waited for one."""
+
     def __init__(
         self,
         *,
@@ -293,12 +305,13 @@ class WatchRunResponse(_message.Message):
         call_started: Global___ToolCallStarted | None = ...,
         call: _tool_pb2.ToolCall | None = ...,
         run: Global___Run | None = ...,
+        approval: Global___ApprovalNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -329,6 +342,46 @@ class ToolCallStarted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ToolCallStarted: _TypeAlias = ToolCallStarted  # noqa: Y015
+
+@_typing.final
+class ApprovalNotice(_message.Message):
+    """A question about a call of the run; ApprovalService has all of it, for those who may answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`approvals/{approval}`."""
+    tool: _builtins.str
+    """The tool, such as `files.write`."""
+    state: _approval_pb2.Approval.State.ValueType
+    """Where the question stands."""
+    reason: _builtins.str
+    """Why it is asked, or how it ended."""
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the call would touch."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        tool: _builtins.str = ...,
+        scopes: _abc.Iterable[_builtins.str] | None = ...,
+        state: _approval_pb2.Approval.State.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason", "scopes", b"scopes", "state", b"state", "tool", b"tool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApprovalNotice: _TypeAlias = ApprovalNotice  # noqa: Y015
 
 @_typing.final
 class GetRunRequest(_message.Message):

@@ -112,11 +112,11 @@ class ToolCall(_message.Message):
         DECISION_UNSPECIFIED: ToolCall._Decision.ValueType  # 0
         """Not set."""
         DECISION_ALLOW: ToolCall._Decision.ValueType  # 1
-        """Every scope was covered by a grant."""
+        """Every scope was covered by a grant, or a person said yes."""
         DECISION_ASK: ToolCall._Decision.ValueType  # 2
-        """A person would have had to be asked."""
+        """A person would have had to be asked, and nobody was there."""
         DECISION_DENY: ToolCall._Decision.ValueType  # 3
-        """A rule denied it, or none allowed it."""
+        """A rule denied it, or a person did."""
 
     class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
         """What the grants said."""
@@ -124,11 +124,11 @@ class ToolCall(_message.Message):
     DECISION_UNSPECIFIED: ToolCall.Decision.ValueType  # 0
     """Not set."""
     DECISION_ALLOW: ToolCall.Decision.ValueType  # 1
-    """Every scope was covered by a grant."""
+    """Every scope was covered by a grant, or a person said yes."""
     DECISION_ASK: ToolCall.Decision.ValueType  # 2
-    """A person would have had to be asked."""
+    """A person would have had to be asked, and nobody was there."""
     DECISION_DENY: ToolCall.Decision.ValueType  # 3
-    """A rule denied it, or none allowed it."""
+    """A rule denied it, or a person did."""
 
     NAME_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
@@ -143,6 +143,7 @@ class ToolCall(_message.Message):
     SANDBOX_LEVEL_FIELD_NUMBER: _builtins.int
     DENIED_SYSCALLS_FIELD_NUMBER: _builtins.int
     WALL_US_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`calls/{call}`; empty if the model asked for something that is no call."""
     tool: _builtins.str
@@ -173,6 +174,10 @@ class ToolCall(_message.Message):
     def changed_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths the call has changed."""
 
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its output makes of the run that reads it: `untrusted`, `private`."""
+
     def __init__(
         self,
         *,
@@ -189,10 +194,11 @@ class ToolCall(_message.Message):
         sandbox_level: _builtins.str = ...,
         denied_syscalls: _builtins.int = ...,
         wall_us: _builtins.int = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "changed_paths", b"changed_paths", "decision", b"decision", "denied_syscalls", b"denied_syscalls", "failed", b"failed", "name", b"name", "output_json", b"output_json", "reason", b"reason", "sandbox_level", b"sandbox_level", "scopes", b"scopes", "tool", b"tool", "undoable", b"undoable", "wall_us", b"wall_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "changed_paths", b"changed_paths", "decision", b"decision", "denied_syscalls", b"denied_syscalls", "failed", b"failed", "labels", b"labels", "name", b"name", "output_json", b"output_json", "reason", b"reason", "sandbox_level", b"sandbox_level", "scopes", b"scopes", "tool", b"tool", "undoable", b"undoable", "wall_us", b"wall_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

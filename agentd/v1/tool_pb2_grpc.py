@@ -63,7 +63,7 @@ class ToolServiceServicer:
         """Calls a tool, as the model would: validated, decided, confined, journalled and recorded.
         A tool that says it failed is a result with `failed` set.
         Errors: NOT_FOUND TOOL_NOT_FOUND; INVALID_ARGUMENT BAD_ARGUMENTS; PERMISSION_DENIED GRANT_REQUIRED;
-        DEADLINE_EXCEEDED TOOL_TIMEOUT; ABORTED TOOL_FAILED; FAILED_PRECONDITION NOT_UNDOABLE, SANDBOX_UNSUPPORTED;
+        DEADLINE_EXCEEDED TOOL_TIMEOUT; ABORTED TOOL_FAILED, GRANT_REVOKED; FAILED_PRECONDITION NOT_UNDOABLE, SANDBOX_UNSUPPORTED;
         RESOURCE_EXHAUSTED STORE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

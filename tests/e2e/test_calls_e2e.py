@@ -55,7 +55,7 @@ def test_what_no_grant_covers_is_denied_with_what_to_add(client: Client):
     error = refused(client, "files.read", path="/etc/passwd")
     assert error.reason is Reason.GRANT_REQUIRED
     assert error.metadata["scope"] == "read:/etc/passwd"
-    assert "agentd.toml" in error.hint
+    assert "agentd grants add files.read 'read:/etc/passwd'" in error.hint
     (event,) = client.audit_events(call=f"calls/{error.metadata['call']}")
     assert event.kind == "call.deny"
 

@@ -12,7 +12,7 @@ from agentd.calls import CallRequest, CallResult
 from agentd.engine.link import Delta, Done, Malformed, ToolCall
 from agentd.engine.prompt import Conversation, Said, Text, ToolSpec, Turn, render
 from agentd.errors import AgentdError, EngineError, Reason, RequestError, StoreError
-from agentd.grants import Decision
+from agentd.grants import Decision, Labels
 from agentd.runs import Run, State, StopReason
 from agentd.runs.loop import Limits, Loop, ModelSettings
 from agentd.runs.results import LONGEST, for_the_model
@@ -64,7 +64,10 @@ class ScriptedCaller:
         self.made.append(request)
         if self.error:
             raise self.error
-        return CallResult("c1", request.tool, {"ok": True}, (), Decision("allow", "granted"), (), "L2", 0, 5)
+        return CallResult("c1", request.tool, {"ok": True}, (), Decision("allow", "granted"), (), "L2", 0, 5, Labels())
+
+    async def end_run(self, run: str) -> None:
+        """The loop leaves that to the service."""
 
 
 def loop_of(model: ScriptedModel, caller: ScriptedCaller, **limits: int) -> Loop:

@@ -1,0 +1,114 @@
+"""Questions on this device's own screen: Android's notifications through Termux, a desktop's through notify-send.
+
+What is shown comes from the daemon, and is handed over as arguments: no shell reads it. Buttons say once or no; whatever
+lasts longer is decided where all of it can be seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from agentd.errors import AgentdError
+from agentd.grants.approvals import Answer, State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentd.grants.approvals import Approval, Approvals
+
+_log = logging.getLogger(__name__)
+_TIMEOUT_S = 20.0
+_LONGEST = 400
+_ONCE, _NO = "once", "deny"
+
+
+class Notifier:
+    """Shows each question for as long as it is open. `find` looks a program up, as shutil.which does."""
+
+    def __init__(self, approvals: Approvals, owner: str) -> None:
+        self._approvals, self._owner = approvals, owner
+        self._shown: dict[str, asyncio.Task[None]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._termux = shutil.which("termux-notification")
+        self._desktop = shutil.which("notify-send")
+
+    @property
+    def there(self) -> bool:
+        """Whether there is a screen to show anything on."""
+        return bool(self._termux or (self._desktop and _has_session()))
+
+    def start(self) -> None:
+        if self._termux or self._desktop:
+            self._task = asyncio.create_task(self._follow(), name="notifier")
+            self._approvals.also(lambda: self.there)
+
+    async def stop(self) -> None:
+        tasks = [task for task in (self._task, *self._shown.values()) if task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_TIMEOUT_S)
+
+    async def _follow(self) -> None:
+        async for approval in self._approvals.news():
+            if approval.state is State.PENDING and self.there:
+                self._shown[approval.id] = asyncio.create_task(self._show(approval), name=f"notify {approval.id}")
+            elif task := self._shown.pop(approval.id, None):
+                task.cancel()
+                if self._termux:
+                    await _run([f"{self._termux}-remove", f"agentd-{approval.id}"])
+
+    async def _show(self, approval: Approval) -> None:
+        title, text = f"agentd: {approval.tool}?", _text(approval)
+        if self._termux:
+            agentd = f"{sys.executable} -m agentd approvals answer {approval.id}"
+            buttons = ["--button1", "Allow once", "--button1-action", f"{agentd} once"]
+            buttons += ["--button2", "Deny", "--button2-action", f"{agentd} deny"]
+            sort = ["--priority", "high", "--ongoing", "--id", f"agentd-{approval.id}"]
+            await _run([self._termux, *sort, "--title", title, "--content", text, *buttons])
+        elif self._desktop:
+            actions = [f"--action={_ONCE}=Allow once", f"--action={_NO}=Deny"]
+            chosen = await _run([self._desktop, "--app-name=agentd", "--wait", *actions, "--", title, text], wait=True)
+            if chosen in (_ONCE, _NO):
+                with contextlib.suppress(AgentdError):  # somebody else was quicker
+                    self._approvals.resolve(approval.id, Answer(allow=chosen == _ONCE), self._owner)
+
+
+def _text(approval: Approval) -> str:
+    """Short, printable, and what matters first."""
+    undo = f"can't be undone: {approval.not_undoable}" if approval.not_undoable else "can be undone"
+    scopes = ", ".join(str(scope) for scope in approval.unmet or approval.scopes)
+    text = f"{scopes}\n{approval.principal} asks; {approval.reason}; {undo}"
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)[:_LONGEST]
+
+
+def _has_session() -> bool:
+    return bool(os.environ.get("DBUS_SESSION_BUS_ADDRESS"))
+
+
+async def _run(command: Sequence[str], *, wait: bool = False) -> str:
+    """What it prints, if it is waited for; empty if it can't be run."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+        )
+    except OSError as e:
+        _log.warning("%s can't be run: %s", command[0], e.strerror)
+        return ""
+    try:
+        async with asyncio.timeout(None if wait else _TIMEOUT_S):
+            output, _ = await process.communicate()
+    except (TimeoutError, asyncio.CancelledError) as e:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        if isinstance(e, asyncio.CancelledError):
+            raise
+        return ""
+    return output.decode(errors="replace").strip()
