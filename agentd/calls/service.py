@@ -133,7 +133,7 @@ class Calls:
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS), Denied.
         """
         wanted = await asyncio.get_running_loop().run_in_executor(self._threads, self._validate, request)
-        return await self._permission.obtain(wanted, lambda: self._scopes(wanted.tool, wanted.arguments))
+        return await self._permission.obtain(wanted, lambda: self._scopes(*self._checked(request)))
 
     def explain(self, request: CallRequest) -> tuple[tuple[Scope, ...], Decision]:
         """What would be decided on such a call now, and why; nothing is recorded or run. Not for the event loop.

@@ -93,7 +93,7 @@ class Approval:
         """How it ended, as a reason for the record."""
         words = {
             State.ALLOWED: f"allowed by {self.answered_by}",
-            State.DENIED: f"denied by {self.answered_by}",
+            State.DENIED: f"{self.answered_by} said no",
             State.EXPIRED: f"nobody answered in {round((self.expire_ns - self.create_ns) / 1e9)} s",
             State.WITHDRAWN: "the call was given up before anybody answered",
             State.PENDING: "nobody has answered yet",

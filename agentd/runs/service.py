@@ -67,6 +67,7 @@ class Runs:
         self._records, self._model, self._caller = records, model, caller
         self._settings, self._limits = settings, limits
         self._live: dict[str, _Live] = {}
+        self._keeping: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     async def create(
@@ -145,6 +146,8 @@ class Runs:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
+        if self._keeping:
+            await asyncio.wait(self._keeping, timeout=STOP_TIMEOUT_S)
 
     async def _go(self, live: _Live, loop: Loop) -> None:
         end: dict[str, Any]
@@ -175,14 +178,18 @@ class Runs:
             transcript=tuple(loop.transcript),
         )
         live.add("run", {})
-        await asyncio.shield(self._keep(live))
+        keeping = asyncio.create_task(self._keep(live), name=f"keep run {live.run.id}")
+        self._keeping.add(keeping)
+        keeping.add_done_callback(self._keeping.discard)
+        await asyncio.shield(keeping)
 
     async def _keep(self, live: _Live) -> None:
         """Only what is on disk may leave the memory."""
         with contextlib.suppress(AgentdError):  # a full disk: the run stays readable while the daemon lives
-            await self._caller.end_run(live.run.id)
             await self._records.finish(live.run, live.events)
             self._live.pop(live.run.id, None)
+        with contextlib.suppress(AgentdError):
+            await self._caller.end_run(live.run.id)
 
 
 def _check(prompt: str, session: str, request_id: str) -> None:
