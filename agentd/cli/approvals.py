@@ -33,11 +33,16 @@ _ANSWERS = ("once", "run", "always", "deny")
 
 
 def until(text: str) -> int:
-    """Nanoseconds since 1970 that far from now: 30m, 2h, 7d. Raises BadParameter."""
+    """Nanoseconds since 1970 that far from now. Raises BadParameter."""
+    return time.time_ns() + duration_ns(text)
+
+
+def duration_ns(text: str) -> int:
+    """Of 30m, 2h, 7d. Raises BadParameter."""
     match = _DURATION.fullmatch(text)
     if not match:
         raise click.BadParameter(f"{text!r} is no duration: write 30m, 2h or 7d")
-    return time.time_ns() + int(match[1]) * _UNITS[match[2]] * 10**9
+    return int(match[1]) * _UNITS[match[2]] * 10**9
 
 
 @click.group(invoke_without_command=True, epilog="Example: agentd approvals")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
 
-from agentd.cli.approvals import until
+from agentd.cli.approvals import duration_ns, until
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.cli.tools import argument
 from agentd.client import Client
@@ -84,10 +85,7 @@ def add(
         wanted.expire_time.FromNanoseconds(until(lasting))
     with Client(socket) as client:
         made = client.grant(wanted)
-    if as_json:
-        print_json(made)
-    else:
-        console.print(f"[green]made[/] {shown(made.text)}")
+    _print_made(made, as_json=as_json)
 
 
 @grants.command(epilog="Example: agentd grants revoke 01kz5t3q8m0v9r6w2e4y7x1abc")
@@ -135,9 +133,8 @@ def check(socket: Path | None, tool: str, arguments: tuple[str, ...], principal:
 @click.pass_obj
 def learn(socket: Path | None, since: str | None, *, apply: bool, as_json: bool) -> None:
     """Propose the few grants that would have allowed what was asked for and is not allowed now."""
-    start = 2 * _now() - until(since) if since else 0
     with Client(socket) as client:
-        proposed = client.propose_grants(start)
+        proposed = client.propose_grants(time.time_ns() - duration_ns(since) if since else 0)
         if as_json:
             print_json(proposed)
         else:
@@ -147,11 +144,14 @@ def learn(socket: Path | None, since: str | None, *, apply: bool, as_json: bool)
         if apply and proposed.grants and (as_json or click.confirm("Make them?")):
             for grant in proposed.grants:
                 wanted = grant_pb2.Grant(principal=grant.principal, tool=grant.tool, scope=grant.scope)
-                console.print(f"[green]made[/] {shown(client.grant(wanted).text)}")
+                _print_made(client.grant(wanted), as_json=as_json)
 
 
-def _now() -> int:
-    return until("0s")
+def _print_made(made: grant_pb2.Grant, *, as_json: bool) -> None:
+    if as_json:
+        print_json(made)
+    else:
+        console.print(f"[green]made[/] {shown(made.text)}")
 
 
 def _word(grant: grant_pb2.Grant) -> str:

@@ -25,7 +25,9 @@ class _Ready:
             return
         click.echo(f"agentd is ready on {self.socket}", err=True)
         if not self.grants:
-            click.echo(f"No grants: every tool call will be denied. Add some to {configuration.default_file()}", err=True)
+            click.echo(
+                "No grants in agentd.toml: keep `agentd approvals` open to be asked, or see `agentd grants add -h`.", err=True
+            )
 
 
 @click.command(epilog="Example: agentd serve --config ~/.config/agentd/agentd.toml")
