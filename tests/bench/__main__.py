@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from agentd.client import Client
-from tests.bench import confined
+from tests.bench import confined, permission
 from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb
 from tests.e2e.conftest import DaemonProcess
 
@@ -116,7 +116,9 @@ def main() -> None:
         daemon = DaemonProcess(folder / "daemon").start()
         with Client(daemon.socket) as client:
             figures = [*tool_calls(daemon, client, args.calls), *memory(client)]
+            figures += permission.questions(daemon, client, 50)
         daemon.stop()
+        figures += permission.decisions(5000)
         figures += starts(folder, 5)
         figures += confined.figures(folder, args.calls)
     if args.json:
