@@ -33,6 +33,7 @@ from agentd.v1 import system_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from agentd_sandbox import Level
 
@@ -46,9 +47,11 @@ _GRACE_S = 5.0
 class Daemon:
     """Builds everything from a configuration. `start`, then `stop`; `run` does both around the signals."""
 
-    def __init__(self, config: Config) -> None:
-        """Opens the store and reads the tools. Raises StoreError, ConfigError."""
+    def __init__(self, config: Config, file: Path | None = None) -> None:
+        """Opens the store and reads the tools. `file` is where the configuration is from. Raises StoreError, ConfigError."""
         self._config = config
+        own = (config.state, config.socket, *config.tools.bundles, *([file] if file else []))
+        self._own = tuple(dict.fromkeys(path.resolve() for path in own))
         self._toolbox = calls.load(config.tools.bundles, files("agentd.bundled_tools"), config.tools.bundled)
         self._credentials = calls.load_credentials(config.credentials, config.state)
         self._store = Store(config.state)
@@ -57,7 +60,7 @@ class Daemon:
         self._journal = Journal(self._store, self._audit, config.state / "objects", file_limit=limit)
         self._records = RunRecords(self._store)
         clock = Clock(self._audit.newest_ns())
-        self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs))
+        self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs), self._own)
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}")
         self._recovered: list[str] = []
@@ -102,7 +105,7 @@ class Daemon:
         if self._level.confines:
             self._start_sandbox()
         devices = DEVICES | config.devices
-        places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc, devices)
+        places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc, devices, self._own)
         taint = Taint(config.taint.trusted, config.taint.private)
         permission = Permission(self._grants, self._approvals, taint, self._journal, self._audit)
         self._calls = Calls(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from agentd.grants import Approvals, Grants, Scope, Taint
     from agentd.journal import Journal
 
-_READ = 12  # of what a run has read, shown with a question
+_READ = 12  # of what a run has read, shown with a question: what gave it its labels, then the newest
 _ATTEMPTS = 3  # to take a use of a grant before another call does
 
 
@@ -149,7 +149,7 @@ class Permission:
             run=request.run,
             session=request.session,
             labels=request.labels.names,
-            read=tuple(dict.fromkeys(held))[:_READ],
+            read=tuple(dict.fromkeys(held + request.read[::-1]))[:_READ],
             near=decision.near,
             sends_out=decision.sends_out,
             offers=offers,

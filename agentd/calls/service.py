@@ -92,6 +92,8 @@ class Places:
     proc: str = "/proc"
     devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The nodes of each device that a scope can name, as globs."""
+    own: tuple[Path, ...] = ()
+    """The daemon's own files and folders, by real path: no call gets to them, whatever the grants say."""
 
     def variables(self) -> dict[str, str]:
         prefix = os.environ.get("PREFIX", "/usr")  # Termux keeps its programs in a folder of its own
@@ -267,7 +269,8 @@ class Calls:
         used = frozenset(scope.value for scope in scopes if scope.kind == "use")
         named = (self._places.devices.get(scope.value, ()) for scope in scopes if scope.kind == "device")
         nodes = tuple(PathRule(os.fsencode(node), glob=True) for nodes in named for node in nodes)
-        return Access(rules["read"], rules["write"], peers, rules["exec"], used, nodes)
+        own = tuple(PathRule(os.fsencode(path)) for path in self._places.own)
+        return Access(rules["read"], rules["write"], peers, rules["exec"], used, nodes, own)
 
     def _conclude(self, prepared: Prepared, transaction: Transaction, outcome: Outcome) -> CallResult:
         output = outcome.result if outcome.error is None else {"error": outcome.error}

@@ -25,8 +25,8 @@ def _nobody(_: Approval) -> None:
 class CallRequest:
     """Who asks for what, and in which run of which session, if any.
 
-    `labels` are those of the run so far, `within` is the most that this principal's calls may touch. `tell` gets every
-    question that the call waits for, and again with its answer.
+    `labels` are those of the run so far, `read` the scopes it has read, `within` is the most that this principal's calls may
+    touch. `tell` gets every question that the call waits for, and again with its answer.
     """
 
     principal: str
@@ -36,6 +36,7 @@ class CallRequest:
     run: str = ""
     labels: Labels = _NONE
     within: tuple[Pattern, ...] = ()
+    read: tuple[str, ...] = ()
     tell: Callable[[Approval], None] = _nobody
 
 

@@ -48,5 +48,5 @@ def serve(socket: Path | None, file: Path | None, log_level: str, *, as_json: bo
     config = configuration.load(file)
     if socket:
         config = config.model_copy(update={"socket": Path(socket).expanduser().absolute()})
-    daemon = Daemon(config)
+    daemon = Daemon(config, file or configuration.default_file())
     asyncio.run(daemon.run(_Ready(config.socket, len(config.grants), as_json)))

@@ -11,11 +11,13 @@ from agentd.audit import Event
 from agentd.errors import Reason, RequestError
 from agentd.grants.decide import Book, Decision, Request
 from agentd.grants.grant import Grant
-from agentd.grants.patterns import parse
+from agentd.grants.patterns import parse, within
+from agentd.grants.scopes import PATH_KINDS
 from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     import apsw
 
@@ -29,10 +31,19 @@ _LOOK_AGAIN_S = 5.0
 class Grants:
     """Decides, and changes what is decided by. From any thread; what changes is durable before it counts.
 
-    `changed` is called after every change that may take something away.
+    `own` are the daemon's own files, which no grant can open. `changed` is called after every change that may take something
+    away.
     """
 
-    def __init__(self, fixed: Iterable[Grant], store: Store, audit: AuditLog, moment: Callable[[], Moment]) -> None:
+    def __init__(
+        self,
+        fixed: Iterable[Grant],
+        store: Store,
+        audit: AuditLog,
+        moment: Callable[[], Moment],
+        own: tuple[Path, ...] = (),
+    ) -> None:
+        self._own = [str(path) for path in own]
         self._fixed, self._store, self._audit = tuple(fixed), store, audit
         self._moment = moment
         self._lock = threading.Lock()
@@ -45,6 +56,9 @@ class Grants:
         self.changed: Callable[[], None] = lambda: None
 
     def decide(self, request: Request) -> Decision:
+        for scope in request.scopes:
+            if scope.kind in PATH_KINDS and any(within(scope.value, own) for own in self._own):
+                return Decision("deny", f"{scope} belongs to agentd itself", ("built in: agentd's own files",), str(scope))
         return self._current().decide(request, self._moment())
 
     def now_ns(self) -> int:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MALFORMED_LIMIT = 3
 _NO_TOOL = "unknown"
 _NONE = Labels()
+_TAKES_IN = ("read:", "connect:")
 _PASSED_ON = frozenset({Reason.STORE_FULL, Reason.AUDIT_UNAVAILABLE, Reason.SANDBOX_UNSUPPORTED, Reason.INTERNAL})
 """Errors of calls that no other call could do better: they end the run instead of going to the model."""
 
@@ -89,6 +90,8 @@ class Loop:
     """The most that its calls may touch, if whoever started it is bounded."""
     labels: Labels = _NONE
     """What it has taken in so far, that of its session before it included."""
+    read: dict[str, None] = field(default_factory=dict)
+    """The scopes that it has read, in order."""
     answer: str = ""
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -170,6 +173,7 @@ class Loop:
             *(run.principal, call.tool, call.arguments, run.session, run.id),
             labels=self.labels,
             within=self.within,
+            read=tuple(self.read),
             tell=lambda approval: self.emit("approval", told(approval)),
         )
         try:
@@ -183,6 +187,7 @@ class Loop:
             self._tell(call, {"error": e.message}, {})
         else:
             self.labels |= result.labels
+            self.read |= dict.fromkeys(scope for scope in result.scopes if scope.startswith(_TAKES_IN))
             self._tell(call, result.output, result.told())
 
     def _tell(self, call: ToolCall, output: dict[str, Any], told: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ class Access:
     `connect` holds (host, port): a host is a literal address, or a name that the broker resolves to public addresses.
     `execute` names the programs that may be started; with any, what programs need to run at all may be read.
     `use` names the credentials that the broker may add to requests of this call. `devices` are nodes that may be opened
-    to read and to write; what is done to them can't be undone.
+    to read and to write; what is done to them can't be undone. What is `hidden` does not exist, whatever the other rules say.
     """
 
     read: tuple[PathRule, ...] = ()
@@ -101,6 +101,7 @@ class Access:
     execute: tuple[PathRule, ...] = ()
     use: frozenset[str] = field(default_factory=frozenset)
     devices: tuple[PathRule, ...] = ()
+    hidden: tuple[PathRule, ...] = ()
 
     @cached_property
     def _reading(self) -> _Rules:
@@ -119,17 +120,20 @@ class Access:
         return _Rules((*self.read, *self.write, *self.execute, *self.devices))
 
     def may_read(self, path: bytes) -> bool:
-        return self._reading.cover(path)
+        return self._reading.cover(path) and not self._is_hidden(path)
 
     def may_write(self, path: bytes) -> bool:
-        return self._writing.cover(path)
+        return self._writing.cover(path) and not self._is_hidden(path)
 
     def may_execute(self, path: bytes) -> bool:
-        return self._executing.cover(path)
+        return self._executing.cover(path) and not self._is_hidden(path)
 
     def is_device(self, path: bytes) -> bool:
-        return any(rule.covers(path) for rule in self.devices)
+        return any(rule.covers(path) for rule in self.devices) and not self._is_hidden(path)
 
     def may_see(self, path: bytes) -> bool:
         """Whether the call may know if `path` exists and what kind of thing it is."""
-        return self._all.cover(path) or self._all.lie_below(path)
+        return (self._all.cover(path) or self._all.lie_below(path)) and not self._is_hidden(path)
+
+    def _is_hidden(self, path: bytes) -> bool:
+        return any(rule.covers(path) for rule in self.hidden)

@@ -14,12 +14,11 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentd_sandbox import network
-from agentd_sandbox.access import Access, PathRule
 from agentd_sandbox.broker import Broker
 from agentd_sandbox.cgroup import Cgroup
 from agentd_sandbox.desk import Desk
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Mapping
 
+    from agentd_sandbox.access import Access, PathRule
     from agentd_sandbox.recorder import Recorder
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from agentd_sandbox.zygote import main; main(int(sys.argv[2]))"
@@ -146,7 +146,7 @@ class Sandbox:
         stopped = threading.Event()
         peers = network.Network(access.connect, deadline, stopped, self.resolve)
         rules = self._python + (program_rules() if access.execute else ())
-        reach = Access(access.read + rules, access.write, access.connect, access.execute, access.use, access.devices)
+        reach = replace(access, read=access.read + rules)
         files = Files(reach, recorder, peers.made_up_files() if access.connect else {}, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
         proxy = Proxy(peers, credentials, files.deny, stopped, self.trust)

@@ -53,13 +53,14 @@ class House:
             Grant("*", tool, parse(scope.format(h=self.home)), decision, "config", f"grant {n}", scope.format(h=self.home))  # type: ignore[arg-type]
             for n, (tool, scope, decision) in enumerate(self.grants, 1)
         ]
-        self.book = Grants(rules, self.store, self.audit, lambda: moment(clock, "/sys"))
+        self.book = Grants(rules, self.store, self.audit, lambda: moment(clock, "/sys"), (self.root / "state",))
         self.approvals = Approvals(self.timeout_s, self.pending)
         taint = Taint([each.format(h=self.home) for each in self.trusted], [each.format(h=self.home) for each in self.private])
         self.permission = Permission(self.book, self.approvals, taint, self.journal, self.audit)
         self.sandbox = Sandbox(toolbox.programs, self.home, LEVEL)
         self.sandbox.start()
-        self.calls = Calls(toolbox, self.permission, self.journal, self.audit, self.sandbox, LEVEL, Places(self.home))
+        places = Places(self.home, own=((self.root / "state").resolve(),))
+        self.calls = Calls(toolbox, self.permission, self.journal, self.audit, self.sandbox, LEVEL, places)
         return self
 
     def __exit__(self, *_: object) -> None:

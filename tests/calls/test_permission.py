@@ -280,3 +280,26 @@ def test_no_decision_in_the_log_is_without_a_reason(tmp_path: Path):
         decided = house.bodies("call.intent") + house.bodies("call.deny") + house.bodies("approval.request")
         assert len(decided) == 9
         assert all(body["decision"]["reason"] and body["decision"]["verdict"] for body in decided)
+
+
+def test_the_daemons_own_files_are_out_of_reach_from_above(tmp_path: Path):
+    """A shell that may use the folder around them can't read, remove, rename or replace them."""
+    root = tmp_path.resolve()
+    grants = [("*", "exec:/usr", "allow"), ("*", f"read:{root}", "allow"), ("*", f"write:{root}", "allow")]
+    with House(tmp_path, grants) as house:
+        attempts = (
+            "cat state/agentd.db",
+            "rm state/lock",
+            "mv state gone",
+            "echo x > state/new",
+            "ls state",
+            "rm -r state",
+        )
+        command = "; ".join(f"{attempt} && echo DONE" for attempt in attempts)
+        before = sorted(path.name for path in (root / "state").iterdir())
+        result = house.run(house.call("shell.run", command=command, folder=str(root)))
+        assert "DONE" not in result.output["output"], result.output
+        assert "SQLite" not in str(result.output)
+        assert sorted(path.name for path in (root / "state").iterdir()) == before
+        with pytest.raises(Denied, match="belongs to agentd itself"):
+            house.run(house.call("files.read", path=str(root / "state" / "agentd.db")))

@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
-from agentd.v1 import tool_pb2
+from agentd.v1 import grant_pb2, tool_pb2
 
 if TYPE_CHECKING:
     from tests.e2e.conftest import DaemonProcess
@@ -193,3 +193,15 @@ def wait_for(condition: object, seconds: float = 10) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
+
+
+def test_the_daemons_own_files_are_no_calls_business(own_daemon: DaemonProcess):
+    """Not even with a grant for all that is around them."""
+    with Client(own_daemon.start().socket) as client:
+        wide = grant_pb2.Grant(tool="*", scope=f"read:{own_daemon.root}")
+        client.grant(wide)
+        client.grant(grant_pb2.Grant(tool="*", scope=f"write:{own_daemon.root}"))
+        for path in ("state", "state/agentd.db", "agentd.toml", "agentd.sock"):
+            error = refused(client, "files.delete", path=str(own_daemon.root / path))
+            assert error.reason is Reason.GRANT_REQUIRED
+            assert "belongs to agentd itself" in error.message
