@@ -62,7 +62,7 @@ class Daemon:
         clock = Clock(self._audit.newest_ns())
         self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs), self._own)
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
-        self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}")
+        self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
         self._recovered: list[str] = []
         self._model_error = ""
         self._preload: asyncio.Task[None] | None = None

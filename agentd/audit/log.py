@@ -81,9 +81,9 @@ class AuditLog:
             yield from (entry for entry in page if int(entry.body.get("time_ns", 0)) >= time_ns)
 
     def newest_ns(self) -> int:
-        """When the newest entry was recorded; 0 if there is none."""
-        newest = self.entries(limit=1, newest_first=True)
-        return int(newest[0].body.get("time_ns", 0)) if newest else 0
+        """The latest time among the newest entries: the clock may have been set back before the last of them."""
+        newest = self.entries(limit=_PAGE, newest_first=True)
+        return max((int(entry.body.get("time_ns", 0)) for entry in newest), default=0)
 
     def verify(self) -> Verification:
         """Recompute the whole chain from the stored bytes."""

@@ -190,8 +190,9 @@ def _sends_out(wanted: Wanted) -> bool:
 
 
 def _sending(wanted: Wanted) -> set[tuple[str, str, str]]:
-    """Run, tool and peer of what it would send."""
-    return {(wanted.request.run, wanted.tool.name, str(scope)) for scope in wanted.scopes if scope.kind == "connect"}
+    """Run, tool and peer of what it would send; a tool that reaches outside by other means has no peer."""
+    peers = [str(scope) for scope in wanted.scopes if scope.kind == "connect"] or [""]
+    return {(wanted.request.run, wanted.tool.name, peer) for peer in peers}
 
 
 def _lasting(wanted: Wanted, closed: Approval) -> list[Grant]:

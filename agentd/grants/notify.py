@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from agentd.grants.approvals import Answer, State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from agentd.grants.approvals import Approval, Approvals
 
@@ -29,10 +31,10 @@ _ONCE, _NO = "once", "deny"
 
 
 class Notifier:
-    """Shows each question for as long as it is open. `find` looks a program up, as shutil.which does."""
+    """Shows each question for as long as it is open. What is chosen there is `owner`'s answer; `socket` is the daemon's."""
 
-    def __init__(self, approvals: Approvals, owner: str) -> None:
-        self._approvals, self._owner = approvals, owner
+    def __init__(self, approvals: Approvals, owner: str, socket: Path) -> None:
+        self._approvals, self._owner, self._socket = approvals, owner, socket
         self._shown: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
         self._termux = shutil.which("termux-notification")
@@ -67,7 +69,9 @@ class Notifier:
     async def _show(self, approval: Approval) -> None:
         title, text = f"agentd: {approval.tool}?", _text(approval)
         if self._termux:
-            agentd = f"{sys.executable} -m agentd approvals answer {approval.id}"
+            agentd = shlex.join(
+                [sys.executable, "-m", "agentd", "--socket", str(self._socket), "approvals", "answer", approval.id]
+            )
             buttons = ["--button1", "Allow once", "--button1-action", f"{agentd} once"]
             buttons += ["--button2", "Deny", "--button2-action", f"{agentd} deny"]
             sort = ["--priority", "high", "--ongoing", "--id", f"agentd-{approval.id}"]

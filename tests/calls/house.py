@@ -43,7 +43,7 @@ class House:
         if not LEVEL.confines:
             pytest.skip("this kernel confines nothing")
         self.home = (self.root / "home").resolve()
-        self.home.mkdir(exist_ok=True)
+        self.home.mkdir(parents=True, exist_ok=True)
         toolbox = load(self.bundles, files("agentd.bundled_tools"), ("files", "system", "http", "shell"))
         self.store = Store(self.root / "state")
         self.audit = AuditLog(self.store)

@@ -207,9 +207,11 @@ def test_a_question_is_shown_on_the_screen(tmp_path: Path, program: str):
             thread, ended = in_background(lambda: client.call("files.write", {"path": "a.txt", "text": "$(id)`id`;id"}))
             if program == "termux-notification":
                 action = until(
-                    lambda: re.search(r"-m (agentd approvals answer \S+ once)", log.read_text() if log.exists() else "")
+                    lambda: re.search(
+                        r"-m agentd --socket \S+ (approvals answer \S+ once)", log.read_text() if log.exists() else ""
+                    )
                 )
-                running.command(*action[1].split()[1:])
+                running.command(*action[1].split())
             thread.join(DEADLINE_S)
             assert not ended[0].failed
         shown = until(log.read_text)

@@ -229,3 +229,33 @@ def test_the_time_a_person_takes_is_not_the_runs(house: House, web: tuple[str, l
     _last, ended = house.run(go())
     assert ended.stop_reason.value == "answered"
     assert posted == [SECRET.encode()]
+
+
+def test_reaching_outside_without_a_peer_is_sending_too(house: House, web: tuple[str, list[bytes]], tmp_path: Path):
+    """A device, say: its tool has no address, and is held all the same."""
+    address, _posted = web
+    folder = tmp_path / "bundles" / "siren"
+    folder.mkdir(parents=True)
+    (folder / "tool.toml").write_text(SIREN)
+    (folder / "run.py").write_text("from agentd_sandbox.sdk import tool\n@tool('blow')\ndef blow(text):\n    return {}\n")
+    with House(tmp_path / "other", [("*", "*", "allow")], ("{h}/private",), ("{h}",), bundles=(tmp_path / "bundles",)) as loud:
+        (loud.home / "private").mkdir()
+        (loud.home / "private" / "diary.txt").write_text(SECRET)
+        play(loud, [*theft(address)[:2], ("siren.blow", {"text": SECRET})], None)
+        assert [body["tool"]["name"] for body in loud.bodies("call.deny")] == ["siren.blow"]
+
+
+SIREN = """
+bundle = "siren"
+version = "1"
+description = "x"
+program = "run.py"
+[[tool]]
+name = "blow"
+description = "Blow"
+effect = "external"
+[tool.parameters]
+required = ["text"]
+[tool.parameters.properties.text]
+type = "string"
+"""
