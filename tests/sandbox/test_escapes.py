@@ -431,7 +431,7 @@ class World:
 
     def place(self, ground: Ground, *, control: bool) -> dict[str, Any]:
         target, program = self.target, found("python3")
-        site = next(path for path in sys.path if path.endswith("site-packages"))
+        site = next(path for path in sys.path if path.endswith(("site-packages", "dist-packages")))
         made_up = [str(ground.outside / "file"), str(ground.outside / "only-outside")]
         own = [sdk.__file__, json.__file__, f"{site}/agentd.pth", *_own_repository(), sys.executable, "/etc/ld.so.preload"]
         return {
