@@ -53,7 +53,7 @@ class Index:
     def touching(self, scope: Scope) -> Iterator[Grant]:
         """Whose pattern covers any of `scope`."""
         if kind := self._kinds.get(scope.kind):
-            for root in (*_ways_up(scope), *self._below(kind, scope)):
+            for root in dict.fromkeys((*_ways_up(scope), *self._below(kind, scope))):
                 for grant in kind.by_root.get(root, ()):
                     if grant.pattern.touches(scope):
                         yield grant

@@ -1,153 +1,206 @@
-"""Scopes, patterns and decisions."""
+"""The decision: which grant wins, why, and which almost did."""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+import itertools
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from agentd.grants import Grants, Rule, Scope, normalise
-from agentd.grants.scopes import pattern_covers, pattern_touches
+from agentd.errors import Reason, RequestError
+from agentd.grants import Book, Conditions, Grant, Moment, Request, Scope, parse
+from agentd.grants.conditions import charging
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from agentd.grants import Decision
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """home/{notes/{a.txt,deep/b.txt},x.txt/ (a folder),link -> notes}"""
-    home = tmp_path.resolve() / "home"
-    (home / "notes" / "deep").mkdir(parents=True)
-    (home / "notes" / "a.txt").write_text("a")
-    (home / "notes" / "deep" / "b.txt").write_text("b")
-    (home / "x.txt").mkdir()
-    (home / "link").symlink_to("notes")
-    (home / "file-link").symlink_to("notes/a.txt")
-    return home
+NOW = Moment(10**18, 12 * 60, charging=False, nominal=None)
+
+
+def grant(decision: str, scope: str = "read:/h/notes", **more: Any) -> Grant:
+    fields: dict[str, Any] = {"principal": "*", "tool": "*", "source": "config", "where": "here"} | more
+    return Grant(pattern=parse(scope, resolved=True), decision=decision, **fields)  # type: ignore[arg-type]
+
+
+def decide(
+    grants: Sequence[Grant], *scopes: str, moment: Moment = NOW, used: dict[str, int] | None = None, **more: Any
+) -> Decision:
+    wanted = tuple(Scope(*text.split(":", 1)) for text in scopes)
+    request = Request(**{"principal": "unix:pi", "tool": "files.read", "scopes": wanted} | more)
+    return Book.of(grants, used or {}).decide(request, moment)
+
+
+ALLOW, ASK, DENY = grant("allow"), grant("ask"), grant("deny")
+ANSWER = grant("allow", source="approval")
 
 
 @pytest.mark.parametrize(
-    ("given_path", "expected"),
+    ("grants", "verdict"),
     [
-        ("notes/a.txt", "notes/a.txt"),
-        ("./notes//a.txt", "notes/a.txt"),
-        ("notes/deep/../a.txt", "notes/a.txt"),
-        ("link/a.txt", "notes/a.txt"),
-        ("link/deep/../a.txt", "notes/a.txt"),
-        ("notes/", "notes"),
-        ("link", "link"),
-        ("file-link", "file-link"),
-        ("missing/deeper/x", "missing/deeper/x"),
-        ("notes/*.txt", "notes/*.txt"),
-        (".", "."),
+        ([], "ask"),
+        ([ALLOW], "allow"),
+        ([ASK], "ask"),
+        ([DENY], "deny"),
+        ([ALLOW, ASK], "ask"),
+        ([ALLOW, ANSWER, ASK], "allow"),
+        ([ANSWER, ASK], "allow"),
+        ([ALLOW, DENY], "deny"),
+        ([ALLOW, ANSWER, ASK, DENY], "deny"),
+        ([grant("allow", "read:/h/other")], "ask"),
+        ([grant("allow", "write:/h/notes")], "ask"),
+        ([grant("allow", "*")], "allow"),
+        ([grant("allow", "*"), grant("deny", "read:/h/notes/a.txt")], "deny"),
+        ([grant("allow", "*"), grant("deny", "read:/h/notes/a.txt/below")], "deny"),
+        ([grant("allow", "*"), grant("ask", "read:/h/notes/a.txt/below")], "allow"),
     ],
 )
-def test_paths_are_normalised_up_to_their_last_name(tree: Path, given_path: str, expected: str):
-    """Dots, slashes and links on the way are resolved; a link as the last name is the link."""
-    assert normalise(given_path, str(tree)) == os.path.normpath(tree / expected)
-
-
-def test_home_is_filled_in(tree: Path, monkeypatch: pytest.MonkeyPatch):
-    """`~` means the daemon's home, wherever relative paths start."""
-    monkeypatch.setenv("HOME", str(tree))
-    assert normalise("~/notes/a.txt", "/") == str(tree / "notes/a.txt")
+def test_which_grant_wins(grants: list[Grant], verdict: str):
+    """Deny, then an answer, then ask, then allow; what nothing covers is asked; in whatever order they stand."""
+    for order in itertools.permutations(grants):
+        decision = decide(order, "read:/h/notes/a.txt")
+        assert decision.verdict == verdict
+        assert decision.reason
 
 
 @pytest.mark.parametrize(
-    ("pattern", "value", "covers"),
+    ("fields", "request_fields", "applies"),
     [
-        ("read:{h}/notes", "{h}/notes", True),
-        ("read:{h}/notes", "{h}/notes/a.txt", True),
-        ("read:{h}/notes/", "{h}/notes/deep/b.txt", True),
-        ("read:{h}/notes", "{h}/notes2", False),
-        ("read:{h}/note", "{h}/notes/a.txt", False),
-        ("read:{h}/notes/*.txt", "{h}/notes/a.txt", True),
-        ("read:{h}/notes/*.txt", "{h}/notes/deep/b.txt", False),
-        ("read:{h}/**/b.txt", "{h}/notes/deep/b.txt", True),
-        ("read:{h}/**", "{h}", True),
-        ("read:{h}/*.txt", "{h}/x.txt", False),  # a folder: its contents are not meant
-        ("read:{h}/link", "{h}/notes/a.txt", True),  # patterns are resolved like paths
-        ("write:{h}/notes", "{h}/notes/a.txt", False),
-        ("read:/", "{h}/notes", True),
-        ("*", "{h}/notes", True),
+        ({"principal": "unix:pi"}, {}, True),
+        ({"principal": "unix:*"}, {}, True),
+        ({"principal": "unix:eve"}, {}, False),
+        ({"principal": "run:r1"}, {"run": "r1"}, True),
+        ({"principal": "run:r1"}, {"run": "r2"}, False),
+        ({"principal": "run:r1"}, {}, False),
+        ({"tool": "files.*"}, {}, True),
+        ({"tool": "files.read"}, {}, True),
+        ({"tool": "files.*"}, {"tool": "files2.read"}, False),
+        ({"tool": "files.[r]ead"}, {}, False),
+        ({"expire_ns": NOW.now_ns + 1}, {}, True),
+        ({"expire_ns": NOW.now_ns}, {}, False),
+        ({"id": "g", "max_uses": 2}, {}, True),
+        ({"id": "used", "max_uses": 2}, {}, False),
+        ({"conditions": Conditions(hours="11:00-13:00")}, {}, True),
+        ({"conditions": Conditions(hours="12:01-13:00")}, {}, False),
+        ({"conditions": Conditions(hours="22:00-12:01")}, {}, True),
+        ({"conditions": Conditions(hours="22:00-12:00")}, {}, False),
+        ({"conditions": Conditions(charging=True)}, {}, False),
+        ({"conditions": Conditions(nominal=True)}, {}, False),
     ],
 )
-def test_what_a_pattern_covers(tree: Path, pattern: str, value: str, covers: bool):
-    """Whole names only; `*` within one name, `**` over branches."""
-    assert pattern_covers(pattern.format(h=tree), Scope("read", value.format(h=tree))) is covers
-
-
-def test_a_star_in_an_argument_is_an_ordinary_character(tree: Path):
-    """A file called `*` is one file."""
-    assert not pattern_covers(f"read:{tree}/notes/a.txt", Scope("read", f"{tree}/notes/*"))
-    assert pattern_covers(f"read:{tree}/notes", Scope("read", f"{tree}/notes/*"))
+def test_a_grant_applies_to_whom_what_and_when_it_says(
+    fields: dict[str, Any], request_fields: dict[str, Any], *, applies: bool
+):
+    """Allowing and denying alike; if it almost applied, the decision says what kept it from it."""
+    used = {"used": 2}
+    decision = decide([grant("allow", **fields)], "read:/h/notes/a.txt", used=used, **request_fields)
+    assert decision.verdict == ("allow" if applies else "ask")
+    if not applies:
+        (near,) = decision.near
+        assert near.startswith("allow ")
+        assert ": it" in near or ": its" in near
+    denied = decide([grant("allow", "*"), grant("deny", **fields)], "read:/h/notes/a.txt", used=used, **request_fields)
+    assert denied.verdict == ("deny" if applies else "allow")
 
 
 @pytest.mark.parametrize(
-    ("deny", "scope", "touches"),
-    [("read:{h}/notes/a.txt", "{h}/notes", True), ("read:{h}/notes/*.key", "{h}/notes", True),
-     ("read:{h}/notes/*.key", "{h}", True), ("read:{h}/notes", "{h}/notes2", False), ("read:{h}/x.txt", "{h}/notes", False)],
-)  # fmt: skip
-def test_a_deny_rule_is_touched_by_wider_scopes(tree: Path, deny: str, scope: str, touches: bool):
-    """Searching a folder touches what is denied in it."""
-    assert pattern_touches(deny.format(h=tree), Scope("read", scope.format(h=tree))) is touches
+    ("moment", "applies"),
+    [(Moment(1, 0, charging=True), True), (Moment(1, 0, charging=None), False), (Moment(1, 0, charging=False), False)],
+)
+def test_a_condition_that_nothing_measures_does_not_hold(moment: Moment, *, applies: bool):
+    """And the reason says so."""
+    decision = decide([grant("allow", conditions=Conditions(charging=True))], "read:/h/notes/a.txt", moment=moment)
+    assert (decision.verdict == "allow") is applies
+    if moment.charging is None:
+        assert "nothing here says so" in decision.near[0]
 
 
-def rule(decision: str, scope: str, tool: str = "*", principal: str = "*") -> Rule:
-    return Rule(principal, tool, scope, decision, "test")  # type: ignore[arg-type]
-
-
-def test_deny_beats_ask_beats_allow(tree: Path):
-    """Whatever the order of the rules."""
-    scope = [Scope("read", f"{tree}/notes/a.txt")]
-    allow, ask, deny = (rule(decision, f"read:{tree}/notes") for decision in ("allow", "ask", "deny"))
-    for rules, verdict in (([allow, ask, deny], "deny"), ([deny, allow], "deny"), ([allow, ask], "ask"), ([allow], "allow")):
-        for order in (rules, rules[::-1]):
-            assert Grants(order).decide("unix:pi", "files.read", scope).verdict == verdict
-
-
-def test_what_nothing_covers_is_denied_with_the_scope_and_a_reason(tree: Path):
-    """Every scope must be covered; the reason names the one that is not."""
-    scopes = [Scope("read", f"{tree}/notes"), Scope("write", f"{tree}/notes")]
-    decision = Grants([rule("allow", f"read:{tree}")]).decide("unix:pi", "files.append", scopes)
-    assert decision.verdict == "deny"
-    assert decision.scope == f"write:{tree}/notes"
-    assert f"write:{tree}/notes" in decision.reason
-    assert Grants([]).decide("unix:pi", "files.append", scopes).verdict == "deny"
-
-
-def test_rules_concern_their_principal_and_tool_only():
-    """Both are glob patterns over the whole name."""
-    grants = Grants([rule("allow", "*", tool="files.*", principal="unix:pi")])
-    assert grants.decide("unix:pi", "files.read", [Scope("read", "/x")]).verdict == "allow"
-    assert grants.decide("unix:eve", "files.read", [Scope("read", "/x")]).verdict == "deny"
-    assert grants.decide("unix:pi", "files2.read", [Scope("read", "/x")]).verdict == "deny"
+def test_every_scope_must_be_covered():
+    """The reason names the first that is not; all that are not are in `unmet`."""
+    decision = decide([grant("allow", "read:/h")], "read:/h/a", "write:/h/a", "connect:x.org:443")
+    assert (decision.verdict, decision.scope) == ("ask", "write:/h/a")
+    assert [str(scope) for scope in decision.unmet] == ["write:/h/a", "connect:x.org:443"]
+    assert "write:/h/a" in decision.reason
 
 
 def test_a_call_that_touches_nothing_needs_its_tool_granted():
     """Its scope is `call:TOOL`."""
-    assert Grants([rule("allow", "call:system.*")]).decide("p", "system.time", []).verdict == "allow"
-    assert Grants([rule("allow", "read:/")]).decide("p", "system.time", []).verdict == "deny"
+    assert decide([grant("allow", "call:system.*")], tool="system.time").verdict == "allow"
+    assert decide([grant("allow", "read:/")], tool="system.time").verdict == "ask"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_decision_never_depends_on_how_a_path_is_spelled(tree: Path, data: st.DataObject):
-    """Dots, doubled slashes, detours and links give the decision of the plain path."""
-    plain = data.draw(st.sampled_from(["notes/a.txt", "notes/deep/b.txt", "notes/deep", "other/c.txt"]))
-    spelled = [
-        part for name in plain.split("/") for part in (*data.draw(st.lists(st.sampled_from([".", ""]), max_size=2)), name)
-    ]
-    if data.draw(st.booleans()):
-        spelled = ["notes", "..", *spelled]
-    text = "/".join(spelled)
-    if plain.startswith("notes/") and data.draw(st.booleans()):
-        text = text.replace("notes/", "link/", 1)
-    grants = Grants([rule("allow", f"read:{tree}/notes"), rule("deny", f"read:{tree}/notes/deep/b.txt")])
-    decisions = [
-        grants.decide("p", "files.read", [Scope("read", normalise(path, str(tree)))]) for path in (plain, f"{tree}/{text}")
-    ]
-    assert decisions[0] == decisions[1]
+def test_what_a_token_is_bounded_to_no_grant_widens():
+    """`within` is the most its calls may touch."""
+    within = (parse("read:/h/notes", resolved=True),)
+    assert decide([grant("allow", "*")], "read:/h/notes/a", within=within).verdict == "allow"
+    denied = decide([grant("allow", "*")], "read:/h/notes/a", "read:/h/b", within=within)
+    assert (denied.verdict, denied.scope) == ("deny", "read:/h/b")
+    assert decide([], "read:/h/notes/a", within=within).verdict == "ask"
+
+
+def test_grants_used_are_named_once():
+    """By line for the record, by id for counting uses."""
+    one = grant("allow", "read:/h", id="g1", max_uses=5)
+    decision = decide([one], "read:/h/a", "read:/h/b")
+    assert decision.grants == ("g1",)
+    assert decision.rules == (str(one),)
+
+
+def test_rules_nearby_are_named():
+    """Beside the path that was asked for, for the same tool and principal; not those far away."""
+    near = [grant("allow", f"read:/h/notes/{name}") for name in ("a.txt", "c.txt")]
+    decision = decide([*near, grant("allow", "read:/h/notes/b.txt", tool="x.*")], "read:/h/notes/b.txt")
+    assert len(decision.near) == 3
+    assert any("it is for the tool x.*" in each for each in decision.near)
+    assert all("b.txt" in each for each in decision.near)
+
+
+@pytest.mark.parametrize("hours", ["7:00-22:00", "07:00", "24:00-01:00", "07:60-08:00", "07:00-07:00", "07:00 - 08:00", "x"])
+def test_hours_that_are_none_are_refused(hours: str):
+    """GRANT_INVALID, with what was written."""
+    with pytest.raises(RequestError) as caught:
+        Conditions(hours=hours)
+    assert caught.value.reason is Reason.GRANT_INVALID
+    assert caught.value.metadata["hours"] == hours
+
+
+@pytest.mark.parametrize(
+    "fields", [{"principal": ""}, {"principal": "x" * 200}, {"tool": "a\nb"}, {"max_uses": -1}, {"expire_ns": -1}]
+)
+def test_a_grant_that_is_malformed_is_refused(fields: dict[str, Any]):
+    """Names are short and printable, numbers not negative."""
+    with pytest.raises(RequestError) as caught:
+        grant("allow", **fields)
+    assert caught.value.reason is Reason.GRANT_INVALID
+
+
+def supply(root: Path, name: str, **files: str) -> None:
+    folder = root / "class" / "power_supply" / name
+    folder.mkdir(parents=True)
+    for file, text in files.items():
+        (folder / file).write_text(text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("supplies", "expected"),
+    [
+        ([], True),
+        ([{"type": "Battery", "status": "Discharging"}], False),
+        ([{"type": "Battery", "status": "Charging"}], True),
+        ([{"type": "Battery", "status": "Full"}], True),
+        ([{"type": "Battery", "status": "Unknown"}], False),
+        ([{"type": "Battery", "status": "Discharging"}, {"type": "USB", "online": "1"}], True),
+        ([{"type": "Battery", "status": "Discharging"}, {"type": "Mains", "online": "0"}], False),
+        ([{"type": "Mains", "online": "1"}], True),
+        ([{"type": "Battery"}], False),
+    ],
+)
+def test_power_from_outside(tmp_path: Path, supplies: list[dict[str, str]], *, expected: bool):
+    """As the kernel's power_supply class says; without a battery it must come from outside."""
+    (tmp_path / "class" / "power_supply").mkdir(parents=True)
+    for n, files in enumerate(supplies):
+        supply(tmp_path, f"s{n}", **files)
+    assert charging(tmp_path) is expected
+    assert charging(tmp_path / "missing") is True
