@@ -426,7 +426,7 @@ class World:
         assert self.free.stdout
         self.free.stdin.write(json.dumps([name, place]) + "\n")
         self.free.stdin.flush()
-        assert select.select([self.free.stdout], [], [], 20)[0], "the control hangs"
+        assert select.select([self.free.stdout], [], [], 180)[0], "the control hangs"
         return dict(json.loads(self.free.stdout.readline()))
 
     def place(self, ground: Ground, *, control: bool) -> dict[str, Any]:
