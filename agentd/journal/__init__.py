@@ -1,6 +1,7 @@
-"""The undo journal: the former state of a path is on disk before the path is changed."""
+"""The undo journal: what a path was before a call changed it, and putting it back."""
 
-from agentd.journal.journal import Journal, Transaction, Undone
-from agentd.journal.state import PathState
+from agentd.journal.journal import Journal, Transaction
+from agentd.journal.plan import PathPlan, Plan, Selection, Verdict, Ways
+from agentd.journal.rollback import Difference, Rollbacks, Undone
 
-__all__ = ["Journal", "PathState", "Transaction", "Undone"]
+__all__ = ["Difference", "Journal", "PathPlan", "Plan", "Rollbacks", "Selection", "Transaction", "Undone", "Verdict", "Ways"]

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
+import json
 import logging
 import os
 import stat
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import Refusal
 
 from agentd.audit import Event, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
+from agentd.journal.images import RESULT_BYTES, Image, Images, packed
+from agentd.journal.plan import Selection, Ways
+from agentd.journal.rollback import Rollbacks, Undone
 from agentd.journal.state import INLINE_BYTES, PathState, TooLarge, look, make_durable, put_back, sweep, take, write_object
 from agentd.store import new_id
 
@@ -35,25 +39,10 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-_BEGIN = "INSERT INTO journal SELECT ?, 'open', coalesce(max(begun), 0) + 1 FROM journal"
+_BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
+            SELECT ?, 'open', coalesce(max(begun), 0) + 1, ?, ?, ?, ?, ? FROM journal"""
 _FINISHED_LATER = """SELECT 1 FROM pre_image JOIN journal USING (call) WHERE path = ? AND state = 'done'
                      AND begun > (SELECT begun FROM journal WHERE call = ?) LIMIT 1"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    path: bytes
-    before: PathState
-    content: bytes
-    after: PathState | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Undone:
-    """What an undo did: the call that recorded it, and the paths put back."""
-
-    call: str
-    files: tuple[FileTouched, ...]
 
 
 @dataclass(slots=True)
@@ -62,11 +51,12 @@ class Transaction:
 
     _journal: Journal
     call: str
-    _images: dict[bytes, _Image] = field(default_factory=dict)
+    images: dict[bytes, Image] = field(default_factory=dict)
+    contents: dict[bytes, bytes] = field(default_factory=dict)
 
     def before_changes(self, changes: Sequence[Change]) -> None:
         """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
-        paths = [change.path for change in changes if change.path not in self._images]
+        paths = [change.path for change in changes if change.path not in self.images]
         if not paths:
             return
         try:
@@ -90,6 +80,8 @@ class Journal:
 
     def __init__(self, store: Store, audit: AuditLog, objects: Path, *, file_limit: int) -> None:
         self._store, self._audit, self._objects, self._file_limit = store, audit, objects, file_limit
+        self._images = Images(store, objects)
+        self.rollbacks = Rollbacks(self, store, audit, self._images)
 
     def begin(self, call: str, intent: Event, paths: Iterable[bytes]) -> Transaction:
         """Record the intent and the present state of the declared paths in one commit.
@@ -112,40 +104,54 @@ class Journal:
 
     def capture(self, transaction: Transaction, paths: Iterable[bytes], intent: Event | None) -> None:
         """Add pre-images to a transaction; with `intent`, the event and the transaction itself too."""
-        images = [self._image(path) for path in dict.fromkeys(paths) if path not in transaction._images]
-        first = len(transaction._images)
-        objects = {image.path: self._object(image) for image in images}
+        taken = [self._take(transaction.call, path) for path in dict.fromkeys(paths) if path not in transaction.images]
+        first = len(transaction.images)
+        images = [replace(image, object=self._object(content)) for image, content in taken]
 
         def commit(db: apsw.Connection) -> None:
             if intent is not None:
                 self._audit.append(db, intent)
-                db.execute(_BEGIN, (transaction.call,))
-            for n, image in enumerate(images, first):
-                kept = objects[image.path]
-                inline = None if kept else image.content
-                row = (transaction.call, n, image.path, image.before.to_json(), inline, kept)
-                db.execute("INSERT INTO pre_image VALUES (?, ?, ?, ?, ?, ?, NULL)", row)
+                effect = intent.tool.effect if intent.tool else ""
+                db.execute(_BEGIN, (transaction.call, time.time_ns(), intent.run, intent.session, intent.principal, effect))
+            for n, (image, (_, content)) in enumerate(zip(images, taken, strict=True), first):
+                inline = None if image.object else content
+                row = (transaction.call, n, image.path, image.before.to_json(), inline, image.object)
+                db.execute("INSERT INTO pre_image (call, n, path, before, content, object) VALUES (?, ?, ?, ?, ?, ?)", row)
 
         self._store.write(commit)
-        transaction._images.update({image.path: image for image in images})
+        transaction.images.update({image.path: image for image in images})
+        transaction.contents.update({image.path: content for image, content in taken})
 
-    def finish(self, transaction: Transaction, event: Event, settled: tuple[str, str] = ("", "")) -> tuple[FileTouched, ...]:
-        """Record the end; `settled` is another call and the state that this one brings it to, in the same commit."""
-        after = {path: self._after(path) for path in transaction._images}
+    def finish(
+        self,
+        transaction: Transaction,
+        event: Event,
+        settled: Sequence[tuple[str, str]] = (),
+        undoes: Sequence[str] = (),
+    ) -> tuple[FileTouched, ...]:
+        """Record the end; `settled` are other calls and the states that this one brings them to, in the same commit.
+
+        `undoes` are the calls that this one has put back.
+        """
+        after = {path: self._after(path) for path in transaction.images}
         files = tuple(
             touched
-            for path, image in transaction._images.items()
+            for path, image in transaction.images.items()
             if (touched := _touched(path, image.before, after[path])) is not None
         )
         for file in files:
             make_durable(os.fsencode(file.path))
+        results = {
+            path: _result(path, state) for path, state in after.items() if not state.same_as(transaction.images[path].before)
+        }
 
         def commit(db: apsw.Connection) -> None:
             for path, state in after.items():
-                values = (state.to_json(), transaction.call, path)
-                db.execute("UPDATE pre_image SET after = ? WHERE call = ? AND path = ?", values)
-            db.execute("UPDATE journal SET state = 'done' WHERE call = ?", (transaction.call,))
-            db.execute("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
+                values = (state.to_json(), results.get(path), transaction.call, path)
+                db.execute("UPDATE pre_image SET after = ?, result = ? WHERE call = ? AND path = ?", values)
+            done = (json.dumps(list(undoes)), transaction.call)
+            db.execute("UPDATE journal SET state = 'done', undoes = ? WHERE call = ?", done)
+            db.executemany("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
             self._audit.append(db, event.model_copy(update={"files": files, "undoable": bool(files)}))
 
         try:
@@ -161,12 +167,12 @@ class Journal:
         A path that another call has changed since, and finished, is that call's.
         """
         failed: list[str] = []
-        for image in _restoring(transaction._images.values()):
+        for image in _restoring(transaction.images.values()):
             if self._finished_later(image.path, transaction.call):
                 continue
             try:
                 if not look(image.path).same_as(image.before):
-                    put_back(image.path, image.before, image.content)
+                    put_back(image.path, image.before, transaction.contents[image.path])
             except OSError as e:
                 failed.append(f"{os.fsdecode(image.path)} ({e.strerror})")
         if failed:
@@ -193,26 +199,7 @@ class Journal:
         """Put back all that a call changed. Raises JournalError (UNDO_CONFLICT) and does nothing if any path is
         not as the call left it; NOT_UNDOABLE for a call that changed nothing or is undone already.
         """
-        images = [image for image in self._images(call, "done") if image.after and not image.after.same_as(image.before)]
-        if not images:
-            raise self._not_undoable(call)
-        for image in images:
-            if not _is_as_left(image):
-                raise _conflict(image.path, call, "was changed after it")
-        undo = new_id()
-        detail = {"undoes": call}
-        intent = Event(kind="undo.intent", principal=principal, call=undo, cause=call, detail=detail)
-        transaction = self.begin(undo, intent, [image.path for image in images])
-        for image in _restoring(images):
-            try:
-                put_back(image.path, image.before, image.content)
-            except OSError as e:
-                why = f"can't be put back: {e.strerror}"
-                abort = Event(kind="call.abort", principal=principal, call=undo, cause=call, detail=detail, error=why)
-                transaction.roll_back(abort)
-                raise _conflict(image.path, call, why) from e
-        end = Event(kind="undo.end", principal=principal, call=undo, cause=call, detail=detail)
-        return Undone(undo, self.finish(transaction, end, (call, "undone")))
+        return self.rollbacks.apply(self.rollbacks.plan(Selection(calls=(call,)), Ways()), principal)
 
     def recover(self) -> list[str]:
         """Roll back what a killed daemon left open, newest first; returns the calls. What can't be put back is logged."""
@@ -232,7 +219,7 @@ class Journal:
         return self._store.read(lambda db: [path for (path,) in db.execute(query, (call,))])
 
     def _recover(self, call: str, theirs: set[bytes]) -> None:
-        images = [image for image in self._images(call, "open") if image.path not in theirs]
+        images = [image for image in self._images.of(call) if image.path not in theirs]
         for image in images:
             sweep(image.path)
         changed = [image for image in images if not look(image.path).same_as(image.before)]
@@ -241,11 +228,12 @@ class Journal:
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
         transaction = self.begin(recovery, intent, [image.path for image in changed])
         for image in _restoring(changed):
-            put_back(image.path, image.before, image.content)
+            put_back(image.path, image.before, self._images.content(image))
         end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
-        self.finish(transaction, end, (call, "rolled_back"))
+        self.finish(transaction, end, [(call, "rolled_back")])
 
-    def _not_undoable(self, call: str) -> JournalError:
+    def why_not(self, call: str) -> JournalError:
+        """Why there is nothing of a call to put back."""
         state = self._store.read(lambda db: db.execute("SELECT state FROM journal WHERE call = ?", (call,)).get)
         if state is None:
             known = self._audit.entries(call=call, limit=1)
@@ -257,7 +245,7 @@ class Journal:
         hint = "`agentd audit list` shows the calls."
         return JournalError(reason, f"Call {call} {why}.", hint=hint, metadata={"call": call})
 
-    def _image(self, path: bytes) -> _Image:
+    def _take(self, call: str, path: bytes) -> tuple[Image, bytes]:
         try:
             state, content = take(path, limit=self._file_limit)
         except TooLarge:
@@ -280,22 +268,10 @@ class Journal:
             shown = os.fsdecode(path)
             message = f"{shown} is neither a file nor a folder nor a link, so changing it could not be undone."
             raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
-        return _Image(path, state, content)
+        return Image(call, path, state), content
 
-    def _kept(self, name: str, path: bytes) -> bytes:
-        """A large content, as it was kept. Raises JournalError if it is not that any more."""
-        try:
-            content = (self._objects / name[:2] / name).read_bytes()
-        except OSError:
-            content = b""
-        if hashlib.sha256(content).hexdigest() != name:
-            shown = os.fsdecode(path)
-            message = f"The kept content of {shown} is missing or damaged ({name[:12]}), so it can't be put back."
-            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown, "object": name})
-        return content
-
-    def _object(self, image: _Image) -> str | None:
-        return write_object(self._objects, image.content) if len(image.content) > INLINE_BYTES else None
+    def _object(self, content: bytes) -> str | None:
+        return write_object(self._objects, content) if len(content) > INLINE_BYTES else None
 
     def _after(self, path: bytes) -> PathState:
         try:
@@ -303,22 +279,8 @@ class Journal:
         except OSError:
             return PathState("absent")  # a folder on the way is gone
 
-    def _images(self, call: str, state: str) -> list[_Image]:
-        query = """SELECT path, before, content, object, after FROM pre_image JOIN journal USING (call)
-                   WHERE call = ? AND state = ? ORDER BY n"""
-        rows = self._store.read(lambda db: list(db.execute(query, (call, state))))
-        return [
-            _Image(
-                path,
-                PathState.from_json(before),
-                content if name is None else self._kept(name, path),
-                PathState.from_json(after) if after else None,
-            )
-            for path, before, content, name, after in rows
-        ]
 
-
-def _restoring(images: Iterable[_Image]) -> list[_Image]:
+def _restoring(images: Iterable[Image]) -> list[Image]:
     """The order to put paths back in: first what is to go, deepest first; then what is to come, from the top."""
     known = list(images)
     going = [image for image in known if image.before.kind == "absent"]
@@ -326,22 +288,15 @@ def _restoring(images: Iterable[_Image]) -> list[_Image]:
     return sorted(going, key=lambda i: -i.path.count(b"/")) + sorted(coming, key=lambda i: i.path.count(b"/"))
 
 
-def _is_as_left(image: _Image) -> bool:
-    """Whether a path is as its call left it; not if the way there now leads elsewhere."""
+def _result(path: bytes, state: PathState) -> bytes | None:
+    """What a call has made of a small file, to be shown and merged later."""
+    if state.kind != "file":
+        return None
     try:
-        return image.after is not None and look(image.path).same_as(image.after)
-    except OSError:
-        return False
-
-
-def _conflict(path: bytes, call: str, why: str) -> JournalError:
-    shown = os.fsdecode(path)
-    return JournalError(
-        Reason.UNDO_CONFLICT,
-        f"Call {call} was not undone: {shown} {why}. Everything is as it was.",
-        hint="Undo the later call first, or put the file back by hand.",
-        metadata={"path": shown, "call": call},
-    )
+        again, content = take(path, limit=RESULT_BYTES)
+    except (OSError, TooLarge):
+        return None
+    return packed(content) if again.digest == state.digest else None
 
 
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:

@@ -18,6 +18,7 @@ from agentd_sandbox.paths import Resolved, WalkError, resolve
 if TYPE_CHECKING:
     from pathlib import Path
 
+_ATTRIBUTES = ("user.", "system.posix_acl_")
 _TEMPORARY = re.compile(r"\.agentd-[0-9a-f]{16}")
 INLINE_BYTES = 32 << 10
 """Contents up to this size go into the store's own commit; larger ones into a file of their own."""
@@ -34,18 +35,24 @@ class PathState:
     mtime_ns: int = 0
     digest: str = ""
     target: str = ""
+    attributes: tuple[tuple[str, str], ...] | None = None
+    """Extended ones by name, values in hexadecimal: those of users, and access lists. None if nobody looked."""
 
     def same_as(self, other: PathState) -> bool:
         """Whether the path looks the same to its owner: times apart, which reading programs may set."""
         mine, its = (self.kind, self.mode, self.digest, self.target), (other.kind, other.mode, other.digest, other.target)
-        return mine == its
+        known = self.attributes is not None and other.attributes is not None
+        return mine == its and (not known or self.attributes == other.attributes)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> PathState:
-        return cls(**json.loads(text))
+        fields = json.loads(text)
+        if fields.get("attributes") is not None:
+            fields["attributes"] = tuple((name, value) for name, value in fields["attributes"])
+        return cls(**fields)
 
 
 class TooLarge(Exception):
@@ -84,7 +91,9 @@ def put_back(path: bytes, state: PathState, content: bytes) -> None:
                     _remove(place, current)
                     os.mkdir(place.name, dir_fd=place.parent)
                 _give_back(place, state)
-                os.chmod(f"/proc/self/fd/{place.parent}/{os.fsdecode(place.name)}", state.mode)
+                there = f"/proc/self/fd/{place.parent}/{os.fsdecode(place.name)}"
+                os.chmod(there, state.mode)
+                _set_attributes(there, state)
             case "link":
                 _remove(place, current)
                 os.symlink(os.fsencode(state.target), place.name, dir_fd=place.parent)
@@ -180,7 +189,7 @@ def _state(place: Resolved, content: bytearray | None, limit: int = 0) -> PathSt
     status = os.fstat(place.descriptor)
     fields = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns)
     if stat.S_ISDIR(status.st_mode):
-        return PathState("folder", *fields)
+        return PathState("folder", *fields, attributes=_attributes(place.descriptor))
     if stat.S_ISLNK(status.st_mode):
         return PathState("link", *fields, target=os.fsdecode(os.readlink(b"", dir_fd=place.descriptor)))
     if not stat.S_ISREG(status.st_mode):
@@ -195,7 +204,30 @@ def _state(place: Resolved, content: bytearray | None, limit: int = 0) -> PathSt
                 content += chunk
                 if len(content) > limit:
                     raise TooLarge
-    return PathState("file", *fields, digest=digest.hexdigest())
+    return PathState("file", *fields, digest=digest.hexdigest(), attributes=_attributes(place.descriptor))
+
+
+def _attributes(descriptor: int) -> tuple[tuple[str, str], ...]:
+    there = f"/proc/self/fd/{descriptor}"
+    try:
+        names = sorted(name for name in os.listxattr(there) if name.startswith(_ATTRIBUTES))
+        return tuple((name, os.getxattr(there, name).hex()) for name in names)
+    except OSError:  # a file system without any
+        return ()
+
+
+def _set_attributes(there: str | int, state: PathState) -> None:
+    """As far as the file system has such things: content and mode matter more."""
+    if state.attributes is None:
+        return
+    wanted = dict(state.attributes)
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(there):
+            if name.startswith(_ATTRIBUTES) and name not in wanted:
+                os.removexattr(there, name)
+    for name, value in wanted.items():
+        with contextlib.suppress(OSError):
+            os.setxattr(there, name, bytes.fromhex(value))
 
 
 def _remove(place: Resolved, current: PathState) -> None:
@@ -221,6 +253,7 @@ def _replace(place: Resolved, state: PathState, content: bytes) -> None:
             with contextlib.suppress(PermissionError):  # another owner's file: the content matters more
                 os.fchown(file.fileno(), state.uid, state.gid)
             os.fchmod(file.fileno(), state.mode)
+            _set_attributes(file.fileno(), state)
             os.utime(file.fileno(), ns=(state.mtime_ns, state.mtime_ns))
             os.fsync(file.fileno())
         os.rename(temporary, place.name, src_dir_fd=place.parent, dst_dir_fd=place.parent)

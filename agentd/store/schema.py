@@ -59,6 +59,21 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ) STRICT, WITHOUT ROWID;
         """,
     ),
+    (
+        "0004_what_a_rollback_selects_by",
+        """
+        ALTER TABLE journal ADD COLUMN time_ns INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE journal ADD COLUMN run TEXT NOT NULL DEFAULT '';
+        ALTER TABLE journal ADD COLUMN session TEXT NOT NULL DEFAULT '';
+        ALTER TABLE journal ADD COLUMN principal TEXT NOT NULL DEFAULT '';
+        ALTER TABLE journal ADD COLUMN effect TEXT NOT NULL DEFAULT '';
+        -- The calls that a rollback has put back, as JSON: undoing it brings them back.
+        ALTER TABLE journal ADD COLUMN undoes TEXT NOT NULL DEFAULT '[]';
+
+        -- What a small text was after the call, compressed: for diffs, and for merging with what came later.
+        ALTER TABLE pre_image ADD COLUMN result BLOB;
+        """,
+    ),
 )
 
 

@@ -1,0 +1,270 @@
+"""A plan of a rollback: for each path what it would become, or why not. Made before anything is touched, and shown.
+
+Of the selected calls, the earliest one that changed a path says what it becomes, and the latest one what it should be now.
+What it is now and should not be, somebody else has made of it: that is theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from agentd.errors import JournalError, Reason, RequestError
+from agentd.journal.merge import merge
+from agentd.journal.state import PathState, TooLarge, look, take
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from agentd.journal.images import Image, Images
+    from agentd.store import Store
+
+_MERGED_BYTES = 1 << 20
+
+
+class Verdict(Enum):
+    RESTORE = "restore"
+    DELETE_CREATED = "delete-created"
+    RECREATE_DELETED = "recreate-deleted"
+    MERGE = "merge"
+    ALREADY = "already"
+    CONFLICT = "conflict"
+    TYPE_CHANGED = "type-changed"
+    MISSING_PREIMAGE = "missing-preimage"
+    NO_PERMISSION = "no-permission"
+
+
+_DOES = frozenset({Verdict.RESTORE, Verdict.DELETE_CREATED, Verdict.RECREATE_DELETED, Verdict.MERGE})
+_FORCIBLE = frozenset({Verdict.CONFLICT, Verdict.TYPE_CHANGED})
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which changes: those of calls, of a run, of a session, or of a span of time; all of `paths` if those alone are given.
+
+    `paths` bounds it to these and what is below them, `principal` to that one's calls.
+    """
+
+    calls: tuple[str, ...] = ()
+    run: str = ""
+    session: str = ""
+    since_ns: int = 0
+    until_ns: int = 0
+    paths: tuple[bytes, ...] = ()
+    principal: str = ""
+
+    @property
+    def of_time(self) -> bool:
+        """Whether it means all that has happened to paths, rollbacks included."""
+        return not (self.calls or self.run or self.session)
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """`force` puts back what somebody else has changed, keeping their version as a pre-image; `merge` keeps both changes
+    of a text where they don't touch; `partial` does what can be done and leaves the rest.
+    """
+
+    partial: bool = False
+    force: bool = False
+    merge: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PathPlan:
+    """`now` is what is there, `target` what it would become; `calls` are those that changed it, oldest first."""
+
+    path: bytes
+    verdict: Verdict
+    why: str
+    now: PathState
+    target: PathState
+    calls: tuple[str, ...]
+    first: Image = field(repr=False, compare=False, hash=False)
+    last: Image = field(repr=False, compare=False, hash=False)
+    forced: bool = False
+    merged: bytes | None = field(default=None, repr=False)
+
+    @property
+    def does(self) -> bool:
+        """Whether anything would be done to the path."""
+        return self.forced or self.verdict in _DOES
+
+    @property
+    def blocks(self) -> bool:
+        return not self.does and self.verdict is not Verdict.ALREADY
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`not_undoable` are selected calls that have reached outside: nothing takes that back."""
+
+    selection: Selection
+    ways: Ways
+    calls: tuple[str, ...]
+    paths: tuple[PathPlan, ...]
+    not_undoable: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of all that was decided on: a plan that is made anew is the same one only if nothing has changed."""
+        told = [
+            [
+                p.path.hex(),
+                p.verdict.value,
+                p.forced,
+                p.now.to_json(),
+                p.target.to_json(),
+                hashlib.sha256(p.merged or b"").hexdigest(),
+            ]
+            for p in self.paths
+        ]
+        return hashlib.sha256(json.dumps([self.calls, told]).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class _Chain:
+    """What the selected calls have done to one path."""
+
+    images: list[tuple[int, Image]] = field(default_factory=list)
+
+
+class Planner:
+    def __init__(self, store: Store, images: Images) -> None:
+        self._store, self._images = store, images
+
+    def plan(self, selection: Selection, ways: Ways) -> Plan:
+        """Reads, and changes nothing. Raises JournalError (NOT_UNDOABLE), RequestError (CALL_NOT_FOUND, BAD_FIELD)."""
+        rows = self._selected(selection)
+        chains: dict[bytes, _Chain] = {}
+        for call, begun, _effect in rows:
+            for image in self._images.of(call):
+                if image.changed and _is_within(image.path, selection.paths):
+                    chains.setdefault(image.path, _Chain()).images.append((begun, image))
+        calls = tuple(call for call, _, _ in rows)
+        going = {path for path, chain in chains.items() if chain.images[0][1].before.kind == "absent"}
+        paths = tuple(self._path(path, chain, calls, going, ways) for path, chain in sorted(chains.items()))
+        touched = {call for planned in paths for call in planned.calls}
+        outside = tuple(call for call, _, effect in rows if effect == "external")
+        return Plan(selection, ways, tuple(call for call in calls if call in touched), paths, outside)
+
+    def _selected(self, selection: Selection) -> list[tuple[str, int, str]]:
+        """(call, begun, effect), oldest first. Undone ones count only where all that happened is meant."""
+        if not (selection.calls or selection.run or selection.session or selection.since_ns or selection.paths):
+            raise RequestError(Reason.BAD_FIELD, "Nothing is selected.", hint="Name calls, a run, a session, a time or paths.")
+        states = ("done", "undone") if selection.of_time else ("done", "done")
+        clauses, values = ["state IN (?, ?)"], list[object](states)
+        if selection.calls:
+            clauses.append(f"call IN ({', '.join('?' * len(selection.calls))})")
+            values += selection.calls
+        for column in ("run", "session", "principal"):
+            if value := getattr(selection, column):
+                clauses.append(f"{column} = ?")
+                values.append(value)
+        if selection.since_ns:
+            clauses.append("time_ns >= ?")
+            values.append(selection.since_ns)
+        if selection.until_ns:
+            clauses.append("time_ns < ?")
+            values.append(selection.until_ns)
+        query = f"SELECT call, begun, effect FROM journal WHERE {' AND '.join(clauses)} ORDER BY begun"  # noqa: S608
+        return self._store.read(lambda db: [(str(c), int(b), str(e)) for c, b, e in db.execute(query, values)])
+
+    def _path(self, path: bytes, chain: _Chain, calls: tuple[str, ...], going: set[bytes], ways: Ways) -> PathPlan:
+        first, last = chain.images[0][1], chain.images[-1][1]
+        assert last.after is not None
+        now = _now(path)
+        verdict, why = self._verdict(path, chain, calls, now, going)
+        merged = None
+        if verdict is Verdict.CONFLICT and ways.merge and (merged := self._merged(first, last, now)) is not None:
+            verdict, why = Verdict.MERGE, "changed since, elsewhere in the text: both changes are kept"
+        forced = ways.force and verdict in _FORCIBLE and now.kind in ("file", "link", "absent")
+        own = tuple(dict.fromkeys(image.call for _, image in chain.images))
+        return PathPlan(path, verdict, why, now, first.before, own, first, last, forced, merged)
+
+    def _verdict(
+        self, path: bytes, chain: _Chain, calls: tuple[str, ...], now: PathState, going: set[bytes]
+    ) -> tuple[Verdict, str]:
+        first, last = chain.images[0][1], chain.images[-1][1]
+        target, left = first.before, last.after
+        assert left is not None
+        if now.same_as(target):
+            return Verdict.ALREADY, "it is so already"
+        if not now.same_as(left):
+            return self._foreign(path, chain, now, left)
+        if other := self._between(path, chain, calls):
+            return Verdict.CONFLICT, f"call {other}, which is not selected, changed it in between"
+        try:
+            self._images.content(first)
+        except JournalError as e:
+            return Verdict.MISSING_PREIMAGE, e.message
+        if target.kind == "absent" and now.kind == "folder" and (name := _stranger(path, going)):
+            return Verdict.CONFLICT, f"the folder holds {name}, which these calls did not make"
+        if why := _forbidden(path):
+            return Verdict.NO_PERMISSION, why
+        if target.kind == "absent":
+            return Verdict.DELETE_CREATED, "it was not there before"
+        if now.kind == "absent":
+            return Verdict.RECREATE_DELETED, "it was there before"
+        return Verdict.RESTORE, "it was different before"
+
+    def _foreign(self, path: bytes, chain: _Chain, now: PathState, left: PathState) -> tuple[Verdict, str]:
+        if now.kind not in (left.kind, "absent") or now.kind == "other":
+            return Verdict.TYPE_CHANGED, f"it is a {now.kind} now, and was left a {left.kind}"
+        query = """SELECT call FROM pre_image JOIN journal USING (call) WHERE path = ? AND state = 'done' AND begun > ?
+                   ORDER BY begun LIMIT 1"""
+        later = self._store.read(lambda db: db.execute(query, (path, chain.images[-1][0])).get)
+        return Verdict.CONFLICT, f"call {later} changed it since" if later else "somebody changed it since"
+
+    def _between(self, path: bytes, chain: _Chain, calls: tuple[str, ...]) -> str:
+        """A call that is not selected and changed the path between two that are."""
+        query = """SELECT call FROM pre_image JOIN journal USING (call) WHERE path = ? AND state = 'done' AND begun > ?
+                   AND begun < ? ORDER BY begun"""
+        span = (path, chain.images[0][0], chain.images[-1][0])
+        others = self._store.read(lambda db: [str(call) for (call,) in db.execute(query, span)])
+        return next((call for call in others if call not in calls), "")
+
+    def _merged(self, first: Image, last: Image, now: PathState) -> bytes | None:
+        """Our way back applied to what somebody has made of the call's result."""
+        if {first.before.kind, now.kind} != {"file"} or (base := self._images.result(last)) is None:
+            return None
+        try:
+            theirs = take(first.path, limit=_MERGED_BYTES)[1]
+            return merge(base, self._images.content(first), theirs)
+        except (OSError, TooLarge, JournalError):
+            return None
+
+
+def _is_within(path: bytes, roots: Iterable[bytes]) -> bool:
+    chosen = tuple(roots)
+    return not chosen or any(path == root or path.startswith(root.rstrip(b"/") + b"/") for root in chosen)
+
+
+def _now(path: bytes) -> PathState:
+    try:
+        return look(path)
+    except OSError:  # the way there leads elsewhere by now
+        return PathState("other")
+
+
+def _stranger(folder: bytes, going: set[bytes]) -> str:
+    """Something in a folder that is to go which does not go with it."""
+    try:
+        with os.scandir(folder) as entries:
+            return next((os.fsdecode(entry.name) for entry in entries if folder + b"/" + entry.name not in going), "")
+    except OSError:
+        return ""
+
+
+def _forbidden(path: bytes) -> str:
+    """Why its folder can't be written to; a folder that is not there may be one that comes back first."""
+    folder = os.path.dirname(path)
+    if os.path.lexists(folder) and not os.access(
+        folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
+        return f"{os.fsdecode(folder)} can't be written to"
+    return ""

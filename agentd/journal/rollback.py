@@ -1,0 +1,210 @@
+"""Rollbacks: a plan carried out, as a call of its own that is recorded and can be undone; and what calls have changed."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from agentd.audit import Event
+from agentd.errors import JournalError, Reason
+from agentd.journal.plan import Plan, Planner, Verdict
+from agentd.journal.state import PathState, TooLarge, put_back, take
+from agentd.store import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from agentd.audit import AuditLog, FileTouched
+    from agentd.journal.images import Images
+    from agentd.journal.journal import Journal, Transaction
+    from agentd.journal.plan import PathPlan, Selection, Ways
+    from agentd.store import Store
+
+_SHOWN_BYTES = 1 << 20
+_NAMED = 5  # paths in an error
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """What a rollback did: the call that recorded it, the calls it put back, and the paths."""
+
+    call: str
+    files: tuple[FileTouched, ...]
+    calls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What became of one path: a unified diff of text, or a sentence. `added` and `removed` count lines."""
+
+    path: bytes
+    summary: str
+    diff: str = ""
+    added: int = 0
+    removed: int = 0
+
+
+class Rollbacks:
+    def __init__(self, journal: Journal, store: Store, audit: AuditLog, images: Images) -> None:
+        self._journal, self._store, self._audit, self._images = journal, store, audit, images
+        self._planner = Planner(store, images)
+
+    def plan(self, selection: Selection, ways: Ways) -> Plan:
+        """What would be done, path by path. Nothing is touched. Raises what the planner raises."""
+        return self._planner.plan(selection, ways)
+
+    def apply(self, plan: Plan, principal: str) -> Undone:
+        """Carry out a plan that was just made. All of it or nothing, unless it is partial.
+
+        Raises JournalError: UNDO_CONFLICT, NOT_UNDOABLE; StoreError. Then everything is as it was.
+        """
+        chosen = [planned for planned in plan.paths if planned.does]
+        blocked = [planned for planned in plan.paths if planned.blocks]
+        if blocked and not plan.ways.partial:
+            raise _blocked(plan, blocked)
+        if not chosen:
+            raise self._nothing(plan)
+        undo = new_id()
+        undone = self._complete(plan)
+        detail = {"undoes": list(undone), "plan": plan.digest, "forced": [os.fsdecode(p.path) for p in chosen if p.forced]}
+        cause = plan.calls[-1]
+        intent = Event(kind="undo.intent", principal=principal, call=undo, cause=cause, detail=detail)
+        transaction = self._journal.begin(undo, intent, [planned.path for planned in chosen])
+        try:
+            self._put_back(transaction, chosen)
+        except OSError as e:
+            shown = os.fsdecode(e.filename) if e.filename else "a path"
+            why = f"{shown} can't be put back: {e.strerror}"
+            abort = Event(kind="call.abort", principal=principal, call=undo, cause=cause, detail=detail, error=why)
+            transaction.roll_back(abort)
+            raise _failed(plan, why) from e
+        end = Event(kind="undo.end", principal=principal, call=undo, cause=cause, detail=detail)
+        settled = [(call, "undone") for call in undone] + [(call, "done") for call in self._brought_back(undone)]
+        return Undone(undo, self._journal.finish(transaction, end, settled, undone), undone)
+
+    def _put_back(self, transaction: Transaction, chosen: Iterable[PathPlan]) -> None:
+        """Raises OSError. What the transaction has captured is what was planned for: nobody came in between."""
+        for planned in in_order(chosen):
+            captured = transaction.images[planned.path].before
+            if not captured.same_as(planned.now):
+                raise OSError(0, "it was changed while it was being put back", os.fsdecode(planned.path))
+            target, content = planned.target, b""
+            if planned.merged is not None:
+                content = planned.merged
+                target = replace(planned.now, digest=hashlib.sha256(content).hexdigest())
+            elif target.kind == "file":
+                content = self._images.content(planned.first)
+            try:
+                put_back(planned.path, target, content)
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, planned.path) from e
+
+    def _complete(self, plan: Plan) -> tuple[str, ...]:
+        """The calls of which nothing is left when the plan is carried out."""
+        stays = {
+            call for planned in plan.paths if not (planned.does or planned.verdict is Verdict.ALREADY) for call in planned.calls
+        }
+        kept = plan.selection.paths and {call for call in plan.calls if self._reaches_beyond(call, plan)}
+        return tuple(call for call in plan.calls if call not in stays and call not in (kept or ()))
+
+    def _reaches_beyond(self, call: str, plan: Plan) -> bool:
+        inside = {planned.path for planned in plan.paths}
+        return any(image.changed and image.path not in inside for image in self._images.of(call))
+
+    def _brought_back(self, undone: tuple[str, ...]) -> list[str]:
+        """Calls that one of these had put back: undoing an undo is doing it again."""
+        marks = ", ".join("?" * len(undone))
+        query = f"SELECT undoes FROM journal WHERE call IN ({marks})"  # noqa: S608
+        rows = self._store.read(lambda db: [str(text) for (text,) in db.execute(query, undone)])
+        return [call for text in rows for call in json.loads(text) if call not in undone]
+
+    def _nothing(self, plan: Plan) -> JournalError:
+        if len(plan.selection.calls) == 1:
+            return self._journal.why_not(plan.selection.calls[0])
+        hint = "`agentd audit list` shows the calls."
+        return JournalError(Reason.NOT_UNDOABLE, "There is nothing to put back in what was selected.", hint=hint)
+
+    # -- showing
+
+    def difference(self, planned: PathPlan, *, back: bool) -> Difference:
+        """Of a path of a plan: what would be done to it (`back`), or what the calls have done to it."""
+        if back:
+            before, after = self._text_now(planned), self._text_before(planned)
+            return _difference(planned.path, planned.now, planned.target, before, planned.merged or after)
+        assert planned.last.after is not None
+        result = self._images.result(planned.last)
+        if result is None and planned.now.same_as(planned.last.after):
+            result = self._text_now(planned)
+        return _difference(planned.path, planned.target, planned.last.after, self._text_before(planned), result)
+
+    def _text_before(self, planned: PathPlan) -> bytes | None:
+        try:
+            return self._images.content(planned.first)
+        except JournalError:
+            return None
+
+    def _text_now(self, planned: PathPlan) -> bytes | None:
+        try:
+            return take(planned.path, limit=_SHOWN_BYTES)[1]
+        except (OSError, TooLarge):
+            return None
+
+
+def in_order(chosen: Iterable[PathPlan]) -> list[PathPlan]:
+    """First what is to go, deepest first; then what is to come, from the top."""
+    known = list(chosen)
+    going = [planned for planned in known if planned.target.kind == "absent"]
+    coming = [planned for planned in known if planned.target.kind != "absent"]
+    return sorted(going, key=lambda p: -p.path.count(b"/")) + sorted(coming, key=lambda p: p.path.count(b"/"))
+
+
+def _difference(path: bytes, old: PathState, new: PathState, before: bytes | None, after: bytes | None) -> Difference:
+    summary = _summary(old, new)
+    kinds = {old.kind, new.kind}
+    if not kinds <= {"file", "absent"} or before is None or after is None or old.digest == new.digest:
+        return Difference(path, summary)
+    if any(len(text) > _SHOWN_BYTES or b"\0" in text for text in (before, after)):
+        return Difference(path, f"{summary}, binary: {len(before)} and {len(after)} bytes")
+    shown = os.fsdecode(path)
+    names = ("/dev/null" if old.kind == "absent" else f"a{shown}", "/dev/null" if new.kind == "absent" else f"b{shown}")
+    old_lines, new_lines = (text.decode("utf-8", "replace").splitlines(keepends=True) for text in (before, after))
+    lines = [line if line.endswith("\n") else line + "\n" for line in difflib.unified_diff(old_lines, new_lines, *names)]
+    added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
+    removed = sum(line.startswith("-") and not line.startswith("---") for line in lines)
+    return Difference(path, summary, "".join(lines), added, removed)
+
+
+def _summary(old: PathState, new: PathState) -> str:
+    if old.kind == "absent" or new.kind == "absent":
+        return f"{new.kind} created" if old.kind == "absent" else f"{old.kind} deleted"
+    if old.kind != new.kind:
+        return f"a {old.kind} became a {new.kind}"
+    parts = [
+        "content changed" if old.digest != new.digest else "",
+        f"mode {old.mode:o} became {new.mode:o}" if old.mode != new.mode else "",
+        f"link to {old.target} became link to {new.target}" if old.target != new.target else "",
+        "attributes changed" if old.attributes != new.attributes else "",
+    ]
+    return ", ".join(filter(None, parts)) or "the same"
+
+
+def _blocked(plan: Plan, blocked: list[PathPlan]) -> JournalError:
+    named = "; ".join(f"{os.fsdecode(planned.path)}: {planned.why}" for planned in blocked[:_NAMED])
+    more = f" (and {len(blocked) - _NAMED} more)" if len(blocked) > _NAMED else ""
+    what = f"Call {plan.calls[0]} was" if len(plan.calls) == 1 else f"{len(plan.calls)} calls were"
+    missing = all(planned.verdict is Verdict.MISSING_PREIMAGE for planned in blocked)
+    return JournalError(
+        Reason.NOT_UNDOABLE if missing else Reason.UNDO_CONFLICT,
+        f"{what} not undone: {named}{more}. Everything is as it was.",
+        hint="Put back what can be with --partial, keep both changes with --merge, or overwrite with --force.",
+        metadata={"path": os.fsdecode(blocked[0].path), "call": plan.calls[-1]},
+    )
+
+
+def _failed(plan: Plan, why: str) -> JournalError:
+    message = f"Nothing was undone: {why}. Everything is as it was."
+    return JournalError(Reason.UNDO_CONFLICT, message, metadata={"call": plan.calls[-1]})
