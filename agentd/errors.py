@@ -68,6 +68,7 @@ class Reason(Enum):
     TOOL_FAILED = Code.ABORTED, "tool failed"
     TOOL_TIMEOUT = Code.DEADLINE_EXCEEDED, "tool ran past its deadline"
     NOT_UNDOABLE = Code.FAILED_PRECONDITION, "not undoable"
+    PLAN_CHANGED = Code.FAILED_PRECONDITION, "plan is out of date"
     UNDO_CONFLICT = Code.FAILED_PRECONDITION, "changed since"
     STORE_FULL = Code.RESOURCE_EXHAUSTED, "disk full"
     STORE_LOCKED = Code.FAILED_PRECONDITION, "state folder in use"

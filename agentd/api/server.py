@@ -17,8 +17,9 @@ from grpc_reflection.v1alpha import reflection
 from agentd.api.identity import Doorkeeper
 from agentd.api.people import ApprovalServicer, GrantServicer, TokenServicer
 from agentd.api.relay import Relay
-from agentd.api.servicers import AuditServicer, JournalServicer, RunServicer, SystemServicer, ToolServicer
+from agentd.api.servicers import AuditServicer, RunServicer, SystemServicer, ToolServicer
 from agentd.api.status import ErrorsToStatuses
+from agentd.api.undoing import JournalServicer
 from agentd.errors import DaemonError, Reason
 from agentd.v1 import (
     approval_pb2,

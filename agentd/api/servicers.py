@@ -13,8 +13,6 @@ from agentd.runs.record import unknown_run
 from agentd.v1 import (
     audit_pb2,
     audit_pb2_grpc,
-    journal_pb2,
-    journal_pb2_grpc,
     run_pb2,
     run_pb2_grpc,
     system_pb2,
@@ -123,20 +121,6 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         return audit_pb2.VerifyAuditLogResponse(
             valid_events=found.valid, head=found.head, first_bad_sequence=found.bad or 0, why=found.why
         )
-
-
-class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
-    def __init__(self, calls: Calls) -> None:
-        self._calls = calls
-
-    async def UndoCall(  # noqa: N802
-        self, request: journal_pb2.UndoCallRequest, context: Any
-    ) -> journal_pb2.UndoCallResponse:
-        call = convert.identifier(request.name, "calls")
-        who = caller()
-        undone = await self._calls.undo(call, who.name, any_call=who.has("admin"))
-        paths = [file.path.encode("utf-8", "replace").decode() for file in undone.files]
-        return journal_pb2.UndoCallResponse(name=f"calls/{undone.call}", restored_paths=paths)
 
 
 class SystemServicer(system_pb2_grpc.SystemServiceServicer):

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from agentd_sandbox import (
@@ -29,8 +29,9 @@ from agentd_sandbox.network import split_authority
 from agentd.audit import Event, FileTouched, SandboxUse
 from agentd.calls.arguments import Arguments
 from agentd.calls.wanted import CallRequest, Prepared, Wanted, event, who
-from agentd.errors import AgentdError, Reason, RequestError, SandboxError, ToolError
+from agentd.errors import AgentdError, JournalError, Reason, RequestError, SandboxError, ToolError
 from agentd.grants import PATH_KINDS, Request
+from agentd.journal import Ways
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from agentd.calls.manifest import Tool, Toolbox
     from agentd.calls.permission import Permission
     from agentd.grants import Decision, Labels, Scope
-    from agentd.journal import Journal, Transaction, Undone
+    from agentd.journal import Difference, Journal, Plan, Selection, Transaction, Undone
 
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
 
@@ -179,6 +180,42 @@ class Calls:
         if not begun or begun[0].body.get("principal") != principal:
             message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
             raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
+
+    async def plan_rollback(self, selection: Selection, ways: Ways) -> tuple[Plan, dict[bytes, Difference]]:
+        """A plan, and what it would do to each path. Raises what the planner raises."""
+
+        def plan() -> tuple[Plan, dict[bytes, Difference]]:
+            rollbacks = self._journal.rollbacks
+            made = rollbacks.plan(selection, ways)
+            return made, {planned.path: rollbacks.difference(planned, back=True) for planned in made.paths}
+
+        return await asyncio.to_thread(plan)
+
+    async def roll_back(self, selection: Selection, ways: Ways, digest: str, principal: str) -> Undone:
+        """Carry out the plan of that digest; waits for a change that is under way.
+
+        Raises JournalError: PLAN_CHANGED, UNDO_CONFLICT, NOT_UNDOABLE; StoreError.
+        """
+
+        def apply() -> Undone:
+            plan = self._journal.rollbacks.plan(selection, ways)
+            if plan.digest != digest:
+                message = "Something has changed since this plan was made; nothing was put back."
+                raise JournalError(Reason.PLAN_CHANGED, message, hint="Make a new plan and look at it.")
+            return self._journal.rollbacks.apply(plan, principal)
+
+        async with self._changing:
+            return await asyncio.to_thread(apply)
+
+    async def differences(self, selection: Selection) -> list[Difference]:
+        """What a selection of calls has changed, by path. Raises what the planner raises."""
+
+        def look() -> list[Difference]:
+            rollbacks = self._journal.rollbacks
+            plan = rollbacks.plan(replace(selection, undone=True), Ways())
+            return [rollbacks.difference(planned, back=False) for planned in plan.paths]
+
+        return await asyncio.to_thread(look)
 
     async def end_run(self, run: str) -> None:
         """What was allowed for this run alone is over."""

@@ -10,10 +10,11 @@ import click
 
 from agentd import __version__
 from agentd.cli.approvals import approvals
-from agentd.cli.audit import audit, undo
+from agentd.cli.audit import audit
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
 from agentd.cli.grants import grants
+from agentd.cli.rollback import diff, rollback, undo
 from agentd.cli.run import chat, run
 from agentd.cli.serve import serve
 from agentd.cli.token import token
@@ -42,7 +43,7 @@ def cli(context: click.Context, socket: Path | None) -> None:
     context.obj = socket
 
 
-for command in (serve, run, chat, tools, approvals, grants, token, audit, undo, doctor, demo):
+for command in (serve, run, chat, tools, approvals, grants, token, audit, diff, undo, rollback, doctor, demo):
     cli.add_command(command)
 
 

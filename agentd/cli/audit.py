@@ -1,4 +1,4 @@
-"""`agentd audit` and `agentd undo`: what has happened, and putting it back."""
+"""`agentd audit`: what has happened."""
 
 from __future__ import annotations
 
@@ -70,22 +70,6 @@ def verify(socket: Path | None, *, as_json: bool) -> None:
     else:
         console.print(f"[green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
     sys.exit(TAMPERED if found.first_bad_sequence else 0)
-
-
-@click.command(epilog="Example: agentd undo 01kz5t3q8m0v9r6w2e4y7x1abc")
-@click.argument("call")
-@json_option
-@click.pass_obj
-def undo(socket: Path | None, call: str, *, as_json: bool) -> None:
-    """Put back every path that CALL has changed; all of them or none. An undo can be undone."""
-    with Client(socket) as client:
-        done = client.undo(f"calls/{call.removeprefix('calls/')}")
-    if as_json:
-        print_json(done)
-        return
-    for path in done.restored_paths:
-        console.print(f"[green]put back[/] {shown(path)}")
-    console.print(f"[dim]recorded as {done.name.removeprefix('calls/')}; undo that to have the change again[/]")
 
 
 def _print_events(events: list[audit_pb2.AuditEvent], *, as_json: bool) -> None:

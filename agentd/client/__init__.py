@@ -159,6 +159,19 @@ class Client:
         """Put back what a call (`calls/{call}`) has changed."""
         return self._call(self._journal.UndoCall, journal_pb2.UndoCallRequest(name=call))
 
+    def plan_rollback(self, request: journal_pb2.PlanRollbackRequest) -> journal_pb2.RollbackPlan:
+        """What putting back a selection of changes would do."""
+        return self._call(self._journal.PlanRollback, request)
+
+    def apply_rollback(self, plan: journal_pb2.PlanRollbackRequest, digest: str) -> journal_pb2.UndoCallResponse:
+        """Carry out the plan that was seen."""
+        return self._call(self._journal.ApplyRollback, journal_pb2.ApplyRollbackRequest(plan=plan, digest=digest))
+
+    def differences(self, selection: journal_pb2.ChangeSelection) -> list[journal_pb2.PathDifference]:
+        """What a selection of calls has changed."""
+        request = journal_pb2.DiffChangesRequest(selection=selection)
+        return list(self._call(self._journal.DiffChanges, request).differences)
+
     def grants(self) -> Iterator[grant_pb2.Grant]:
         """All grants in force: those of the configuration, then those made."""
         token = ""

@@ -56,6 +56,8 @@ class Selection:
     until_ns: int = 0
     paths: tuple[bytes, ...] = ()
     principal: str = ""
+    undone: bool = False
+    """Whether calls that were put back meanwhile count, too: they do where all that has happened is meant."""
 
     @property
     def of_time(self) -> bool:
@@ -156,7 +158,7 @@ class Planner:
         """(call, begun, effect), oldest first. Undone ones count only where all that happened is meant."""
         if not (selection.calls or selection.run or selection.session or selection.since_ns or selection.paths):
             raise RequestError(Reason.BAD_FIELD, "Nothing is selected.", hint="Name calls, a run, a session, a time or paths.")
-        states = ("done", "undone") if selection.of_time else ("done", "done")
+        states = ("done", "undone" if selection.undone or selection.of_time else "done")
         clauses, values = ["state IN (?, ?)"], list[object](states)
         if selection.calls:
             clauses.append(f"call IN ({', '.join('?' * len(selection.calls))})")

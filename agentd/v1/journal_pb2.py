@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gentd/v1/journal.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\"%\n\x0fUndoCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"8\n\x10UndoCallResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erestored_paths\x18\x02 \x03(\t2U\n\x0eJournalService\x12\x43\n\x08UndoCall\x12\x1a.agentd.v1.UndoCallRequest\x1a\x1b.agentd.v1.UndoCallResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gentd/v1/journal.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x01\n\x0f\x43hangeSelection\x12\r\n\x05\x63\x61lls\x18\x01 \x03(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x06 \x03(\t\"]\n\x0ePathDifference\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0c\n\x04\x64iff\x18\x03 \x01(\t\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x01(\x05\x12\x0f\n\x07removed\x18\x05 \x01(\x05\"\xa4\x04\n\x0cRollbackPlan\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12+\n\x05paths\x18\x02 \x03(\x0b\x32\x1c.agentd.v1.RollbackPlan.Path\x12\r\n\x05\x63\x61lls\x18\x03 \x03(\t\x12\x1a\n\x12not_undoable_calls\x18\x04 \x03(\t\x1a\xab\x03\n\x04Path\x12-\n\ndifference\x18\x01 \x01(\x0b\x32\x19.agentd.v1.PathDifference\x12\x35\n\x07verdict\x18\x02 \x01(\x0e\x32$.agentd.v1.RollbackPlan.Path.Verdict\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x0c\n\x04\x64oes\x18\x04 \x01(\x08\x12\x0e\n\x06\x66orced\x18\x05 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x06 \x03(\t\"\x82\x02\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_RESTORE\x10\x01\x12\x1a\n\x16VERDICT_DELETE_CREATED\x10\x02\x12\x1c\n\x18VERDICT_RECREATE_DELETED\x10\x03\x12\x11\n\rVERDICT_MERGE\x10\x04\x12\x13\n\x0fVERDICT_ALREADY\x10\x05\x12\x14\n\x10VERDICT_CONFLICT\x10\x06\x12\x18\n\x14VERDICT_TYPE_CHANGED\x10\x07\x12\x1c\n\x18VERDICT_MISSING_PREIMAGE\x10\x08\x12\x19\n\x15VERDICT_NO_PERMISSION\x10\t\"%\n\x0fUndoCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"N\n\x10UndoCallResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erestored_paths\x18\x02 \x03(\t\x12\x14\n\x0cundone_calls\x18\x03 \x03(\t\"y\n\x13PlanRollbackRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\x12\x0f\n\x07partial\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05merge\x18\x04 \x01(\x08\"`\n\x14\x41pplyRollbackRequest\x12\x32\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.agentd.v1.PlanRollbackRequestB\x04\xe2\x41\x01\x02\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"I\n\x12\x44iffChangesRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\"E\n\x13\x44iffChangesResponse\x12.\n\x0b\x64ifferences\x18\x01 \x03(\x0b\x32\x19.agentd.v1.PathDifference2\xbb\x02\n\x0eJournalService\x12\x43\n\x08UndoCall\x12\x1a.agentd.v1.UndoCallRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12G\n\x0cPlanRollback\x12\x1e.agentd.v1.PlanRollbackRequest\x1a\x17.agentd.v1.RollbackPlan\x12M\n\rApplyRollback\x12\x1f.agentd.v1.ApplyRollbackRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12L\n\x0b\x44iffChanges\x12\x1d.agentd.v1.DiffChangesRequest\x1a\x1e.agentd.v1.DiffChangesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_UNDOCALLREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_UNDOCALLREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
-  _globals['_UNDOCALLREQUEST']._serialized_start=71
-  _globals['_UNDOCALLREQUEST']._serialized_end=108
-  _globals['_UNDOCALLRESPONSE']._serialized_start=110
-  _globals['_UNDOCALLRESPONSE']._serialized_end=166
-  _globals['_JOURNALSERVICE']._serialized_start=168
-  _globals['_JOURNALSERVICE']._serialized_end=253
+  _globals['_PLANROLLBACKREQUEST'].fields_by_name['selection']._loaded_options = None
+  _globals['_PLANROLLBACKREQUEST'].fields_by_name['selection']._serialized_options = b'\342A\001\002'
+  _globals['_APPLYROLLBACKREQUEST'].fields_by_name['plan']._loaded_options = None
+  _globals['_APPLYROLLBACKREQUEST'].fields_by_name['plan']._serialized_options = b'\342A\001\002'
+  _globals['_APPLYROLLBACKREQUEST'].fields_by_name['digest']._loaded_options = None
+  _globals['_APPLYROLLBACKREQUEST'].fields_by_name['digest']._serialized_options = b'\342A\001\002'
+  _globals['_DIFFCHANGESREQUEST'].fields_by_name['selection']._loaded_options = None
+  _globals['_DIFFCHANGESREQUEST'].fields_by_name['selection']._serialized_options = b'\342A\001\002'
+  _globals['_CHANGESELECTION']._serialized_start=105
+  _globals['_CHANGESELECTION']._serialized_end=268
+  _globals['_PATHDIFFERENCE']._serialized_start=270
+  _globals['_PATHDIFFERENCE']._serialized_end=363
+  _globals['_ROLLBACKPLAN']._serialized_start=366
+  _globals['_ROLLBACKPLAN']._serialized_end=914
+  _globals['_ROLLBACKPLAN_PATH']._serialized_start=487
+  _globals['_ROLLBACKPLAN_PATH']._serialized_end=914
+  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_start=656
+  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_end=914
+  _globals['_UNDOCALLREQUEST']._serialized_start=916
+  _globals['_UNDOCALLREQUEST']._serialized_end=953
+  _globals['_UNDOCALLRESPONSE']._serialized_start=955
+  _globals['_UNDOCALLRESPONSE']._serialized_end=1033
+  _globals['_PLANROLLBACKREQUEST']._serialized_start=1035
+  _globals['_PLANROLLBACKREQUEST']._serialized_end=1156
+  _globals['_APPLYROLLBACKREQUEST']._serialized_start=1158
+  _globals['_APPLYROLLBACKREQUEST']._serialized_end=1254
+  _globals['_DIFFCHANGESREQUEST']._serialized_start=1256
+  _globals['_DIFFCHANGESREQUEST']._serialized_end=1329
+  _globals['_DIFFCHANGESRESPONSE']._serialized_start=1331
+  _globals['_DIFFCHANGESRESPONSE']._serialized_end=1400
+  _globals['_JOURNALSERVICE']._serialized_start=1403
+  _globals['_JOURNALSERVICE']._serialized_end=1718
 # @@protoc_insertion_point(module_scope)

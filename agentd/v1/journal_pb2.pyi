@@ -6,7 +6,9 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +19,229 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+@_typing.final
+class ChangeSelection(_message.Message):
+    """Which changes. With none of calls, run and session it means all that happened to the paths or in the time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALLS_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """`runs/{run}`."""
+    session: _builtins.str
+    """The session of runs."""
+    @_builtins.property
+    def calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`calls/{call}`."""
+
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Calls that began then or later."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Calls that began before then."""
+
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only these paths and what is below them. Absolute and real."""
+
+    def __init__(
+        self,
+        *,
+        calls: _abc.Iterable[_builtins.str] | None = ...,
+        run: _builtins.str = ...,
+        session: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "paths", b"paths", "run", b"run", "session", b"session", "since", b"since", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChangeSelection: _TypeAlias = ChangeSelection  # noqa: Y015
+
+@_typing.final
+class PathDifference(_message.Message):
+    """What became, or would become, of one path."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    DIFF_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """The path."""
+    summary: _builtins.str
+    """In a sentence."""
+    diff: _builtins.str
+    """A unified diff, for text that is not too long."""
+    added: _builtins.int
+    """Lines added."""
+    removed: _builtins.int
+    """Lines removed."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        summary: _builtins.str = ...,
+        diff: _builtins.str = ...,
+        added: _builtins.int = ...,
+        removed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["added", b"added", "diff", b"diff", "path", b"path", "removed", b"removed", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PathDifference: _TypeAlias = PathDifference  # noqa: Y015
+
+@_typing.final
+class RollbackPlan(_message.Message):
+    """A plan of a rollback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Path(_message.Message):
+        """What a path would become, or why not."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        class _Verdict:
+            ValueType = _typing.NewType("ValueType", _builtins.int)
+            V: _TypeAlias = ValueType  # noqa: Y015
+
+        class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[RollbackPlan.Path._Verdict.ValueType], _builtins.type):
+            DESCRIPTOR: _descriptor.EnumDescriptor
+            VERDICT_UNSPECIFIED: RollbackPlan.Path._Verdict.ValueType  # 0
+            """Not set."""
+            VERDICT_RESTORE: RollbackPlan.Path._Verdict.ValueType  # 1
+            """It gets its former content or mode back."""
+            VERDICT_DELETE_CREATED: RollbackPlan.Path._Verdict.ValueType  # 2
+            """It was not there before: it goes."""
+            VERDICT_RECREATE_DELETED: RollbackPlan.Path._Verdict.ValueType  # 3
+            """It was there before: it comes back."""
+            VERDICT_MERGE: RollbackPlan.Path._Verdict.ValueType  # 4
+            """Somebody changed it since, elsewhere in the text: both changes are kept."""
+            VERDICT_ALREADY: RollbackPlan.Path._Verdict.ValueType  # 5
+            """It is as it was already."""
+            VERDICT_CONFLICT: RollbackPlan.Path._Verdict.ValueType  # 6
+            """Somebody changed it since."""
+            VERDICT_TYPE_CHANGED: RollbackPlan.Path._Verdict.ValueType  # 7
+            """Something of another kind is there now."""
+            VERDICT_MISSING_PREIMAGE: RollbackPlan.Path._Verdict.ValueType  # 8
+            """Its former content is missing or damaged."""
+            VERDICT_NO_PERMISSION: RollbackPlan.Path._Verdict.ValueType  # 9
+            """Its folder can't be written to."""
+
+        class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
+            """What is to be said of a path."""
+
+        VERDICT_UNSPECIFIED: RollbackPlan.Path.Verdict.ValueType  # 0
+        """Not set."""
+        VERDICT_RESTORE: RollbackPlan.Path.Verdict.ValueType  # 1
+        """It gets its former content or mode back."""
+        VERDICT_DELETE_CREATED: RollbackPlan.Path.Verdict.ValueType  # 2
+        """It was not there before: it goes."""
+        VERDICT_RECREATE_DELETED: RollbackPlan.Path.Verdict.ValueType  # 3
+        """It was there before: it comes back."""
+        VERDICT_MERGE: RollbackPlan.Path.Verdict.ValueType  # 4
+        """Somebody changed it since, elsewhere in the text: both changes are kept."""
+        VERDICT_ALREADY: RollbackPlan.Path.Verdict.ValueType  # 5
+        """It is as it was already."""
+        VERDICT_CONFLICT: RollbackPlan.Path.Verdict.ValueType  # 6
+        """Somebody changed it since."""
+        VERDICT_TYPE_CHANGED: RollbackPlan.Path.Verdict.ValueType  # 7
+        """Something of another kind is there now."""
+        VERDICT_MISSING_PREIMAGE: RollbackPlan.Path.Verdict.ValueType  # 8
+        """Its former content is missing or damaged."""
+        VERDICT_NO_PERMISSION: RollbackPlan.Path.Verdict.ValueType  # 9
+        """Its folder can't be written to."""
+
+        DIFFERENCE_FIELD_NUMBER: _builtins.int
+        VERDICT_FIELD_NUMBER: _builtins.int
+        WHY_FIELD_NUMBER: _builtins.int
+        DOES_FIELD_NUMBER: _builtins.int
+        FORCED_FIELD_NUMBER: _builtins.int
+        CALLS_FIELD_NUMBER: _builtins.int
+        verdict: Global___RollbackPlan.Path.Verdict.ValueType
+        """The verdict."""
+        why: _builtins.str
+        """Why."""
+        does: _builtins.bool
+        """Whether it would be changed."""
+        forced: _builtins.bool
+        """Whether that overwrites what somebody else has made of it."""
+        @_builtins.property
+        def difference(self) -> Global___PathDifference:
+            """What would be done to it."""
+
+        @_builtins.property
+        def calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """`calls/{call}` that changed it, oldest first."""
+
+        def __init__(
+            self,
+            *,
+            difference: Global___PathDifference | None = ...,
+            verdict: Global___RollbackPlan.Path.Verdict.ValueType = ...,
+            why: _builtins.str = ...,
+            does: _builtins.bool = ...,
+            forced: _builtins.bool = ...,
+            calls: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["difference", b"difference"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "difference", b"difference", "does", b"does", "forced", b"forced", "verdict", b"verdict", "why", b"why"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    NOT_UNDOABLE_CALLS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """To be given to ApplyRollback: another one means that something has changed."""
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___RollbackPlan.Path]:
+        """Path by path."""
+
+    @_builtins.property
+    def calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`calls/{call}` that would be put back, oldest first."""
+
+    @_builtins.property
+    def not_undoable_calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`calls/{call}` of the selection that have reached outside: nothing takes that back."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        paths: _abc.Iterable[Global___RollbackPlan.Path] | None = ...,
+        calls: _abc.Iterable[_builtins.str] | None = ...,
+        not_undoable_calls: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "digest", b"digest", "not_undoable_calls", b"not_undoable_calls", "paths", b"paths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackPlan: _TypeAlias = RollbackPlan  # noqa: Y015
 
 @_typing.final
 class UndoCallRequest(_message.Message):
@@ -42,28 +267,146 @@ Global___UndoCallRequest: _TypeAlias = UndoCallRequest  # noqa: Y015
 
 @_typing.final
 class UndoCallResponse(_message.Message):
-    """Response of UndoCall."""
+    """Response of UndoCall and ApplyRollback."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     RESTORED_PATHS_FIELD_NUMBER: _builtins.int
+    UNDONE_CALLS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`calls/{call}` of the undo, by which it can be undone in turn."""
     @_builtins.property
     def restored_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths put back."""
 
+    @_builtins.property
+    def undone_calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`calls/{call}` of which nothing is left."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         restored_paths: _abc.Iterable[_builtins.str] | None = ...,
+        undone_calls: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "restored_paths", b"restored_paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "restored_paths", b"restored_paths", "undone_calls", b"undone_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UndoCallResponse: _TypeAlias = UndoCallResponse  # noqa: Y015
+
+@_typing.final
+class PlanRollbackRequest(_message.Message):
+    """Request of PlanRollback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTION_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    MERGE_FIELD_NUMBER: _builtins.int
+    partial: _builtins.bool
+    """Do what can be done and leave the rest."""
+    force: _builtins.bool
+    """Overwrite what somebody else has changed; their version is kept and can be had back."""
+    merge: _builtins.bool
+    """Keep both changes of a text where they do not touch."""
+    @_builtins.property
+    def selection(self) -> Global___ChangeSelection:
+        """What to put back."""
+
+    def __init__(
+        self,
+        *,
+        selection: Global___ChangeSelection | None = ...,
+        partial: _builtins.bool = ...,
+        force: _builtins.bool = ...,
+        merge: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "merge", b"merge", "partial", b"partial", "selection", b"selection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRollbackRequest: _TypeAlias = PlanRollbackRequest  # noqa: Y015
+
+@_typing.final
+class ApplyRollbackRequest(_message.Message):
+    """Request of ApplyRollback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """`digest` of the plan that was seen."""
+    @_builtins.property
+    def plan(self) -> Global___PlanRollbackRequest:
+        """The request that the plan was made for."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___PlanRollbackRequest | None = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApplyRollbackRequest: _TypeAlias = ApplyRollbackRequest  # noqa: Y015
+
+@_typing.final
+class DiffChangesRequest(_message.Message):
+    """Request of DiffChanges."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def selection(self) -> Global___ChangeSelection:
+        """Whose changes."""
+
+    def __init__(
+        self,
+        *,
+        selection: Global___ChangeSelection | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["selection", b"selection"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffChangesRequest: _TypeAlias = DiffChangesRequest  # noqa: Y015
+
+@_typing.final
+class DiffChangesResponse(_message.Message):
+    """Response of DiffChanges."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathDifference]:
+        """By path."""
+
+    def __init__(
+        self,
+        *,
+        differences: _abc.Iterable[Global___PathDifference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiffChangesResponse: _TypeAlias = DiffChangesResponse  # noqa: Y015

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class JournalServiceStub:
-    """The undo journal.
+    """The undo journal. A user may put back its own calls, an admin all.
     """
 
     def __init__(self, channel):
@@ -40,15 +40,54 @@ class JournalServiceStub:
                 request_serializer=agentd_dot_v1_dot_journal__pb2.UndoCallRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_journal__pb2.UndoCallResponse.FromString,
                 _registered_method=True)
+        self.PlanRollback = channel.unary_unary(
+                '/agentd.v1.JournalService/PlanRollback',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.PlanRollbackRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.RollbackPlan.FromString,
+                _registered_method=True)
+        self.ApplyRollback = channel.unary_unary(
+                '/agentd.v1.JournalService/ApplyRollback',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.ApplyRollbackRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.UndoCallResponse.FromString,
+                _registered_method=True)
+        self.DiffChanges = channel.unary_unary(
+                '/agentd.v1.JournalService/DiffChanges',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.FromString,
+                _registered_method=True)
 
 
 class JournalServiceServicer:
-    """The undo journal.
+    """The undo journal. A user may put back its own calls, an admin all.
     """
 
     def UndoCall(self, request, context):
         """Puts back every path that a call has changed; all of them or none. Is itself a call, and can be undone.
         Errors: NOT_FOUND CALL_NOT_FOUND; FAILED_PRECONDITION NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanRollback(self, request, context):
+        """Says what putting back a selection of changes would do, path by path. Nothing is touched.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApplyRollback(self, request, context):
+        """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
+        Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DiffChanges(self, request, context):
+        """Shows what a selection of calls has changed, from before the first to after the last of them.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,6 +101,21 @@ def add_JournalServiceServicer_to_server(servicer, server):
                     request_deserializer=agentd_dot_v1_dot_journal__pb2.UndoCallRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_journal__pb2.UndoCallResponse.SerializeToString,
             ),
+            'PlanRollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanRollback,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.PlanRollbackRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.RollbackPlan.SerializeToString,
+            ),
+            'ApplyRollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApplyRollback,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.ApplyRollbackRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.UndoCallResponse.SerializeToString,
+            ),
+            'DiffChanges': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiffChanges,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'agentd.v1.JournalService', rpc_method_handlers)
@@ -71,7 +125,7 @@ def add_JournalServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class JournalService:
-    """The undo journal.
+    """The undo journal. A user may put back its own calls, an admin all.
     """
 
     @staticmethod
@@ -91,6 +145,87 @@ class JournalService:
             '/agentd.v1.JournalService/UndoCall',
             agentd_dot_v1_dot_journal__pb2.UndoCallRequest.SerializeToString,
             agentd_dot_v1_dot_journal__pb2.UndoCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanRollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/PlanRollback',
+            agentd_dot_v1_dot_journal__pb2.PlanRollbackRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.RollbackPlan.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApplyRollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/ApplyRollback',
+            agentd_dot_v1_dot_journal__pb2.ApplyRollbackRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.UndoCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiffChanges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/DiffChanges',
+            agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class JournalServiceStub:
-    """The undo journal."""
+    """The undo journal. A user may put back its own calls, an admin all."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,19 +37,43 @@ class JournalServiceStub:
     """Puts back every path that a call has changed; all of them or none. Is itself a call, and can be undone.
     Errors: NOT_FOUND CALL_NOT_FOUND; FAILED_PRECONDITION NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
     """
+    PlanRollback: _grpc.UnaryUnaryMultiCallable[_journal_pb2.PlanRollbackRequest, _journal_pb2.RollbackPlan]
+    """Says what putting back a selection of changes would do, path by path. Nothing is touched.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    ApplyRollback: _grpc.UnaryUnaryMultiCallable[_journal_pb2.ApplyRollbackRequest, _journal_pb2.UndoCallResponse]
+    """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
+    Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+    """
+    DiffChanges: _grpc.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]
+    """Shows what a selection of calls has changed, from before the first to after the last of them.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
 
 @_typing.type_check_only
 class JournalServiceAsyncStub(JournalServiceStub):
-    """The undo journal."""
+    """The undo journal. A user may put back its own calls, an admin all."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UndoCall: _aio.UnaryUnaryMultiCallable[_journal_pb2.UndoCallRequest, _journal_pb2.UndoCallResponse]  # type: ignore[assignment]
     """Puts back every path that a call has changed; all of them or none. Is itself a call, and can be undone.
     Errors: NOT_FOUND CALL_NOT_FOUND; FAILED_PRECONDITION NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
     """
+    PlanRollback: _aio.UnaryUnaryMultiCallable[_journal_pb2.PlanRollbackRequest, _journal_pb2.RollbackPlan]  # type: ignore[assignment]
+    """Says what putting back a selection of changes would do, path by path. Nothing is touched.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    ApplyRollback: _aio.UnaryUnaryMultiCallable[_journal_pb2.ApplyRollbackRequest, _journal_pb2.UndoCallResponse]  # type: ignore[assignment]
+    """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
+    Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+    """
+    DiffChanges: _aio.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]  # type: ignore[assignment]
+    """Shows what a selection of calls has changed, from before the first to after the last of them.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
 
 class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The undo journal."""
+    """The undo journal. A user may put back its own calls, an admin all."""
 
     @_abc_1.abstractmethod
     def UndoCall(
@@ -59,6 +83,36 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_journal_pb2.UndoCallResponse, _abc.Awaitable[_journal_pb2.UndoCallResponse]]:
         """Puts back every path that a call has changed; all of them or none. Is itself a call, and can be undone.
         Errors: NOT_FOUND CALL_NOT_FOUND; FAILED_PRECONDITION NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+
+    @_abc_1.abstractmethod
+    def PlanRollback(
+        self,
+        request: _journal_pb2.PlanRollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.RollbackPlan, _abc.Awaitable[_journal_pb2.RollbackPlan]]:
+        """Says what putting back a selection of changes would do, path by path. Nothing is touched.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+
+    @_abc_1.abstractmethod
+    def ApplyRollback(
+        self,
+        request: _journal_pb2.ApplyRollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.UndoCallResponse, _abc.Awaitable[_journal_pb2.UndoCallResponse]]:
+        """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
+        Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+
+    @_abc_1.abstractmethod
+    def DiffChanges(
+        self,
+        request: _journal_pb2.DiffChangesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.DiffChangesResponse, _abc.Awaitable[_journal_pb2.DiffChangesResponse]]:
+        """Shows what a selection of calls has changed, from before the first to after the last of them.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
 
 def add_JournalServiceServicer_to_server(servicer: JournalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

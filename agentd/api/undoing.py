@@ -1,0 +1,99 @@
+"""The journal's service: undo, plans of rollbacks, what calls have changed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from agentd.api import convert
+from agentd.api.identity import caller
+from agentd.journal import Selection, Ways
+from agentd.v1 import journal_pb2, journal_pb2_grpc
+
+if TYPE_CHECKING:
+    from agentd.calls import Calls
+    from agentd.journal import Difference, PathPlan, Undone
+
+_Verdict = journal_pb2.RollbackPlan.Path.Verdict
+
+
+class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    async def UndoCall(  # noqa: N802
+        self, request: journal_pb2.UndoCallRequest, context: Any
+    ) -> journal_pb2.UndoCallResponse:
+        call = convert.identifier(request.name, "calls")
+        who = caller()
+        return _undone(await self._calls.undo(call, who.name, any_call=who.has("admin")))
+
+    async def PlanRollback(  # noqa: N802
+        self, request: journal_pb2.PlanRollbackRequest, context: Any
+    ) -> journal_pb2.RollbackPlan:
+        plan, differences = await self._calls.plan_rollback(_selection(request.selection), _ways(request))
+        return journal_pb2.RollbackPlan(
+            digest=plan.digest,
+            paths=[_path(planned, differences[planned.path]) for planned in plan.paths],
+            calls=[f"calls/{call}" for call in plan.calls],
+            not_undoable_calls=[f"calls/{call}" for call in plan.not_undoable],
+        )
+
+    async def ApplyRollback(  # noqa: N802
+        self, request: journal_pb2.ApplyRollbackRequest, context: Any
+    ) -> journal_pb2.UndoCallResponse:
+        selection, ways = _selection(request.plan.selection), _ways(request.plan)
+        return _undone(await self._calls.roll_back(selection, ways, request.digest, caller().name))
+
+    async def DiffChanges(  # noqa: N802
+        self, request: journal_pb2.DiffChangesRequest, context: Any
+    ) -> journal_pb2.DiffChangesResponse:
+        found = await self._calls.differences(_selection(request.selection))
+        return journal_pb2.DiffChangesResponse(differences=map(_difference, found))
+
+
+def _selection(message: journal_pb2.ChangeSelection) -> Selection:
+    """Raises RequestError (BAD_FIELD)."""
+    who = caller()
+    return Selection(
+        calls=tuple(convert.identifier(name, "calls") for name in message.calls),
+        run=convert.identifier(message.run, "runs") if message.run else "",
+        session=message.session,
+        since_ns=message.since.ToNanoseconds() if message.HasField("since") else 0,
+        until_ns=message.until.ToNanoseconds() if message.HasField("until") else 0,
+        paths=tuple(os.fsencode(path) for path in message.paths),
+        principal="" if who.has("admin") else who.name,
+    )
+
+
+def _ways(message: journal_pb2.PlanRollbackRequest) -> Ways:
+    return Ways(message.partial, message.force, message.merge)
+
+
+def _path(planned: PathPlan, difference: Difference) -> journal_pb2.RollbackPlan.Path:
+    return journal_pb2.RollbackPlan.Path(
+        difference=_difference(difference),
+        verdict=_Verdict.Value(f"VERDICT_{planned.verdict.name}"),
+        why=convert.valid(planned.why),
+        does=planned.does,
+        forced=planned.forced,
+        calls=[f"calls/{call}" for call in planned.calls],
+    )
+
+
+def _difference(difference: Difference) -> journal_pb2.PathDifference:
+    return journal_pb2.PathDifference(
+        path=convert.valid(os.fsdecode(difference.path)),
+        summary=convert.valid(difference.summary),
+        diff=convert.valid(difference.diff),
+        added=difference.added,
+        removed=difference.removed,
+    )
+
+
+def _undone(undone: Undone) -> journal_pb2.UndoCallResponse:
+    return journal_pb2.UndoCallResponse(
+        name=f"calls/{undone.call}",
+        restored_paths=[convert.valid(file.path) for file in undone.files],
+        undone_calls=[f"calls/{call}" for call in undone.calls],
+    )

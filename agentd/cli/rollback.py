@@ -1,0 +1,153 @@
+"""`agentd undo`, `agentd rollback` and `agentd diff`: what calls have changed, and putting it back."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agentd.cli.approvals import duration_ns
+from agentd.cli.output import console, json_option, print_json, safe, shown
+from agentd.client import Client
+from agentd.v1 import journal_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_Path = journal_pb2.RollbackPlan.Path
+_COLOURS = {"+": "green", "-": "red", "@": "cyan"}
+
+
+@click.command(epilog="Example: agentd undo 01kz5t3q8m0v9r6w2e4y7x1abc")
+@click.argument("call")
+@json_option
+@click.pass_obj
+def undo(socket: Path | None, call: str, *, as_json: bool) -> None:
+    """Put back every path that CALL has changed; all of them or none. An undo can be undone."""
+    with Client(socket) as client:
+        _print_undone(client.undo(f"calls/{call.removeprefix('calls/')}"), as_json=as_json)
+
+
+def _selecting(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.argument("calls", nargs=-1, metavar="[CALL]..."),
+        click.option("--run", default="", metavar="RUN", help="All calls of this run."),
+        click.option("--session", default="", metavar="SESSION", help="All calls of the runs of this session."),
+        click.option("--since", metavar="DURATION", help="All calls of the last 30m, 2h, 7d ..."),
+        click.option("--path", "paths", multiple=True, metavar="PATH", help="Only this path and what is below it."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _selection(
+    calls: tuple[str, ...], run: str, session: str, since: str | None, paths: tuple[str, ...]
+) -> journal_pb2.ChangeSelection:
+    selection = journal_pb2.ChangeSelection(
+        calls=[f"calls/{call.removeprefix('calls/')}" for call in calls],
+        run=f"runs/{run.removeprefix('runs/')}" if run else "",
+        session=session,
+        paths=[_absolute(path) for path in paths],
+    )
+    if since:
+        selection.since.FromNanoseconds(time.time_ns() - duration_ns(since))
+    return selection
+
+
+def _absolute(path: str) -> str:
+    """As the journal knows it: links on the way resolved, a link itself not."""
+    folder, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
+    return os.path.join(os.path.realpath(folder), name)
+
+
+@click.command(epilog="Example: agentd rollback --run 01kz5t3q8m0v9r6w2e4y7x1abc")
+@_selecting
+@click.option("--partial", is_flag=True, help="Put back what can be, and leave the rest.")
+@click.option("--merge", is_flag=True, help="Keep both changes of a text that somebody else changed, where they don't touch.")
+@click.option("--force", is_flag=True, help="Overwrite what somebody else has changed; that can be undone, too.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show what would be done, and do nothing.")
+@click.option("--yes", is_flag=True, help="Do it without asking.")
+@json_option
+@click.pass_obj
+def rollback(
+    socket: Path | None, /, *, partial: bool, merge: bool, force: bool, only_plan: bool, yes: bool, as_json: bool, **chosen: Any
+) -> None:
+    """Put back what the CALLs, a run, a session, or a span of time have changed. Shows a plan first, and asks.
+
+    Exit status: 0; 1 if something is in the way, or you said no. With --json and without --yes it shows the plan only.
+    """
+    request = journal_pb2.PlanRollbackRequest(selection=_selection(**chosen), partial=partial, merge=merge, force=force)
+    with Client(socket) as client:
+        plan = client.plan_rollback(request)
+        if as_json and (only_plan or not yes):
+            print_json(plan)
+            return
+        if not as_json:
+            _print_plan(plan)
+        blocked = any(not path.does and path.verdict != _Path.VERDICT_ALREADY for path in plan.paths)
+        if only_plan or (blocked and not partial):
+            sys.exit(1 if blocked and not partial else 0)
+        if not yes and not click.confirm("Put it back?"):
+            sys.exit(1)
+        _print_undone(client.apply_rollback(request, plan.digest), as_json=as_json)
+
+
+@click.command(epilog="Example: agentd diff --run 01kz5t3q8m0v9r6w2e4y7x1abc")
+@_selecting
+@click.option("--stat", is_flag=True, help="Count lines only.")
+@json_option
+@click.pass_obj
+def diff(socket: Path | None, /, *, stat: bool, as_json: bool, **chosen: Any) -> None:
+    """Show what the CALLs, a run, a session, or a span of time have changed."""
+    with Client(socket) as client:
+        found = client.differences(_selection(**chosen))
+    for each in found:
+        if as_json:
+            print_json(each)
+            continue
+        _print_difference(each, stat=stat)
+    if not as_json:
+        total = f"{sum(each.added for each in found)} lines added, {sum(each.removed for each in found)} removed"
+        console.print(f"[bold]{len(found)} paths[/], {total}")
+
+
+def _print_plan(plan: journal_pb2.RollbackPlan) -> None:
+    for path in plan.paths:
+        word = _Path.Verdict.Name(path.verdict).removeprefix("VERDICT_").lower().replace("_", "-")
+        colour = (
+            "yellow" if path.forced else "green" if path.does else "dim" if path.verdict == _Path.VERDICT_ALREADY else "red"
+        )
+        forced = " [yellow](overwrites)[/]" if path.forced else ""
+        console.print(f"[{colour}]{word:16}[/] {shown(path.difference.path)}{forced}  [dim]{shown(path.why)}[/]")
+        if path.does:
+            _print_diff(path.difference.diff)
+    if plan.not_undoable_calls:
+        console.print(f"[yellow]{len(plan.not_undoable_calls)} of the calls have reached outside; nothing takes that back[/]")
+    console.print(f"[dim]{len(plan.calls)} calls, {sum(path.does for path in plan.paths)} paths to put back[/]")
+
+
+def _print_difference(each: journal_pb2.PathDifference, *, stat: bool) -> None:
+    counts = f"  [green]+{each.added}[/] [red]-{each.removed}[/]" if each.diff else ""
+    console.print(f"[bold]{shown(each.path)}[/]  [dim]{shown(each.summary)}[/]{counts}")
+    if not stat:
+        _print_diff(each.diff)
+
+
+def _print_diff(text: str) -> None:
+    for line in text.splitlines():
+        colour = "bold" if line.startswith(("+++", "---")) else _COLOURS.get(line[:1], "default")
+        console.print(f"  {safe(line)}", style=colour, markup=False)
+
+
+def _print_undone(done: journal_pb2.UndoCallResponse, *, as_json: bool) -> None:
+    if as_json:
+        print_json(done)
+        return
+    for path in done.restored_paths:
+        console.print(f"[green]put back[/] {shown(path)}")
+    console.print(f"[dim]recorded as {done.name.removeprefix('calls/')}; undo that to have the change again[/]")

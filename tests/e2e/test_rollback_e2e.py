@@ -1,0 +1,171 @@
+"""Putting back what a shell has done, as a user would: a diff, a plan, a yes; and what came in between."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agentd.client import Client
+from agentd.errors import AgentdError, Reason
+from agentd.v1 import journal_pb2
+from tests.e2e.conftest import DaemonProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_Path = journal_pb2.RollbackPlan.Path
+COMMAND = (
+    "mv a.txt renamed.txt; sed -i s/two/2/ b.txt; rm -r old; mkdir new; echo x > new/file; ln -s b.txt link; chmod 600 c.txt"
+)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    extra = '[[grants]]\ntool = "shell.run"\nscope = "exec:/usr"\n'
+    running = DaemonProcess(
+        tmp_path_factory.mktemp("agentd"), extra=extra, tools='bundled = ["files", "system", "shell"]\n'
+    ).start()
+    yield running
+    assert running.stop() == 0
+    assert "Traceback" not in running.log, running.log
+
+
+@pytest.fixture
+def work(daemon: DaemonProcess, request: pytest.FixtureRequest) -> Path:
+    """A folder of its own, as it was before."""
+    folder = daemon.home / request.node.name
+    (folder / "old").mkdir(parents=True)
+    (folder / "a.txt").write_text("a\n")
+    (folder / "b.txt").write_text("one\ntwo\nthree\n")
+    (folder / "c.txt").write_text("c\n")
+    (folder / "old" / "deep.txt").write_text("deep\n")
+    return folder
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        found[str(path.relative_to(folder))] = (path.lstat().st_mode, content)
+    return found
+
+
+def ran(client: Client, work: Path, command: str) -> str:
+    done = client.call("shell.run", {"command": command, "folder": str(work)})
+    assert not done.failed, done.output_json
+    return done.name.removeprefix("calls/")
+
+
+def test_a_shell_that_renamed_rewrote_and_deleted_is_undone(daemon: DaemonProcess, work: Path):
+    """Shown first, path by path; then everything is as it was; and once more the other way."""
+    before = tree(work)
+    with Client(daemon.socket) as client:
+        call = ran(client, work, COMMAND)
+    after = tree(work)
+    assert after != before
+    shown = daemon.command("diff", call).stdout
+    assert "-two" in shown
+    assert "+2" in shown
+    assert re.search(r"mode 644 became 600", shown)
+    plan = daemon.command("rollback", call, "--plan").stdout
+    for word in ("restore", "recreate-deleted", "delete-created"):
+        assert word in plan
+    assert tree(work) == after
+    done = daemon.json("rollback", call, "--yes")[0]
+    assert tree(work) == before
+    daemon.command("undo", done["name"].removeprefix("calls/"))
+    assert tree(work) == after
+    daemon.command("undo", call)
+    assert tree(work) == before
+
+
+def test_a_run_is_put_back_and_shown(tmp_path: Path):
+    """By its name, with all that it did. The pocket model knows only the tools that are on by default."""
+    running = DaemonProcess(tmp_path / "d").start()
+    (running.home / "notes").mkdir()
+    file = running.home / "notes" / "shopping.txt"
+    file.write_text("bread\n")
+    try:
+        with Client(running.socket) as client:
+            events = list(client.run('add "buy milk" to notes/shopping.txt'))
+            run = events[-1].run.name.removeprefix("runs/")
+        assert "buy milk" in file.read_text()
+        assert "+buy milk" in running.command("diff", "--run", run).stdout
+        running.command("rollback", "--run", run, "--yes")
+        assert file.read_text() == "bread\n"
+        assert "+buy milk" in running.command("diff", "--run", run).stdout  # what it did is on record all the same
+    finally:
+        assert running.stop() == 0
+
+
+def test_what_a_person_has_edited_since_is_theirs(daemon: DaemonProcess, work: Path):
+    """Refused with the way out; merged, both changes are there; by force, theirs is kept as a pre-image."""
+    with Client(daemon.socket) as client:
+        call = ran(client, work, "sed -i s/one/1/ b.txt; echo y > y.txt")
+    (work / "b.txt").write_text("1\ntwo\nthree\nmine\n")
+    refused = daemon.command("rollback", call, "--yes", check=False)
+    assert refused.returncode == 1
+    assert "conflict" in refused.stdout
+    assert (work / "y.txt").exists()
+    daemon.command("rollback", call, "--merge", "--yes")
+    assert (work / "b.txt").read_text() == "one\ntwo\nthree\nmine\n"
+    assert not (work / "y.txt").exists()
+    with Client(daemon.socket) as client:
+        call = ran(client, work, "echo all of it > b.txt")
+    (work / "b.txt").write_text("mine again\n")
+    forced = daemon.json("rollback", call, "--force", "--yes")[0]
+    assert (work / "b.txt").read_text() == "one\ntwo\nthree\nmine\n"
+    daemon.command("undo", forced["name"].removeprefix("calls/"))
+    assert (work / "b.txt").read_text() == "mine again\n"
+
+
+def test_one_path_of_many_is_put_back_alone(daemon: DaemonProcess, work: Path):
+    """--path, relative to where one stands."""
+    with Client(daemon.socket) as client:
+        call = ran(client, work, "echo x > b.txt; echo x > c.txt")
+    daemon.command("rollback", call, "--path", str(work / "b.txt"), "--yes")
+    assert ((work / "b.txt").read_text(), (work / "c.txt").read_text()) == ("one\ntwo\nthree\n", "x\n")
+
+
+def test_a_plan_that_was_seen_is_the_one_that_is_done(daemon: DaemonProcess, work: Path):
+    """PLAN_CHANGED if anything has changed since; without a selection BAD_FIELD."""
+    with Client(daemon.socket) as client:
+        call = ran(client, work, "echo x > b.txt")
+        request = journal_pb2.PlanRollbackRequest(selection=journal_pb2.ChangeSelection(calls=[f"calls/{call}"]))
+        plan = client.plan_rollback(request)
+        assert [path.verdict for path in plan.paths] == [_Path.VERDICT_RESTORE]
+        (work / "b.txt").chmod(0o600)
+        with pytest.raises(AgentdError) as caught:
+            client.apply_rollback(request, plan.digest)
+        assert caught.value.reason is Reason.PLAN_CHANGED
+        with pytest.raises(AgentdError) as caught:
+            client.plan_rollback(journal_pb2.PlanRollbackRequest())
+        assert caught.value.reason is Reason.BAD_FIELD
+    assert (work / "b.txt").read_text() == "x\n"
+
+
+def test_saying_no_does_nothing(daemon: DaemonProcess, work: Path):
+    """And without a terminal there is no yes."""
+    with Client(daemon.socket) as client:
+        call = ran(client, work, "echo x > b.txt")
+    assert daemon.command("rollback", call, check=False).returncode != 0
+    assert daemon.json("rollback", call)[0]["paths"][0]["verdict"] == "VERDICT_RESTORE"
+    assert (work / "b.txt").read_text() == "x\n"
+
+
+def test_attributes_that_a_tool_has_set_go_with_its_undo(daemon: DaemonProcess, work: Path):
+    """By a tool that uses setxattr(2) itself."""
+    with Client(daemon.socket) as client:
+        done = client.call(
+            "shell.run",
+            {"command": "python3 -c \"import os; os.setxattr('b.txt', 'user.x', b'1')\" || exit 3", "folder": str(work)},
+        )
+        if '"exit": 0' not in done.output_json:
+            pytest.skip(f"no python or no attributes here: {done.output_json}")
+        assert os.listxattr(work / "b.txt") == ["user.x"]
+        client.undo(done.name)
+        assert os.listxattr(work / "b.txt") == []
