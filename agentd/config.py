@@ -65,7 +65,14 @@ class RunsConfig(_Strict):
 
 
 class JournalConfig(_Strict):
+    """What is kept to undo calls: of a file, of a call, in all, for how long. The newest runs are kept all the same."""
+
     file_limit_mib: int = Field(default=64, ge=1, le=4096)
+    call_limit_mib: int = Field(default=256, ge=1)
+    total_mib: int = Field(default=2048, ge=1)
+    days: int = Field(default=14, ge=1, le=36500)
+    runs: int = Field(default=20, ge=0)
+    low_space_mib: int = Field(default=200, ge=0)
 
 
 class ToolsConfig(_Strict):

@@ -23,7 +23,7 @@ from agentd.engine.client import Engine, EngineSettings
 from agentd.engine.prompt import ToolSpec
 from agentd.errors import AgentdError, ConfigError, EngineError, Reason, RequestError, SandboxError
 from agentd.grants import Approvals, Clock, Conditions, Grant, Grants, Notifier, Taint, moment, parse, propose
-from agentd.journal import Journal
+from agentd.journal import Journal, Keep
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
 from agentd.runs import Limits, ModelSettings, Runs
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
+_SWEEP_S = 3600.0
 
 
 class Daemon:
@@ -56,8 +57,7 @@ class Daemon:
         self._credentials = calls.load_credentials(config.credentials, config.state)
         self._store = Store(config.state)
         self._audit = AuditLog(self._store)
-        limit = config.journal.file_limit_mib << 20
-        self._journal = Journal(self._store, self._audit, config.state / "objects", file_limit=limit)
+        self._journal = Journal(self._store, self._audit, config.state / "objects", _keep(config))
         self._records = RunRecords(self._store)
         clock = Clock(self._audit.newest_ns())
         self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs), self._own)
@@ -118,12 +118,14 @@ class Daemon:
         if config.approvals.notify:
             self._notifier.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
+        self._sweeping = asyncio.create_task(self._sweep(), name="sweep the journal")
 
     async def stop(self) -> None:
         """In reverse order; each step even if the one before failed."""
         if self._preload:
             self._preload.cancel()
-            await asyncio.wait([self._preload])
+            self._sweeping.cancel()
+            await asyncio.wait([self._preload, self._sweeping])
             await self._notifier.stop()
             self._approvals.stop()
             await self._runs.stop()
@@ -185,6 +187,13 @@ class Daemon:
             _log.error("the sandbox does not start: %s", e)
             self._level = no_level(str(e))
 
+    async def _sweep(self) -> None:
+        """At the start and every hour. What can't be done now is tried again then."""
+        while True:
+            with contextlib.suppress(AgentdError, OSError):
+                await asyncio.to_thread(self._journal.retention.sweep)
+            await asyncio.sleep(_SWEEP_S)
+
     async def _load_model(self) -> None:
         """Ahead of the first request; if it fails, that request says why again."""
         try:
@@ -217,6 +226,12 @@ def _rules(config: Config) -> list[Grant]:
         expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
         rules.append(replace(made, conditions=conditions, expire_ns=expire))
     return rules
+
+
+def _keep(config: Config) -> Keep:
+    journal = config.journal
+    sizes = (journal.file_limit_mib << 20, journal.call_limit_mib << 20, journal.total_mib << 20)
+    return Keep(*sizes, journal.days, journal.runs, journal.low_space_mib << 20)
 
 
 def _tcp(config: Config) -> Tcp | None:

@@ -2,6 +2,19 @@
 
 from agentd.journal.journal import Journal, Transaction
 from agentd.journal.plan import PathPlan, Plan, Selection, Verdict, Ways
+from agentd.journal.retention import Keep
 from agentd.journal.rollback import Difference, Rollbacks, Undone
 
-__all__ = ["Difference", "Journal", "PathPlan", "Plan", "Rollbacks", "Selection", "Transaction", "Undone", "Verdict", "Ways"]
+__all__ = [
+    "Difference",
+    "Journal",
+    "Keep",
+    "PathPlan",
+    "Plan",
+    "Rollbacks",
+    "Selection",
+    "Transaction",
+    "Undone",
+    "Verdict",
+    "Ways",
+]

@@ -57,6 +57,10 @@ class Images:
         if image.before.kind != "file":
             return b""
         content = image.content
+        if content is None and image.object is None:
+            shown = os.fsdecode(image.path)
+            message = f"The former content of {shown} was given up to make room, so it can't be put back."
+            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
         if image.object is not None:
             try:
                 content = (self._objects / image.object[:2] / image.object).read_bytes()

@@ -23,12 +23,13 @@ from agentd.audit import Event, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.images import RESULT_BYTES, Image, Images, packed
 from agentd.journal.plan import Selection, Ways
+from agentd.journal.retention import Keep, Retention
 from agentd.journal.rollback import Rollbacks, Undone
 from agentd.journal.state import INLINE_BYTES, PathState, TooLarge, look, make_durable, put_back, sweep, take, write_object
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     import apsw
@@ -53,6 +54,8 @@ class Transaction:
     call: str
     images: dict[bytes, Image] = field(default_factory=dict)
     contents: dict[bytes, bytes] = field(default_factory=dict)
+    bytes: int = 0
+    """Of all contents that were kept for it."""
 
     def before_changes(self, changes: Sequence[Change]) -> None:
         """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
@@ -76,10 +79,11 @@ class Transaction:
 
 
 class Journal:
-    """Undo records in the store; large pre-images in `objects`. `file_limit` is in bytes."""
+    """Undo records in the store; large pre-images in the folder `objects` beside it."""
 
-    def __init__(self, store: Store, audit: AuditLog, objects: Path, *, file_limit: int) -> None:
-        self._store, self._audit, self._objects, self._file_limit = store, audit, objects, file_limit
+    def __init__(self, store: Store, audit: AuditLog, objects: Path, keep: Keep) -> None:
+        self._store, self._audit, self._objects, self._keep = store, audit, objects, keep
+        self.retention = Retention(store, audit, objects.parent, objects, keep)
         self._images = Images(store, objects)
         self.rollbacks = Rollbacks(self, store, audit, self._images)
 
@@ -89,22 +93,31 @@ class Journal:
         Raises JournalError (NOT_UNDOABLE) if a content is too large to keep, StoreError if it can't be written.
         """
         transaction = Transaction(self, call)
-        self.capture(transaction, paths, intent)
+        declared = list(paths)
+        if declared:
+            self.retention.require_space()
+        self.capture(transaction, declared, intent)
         return transaction
 
     def foresee(self, paths: Iterable[bytes]) -> str:
         """Why changing these paths could not be undone, as far as can be said beforehand; empty if it could."""
+        whole = 0
         for path in paths:
             with contextlib.suppress(OSError):
                 status = os.lstat(path)
-                if stat.S_ISREG(status.st_mode) and status.st_size > self._file_limit:
-                    size, limit = status.st_size >> 20, self._file_limit >> 20
-                    return f"{os.fsdecode(path)} has {size} MiB, more than the {limit} MiB the journal keeps"
+                size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+                whole += size
+                if size > self._keep.file_bytes:
+                    limit = self._keep.file_bytes >> 20
+                    return f"{os.fsdecode(path)} has {size >> 20} MiB, more than the {limit} MiB the journal keeps of a file"
+        if whole > self._keep.call_bytes:
+            limit = self._keep.call_bytes >> 20
+            return f"it would change {whole >> 20} MiB, more than the {limit} MiB the journal keeps of a call"
         return ""
 
     def capture(self, transaction: Transaction, paths: Iterable[bytes], intent: Event | None) -> None:
         """Add pre-images to a transaction; with `intent`, the event and the transaction itself too."""
-        taken = [self._take(transaction.call, path) for path in dict.fromkeys(paths) if path not in transaction.images]
+        taken = [self._take(transaction, path) for path in dict.fromkeys(paths) if path not in transaction.images]
         first = len(transaction.images)
         images = [replace(image, object=self._object(content)) for image, content in taken]
 
@@ -155,7 +168,7 @@ class Journal:
             self._audit.append(db, event.model_copy(update={"files": files, "undoable": bool(files)}))
 
         try:
-            self._store.write(commit)
+            self._end(commit)
         except AgentdError:  # a change without its record must not stand; the next start closes the transaction
             self._put_back(transaction)
             raise
@@ -193,7 +206,16 @@ class Journal:
             db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (transaction.call,))
             self._audit.append(db, event)
 
-        self._store.write(commit)
+        self._end(commit)
+
+    def _end(self, commit: Callable[[apsw.Connection], None]) -> None:
+        """What has begun is ended even on a full disk: there is space set aside for that."""
+        try:
+            self._store.write(commit)
+        except AgentdError as e:
+            if e.reason is not Reason.STORE_FULL or not self.retention.release_reserve():
+                raise
+            self._store.write(commit)
 
     def undo(self, call: str, principal: str) -> Undone:
         """Put back all that a call changed. Raises JournalError (UNDO_CONFLICT) and does nothing if any path is
@@ -245,11 +267,11 @@ class Journal:
         hint = "`agentd audit list` shows the calls."
         return JournalError(reason, f"Call {call} {why}.", hint=hint, metadata={"call": call})
 
-    def _take(self, call: str, path: bytes) -> tuple[Image, bytes]:
+    def _take(self, transaction: Transaction, path: bytes) -> tuple[Image, bytes]:
         try:
-            state, content = take(path, limit=self._file_limit)
+            state, content = take(path, limit=self._keep.file_bytes)
         except TooLarge:
-            shown, limit = os.fsdecode(path), self._file_limit >> 20
+            shown, limit = os.fsdecode(path), self._keep.file_bytes >> 20
             raise JournalError(
                 Reason.NOT_UNDOABLE,
                 f"{shown} is larger than the {limit} MiB the journal keeps, so changing it could not be undone.",
@@ -268,7 +290,16 @@ class Journal:
             shown = os.fsdecode(path)
             message = f"{shown} is neither a file nor a folder nor a link, so changing it could not be undone."
             raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
-        return Image(call, path, state), content
+        transaction.bytes += len(content)
+        if transaction.bytes > self._keep.call_bytes:
+            limit = self._keep.call_bytes >> 20
+            raise JournalError(
+                Reason.NOT_UNDOABLE,
+                f"The call has changed more than the {limit} MiB the journal keeps of one, so the rest could not be undone.",
+                hint="Raise journal.call_limit_mib in agentd.toml if it must be.",
+                metadata={"limit_mib": str(limit)},
+            )
+        return Image(transaction.call, path, state), content
 
     def _object(self, content: bytes) -> str | None:
         return write_object(self._objects, content) if len(content) > INLINE_BYTES else None

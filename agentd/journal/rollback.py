@@ -76,9 +76,8 @@ class Rollbacks:
         transaction = self._journal.begin(undo, intent, [planned.path for planned in chosen])
         try:
             self._put_back(transaction, chosen)
-        except OSError as e:
-            shown = os.fsdecode(e.filename) if e.filename else "a path"
-            why = f"{shown} can't be put back: {e.strerror}"
+        except (OSError, JournalError) as e:
+            why = e.message if isinstance(e, JournalError) else f"{os.fsdecode(e.filename)} can't be put back: {e.strerror}"
             abort = Event(kind="call.abort", principal=principal, call=undo, cause=cause, detail=detail, error=why)
             transaction.roll_back(abort)
             raise _failed(plan, why) from e

@@ -69,6 +69,7 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ALTER TABLE journal ADD COLUMN effect TEXT NOT NULL DEFAULT '';
         -- The calls that a rollback has put back, as JSON: undoing it brings them back.
         ALTER TABLE journal ADD COLUMN undoes TEXT NOT NULL DEFAULT '[]';
+        ALTER TABLE journal ADD COLUMN pinned INTEGER NOT NULL DEFAULT 0;
 
         -- What a small text was after the call, compressed: for diffs, and for merging with what came later.
         ALTER TABLE pre_image ADD COLUMN result BLOB;

@@ -13,7 +13,7 @@ from agentd_sandbox import Sandbox, probe
 from agentd.audit import AuditLog
 from agentd.calls import CallRequest, CallResult, Calls, Permission, Places, load
 from agentd.grants import Approvals, Clock, Grant, Grants, Taint, moment, parse
-from agentd.journal import Journal
+from agentd.journal import Journal, Keep
 from agentd.store import Store
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class House:
         toolbox = load(self.bundles, files("agentd.bundled_tools"), ("files", "system", "http", "shell"))
         self.store = Store(self.root / "state")
         self.audit = AuditLog(self.store)
-        self.journal = Journal(self.store, self.audit, self.root / "state" / "objects", file_limit=1 << 20)
+        self.journal = Journal(self.store, self.audit, self.root / "state" / "objects", Keep(1 << 20, low_space_bytes=0))
         clock = Clock(self.audit.newest_ns())
         rules = [
             Grant("*", tool, parse(scope.format(h=self.home)), decision, "config", f"grant {n}", scope.format(h=self.home))  # type: ignore[arg-type]

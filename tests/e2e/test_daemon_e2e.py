@@ -230,6 +230,7 @@ def test_no_process_is_left_when_the_daemon_is_killed(own_daemon: DaemonProcess)
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 def test_a_full_disk_stops_changes_loses_nothing_and_ends_when_there_is_space(own_daemon: DaemonProcess, tmp_path: Path):
     """STORE_FULL, files untouched, reading goes on; with space again everything works and the chain is whole."""
+    own_daemon.extra = "[journal]\nlow_space_mib = 0\n"
     own_daemon.state.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", own_daemon.state], check=True)
     try:

@@ -13,7 +13,7 @@ import pytest
 
 from agentd.audit import AuditLog, Event
 from agentd.errors import AgentdError, JournalError, Reason
-from agentd.journal import Journal
+from agentd.journal import Journal, Keep
 from agentd.store import Store, new_id
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Desk:
     def open(self) -> None:
         self.store = Store(self.state)
         self.audit = AuditLog(self.store)
-        self.journal = Journal(self.store, self.audit, self.state / "objects", file_limit=LIMIT)
+        self.journal = Journal(self.store, self.audit, self.state / "objects", Keep(LIMIT, low_space_bytes=0))
 
     def close(self) -> None:
         self.store.close()
@@ -73,11 +73,11 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 CHILD = """
 import os, pathlib, sys, time
 from agentd.audit import AuditLog, Event
-from agentd.journal import Journal
+from agentd.journal import Journal, Keep
 from agentd.store import Store, new_id
 state, home, stage = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), sys.argv[3]
 store = Store(state)
-journal = Journal(store, AuditLog(store), state / "objects", file_limit=1 << 20)
+journal = Journal(store, AuditLog(store), state / "objects", Keep(1 << 20, low_space_bytes=0))
 paths = [os.fsencode(home / name) for name in ("file", "large", "new")]
 
 def wait(here):

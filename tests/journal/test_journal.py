@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from agentd.audit import AuditLog, Event
 from agentd.errors import AgentdError, JournalError, Reason
-from agentd.journal import Journal, Transaction
+from agentd.journal import Journal, Keep, Transaction
 from agentd.store import Store, new_id
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Bench:
     def open(self) -> None:
         self.store = Store(self.state)
         self.audit = AuditLog(self.store)
-        self.journal = Journal(self.store, self.audit, self.state / "objects", file_limit=LIMIT)
+        self.journal = Journal(self.store, self.audit, self.state / "objects", Keep(LIMIT, low_space_bytes=0))
 
     def reopen(self) -> list[str]:
         self.store.close()

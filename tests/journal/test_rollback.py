@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agentd.audit import AuditLog, Event, ToolIdentity
 from agentd.errors import AgentdError, JournalError, Reason, RequestError
-from agentd.journal import Journal, Plan, Selection, Verdict, Ways
+from agentd.journal import Journal, Keep, Plan, Selection, Verdict, Ways
 from agentd.journal.merge import merge
 from agentd.store import Store, new_id
 
@@ -32,7 +32,7 @@ class Bench:
         self.store = Store(root / "state")
         self.audit = AuditLog(self.store)
         self.objects = root / "state" / "objects"
-        self.journal = Journal(self.store, self.audit, self.objects, file_limit=LIMIT)
+        self.journal = Journal(self.store, self.audit, self.objects, Keep(LIMIT, low_space_bytes=0))
 
     def call(self, change: Callable[[], object], *names: str, run: str = "", effect: str = "files", who: str = "p") -> str:
         """A whole call that changes the paths of these names."""
