@@ -45,6 +45,13 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
         selection, ways = _selection(request.plan.selection), _ways(request.plan)
         return _undone(await self._calls.roll_back(selection, ways, request.digest, caller().name))
 
+    async def PinCall(  # noqa: N802
+        self, request: journal_pb2.PinCallRequest, context: Any
+    ) -> journal_pb2.PinCallResponse:
+        call, who = convert.identifier(request.name, "calls"), caller()
+        await self._calls.pin(call, who.name, pinned=request.pinned, any_call=who.has("admin"))
+        return journal_pb2.PinCallResponse()
+
     async def DiffChanges(  # noqa: N802
         self, request: journal_pb2.DiffChangesRequest, context: Any
     ) -> journal_pb2.DiffChangesResponse:

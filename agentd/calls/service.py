@@ -181,6 +181,16 @@ class Calls:
             message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
             raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
 
+    async def pin(self, call: str, principal: str, *, pinned: bool, any_call: bool = True) -> None:
+        """Keep what a call needs to be undone past all quotas, or no longer. Raises AgentdError (CALL_NOT_FOUND)."""
+
+        def pin() -> None:
+            if not any_call:
+                self._require_own(call, principal)
+            self._journal.retention.pin(call, principal, pinned=pinned)
+
+        await asyncio.to_thread(pin)
+
     async def plan_rollback(self, selection: Selection, ways: Ways) -> tuple[Plan, dict[bytes, Difference]]:
         """A plan, and what it would do to each path. Raises what the planner raises."""
 

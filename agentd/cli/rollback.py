@@ -116,6 +116,16 @@ def diff(socket: Path | None, /, *, stat: bool, as_json: bool, **chosen: Any) ->
         console.print(f"[bold]{len(found)} paths[/], {total}")
 
 
+@click.command(epilog="Example: agentd pin 01kz5t3q8m0v9r6w2e4y7x1abc")
+@click.argument("call")
+@click.option("--off", is_flag=True, help="No longer.")
+@click.pass_obj
+def pin(socket: Path | None, call: str, *, off: bool) -> None:
+    """Keep what CALL needs to be undone, however old it gets and however full the journal is."""
+    with Client(socket) as client:
+        client.pin(f"calls/{call.removeprefix('calls/')}", pinned=not off)
+
+
 def _print_plan(plan: journal_pb2.RollbackPlan) -> None:
     for path in plan.paths:
         word = _Path.Verdict.Name(path.verdict).removeprefix("VERDICT_").lower().replace("_", "-")

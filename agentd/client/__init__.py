@@ -167,6 +167,10 @@ class Client:
         """Carry out the plan that was seen."""
         return self._call(self._journal.ApplyRollback, journal_pb2.ApplyRollbackRequest(plan=plan, digest=digest))
 
+    def pin(self, call: str, *, pinned: bool = True) -> None:
+        """Keep what a call (`calls/{call}`) needs to be undone past all quotas, or no longer."""
+        self._call(self._journal.PinCall, journal_pb2.PinCallRequest(name=call, pinned=pinned))
+
     def differences(self, selection: journal_pb2.ChangeSelection) -> list[journal_pb2.PathDifference]:
         """What a selection of calls has changed."""
         request = journal_pb2.DiffChangesRequest(selection=selection)

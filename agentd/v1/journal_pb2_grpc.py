@@ -55,6 +55,11 @@ class JournalServiceStub:
                 request_serializer=agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.FromString,
                 _registered_method=True)
+        self.PinCall = channel.unary_unary(
+                '/agentd.v1.JournalService/PinCall',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.PinCallRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.PinCallResponse.FromString,
+                _registered_method=True)
 
 
 class JournalServiceServicer:
@@ -93,6 +98,14 @@ class JournalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinCall(self, request, context):
+        """Keeps what a call needs to be undone past all quotas, or no longer.
+        Errors: NOT_FOUND CALL_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_JournalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -115,6 +128,11 @@ def add_JournalServiceServicer_to_server(servicer, server):
                     servicer.DiffChanges,
                     request_deserializer=agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.SerializeToString,
+            ),
+            'PinCall': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinCall,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.PinCallRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.PinCallResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -226,6 +244,33 @@ class JournalService:
             '/agentd.v1.JournalService/DiffChanges',
             agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.SerializeToString,
             agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinCall(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/PinCall',
+            agentd_dot_v1_dot_journal__pb2.PinCallRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.PinCallResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,10 @@ class JournalServiceStub:
     """Shows what a selection of calls has changed, from before the first to after the last of them.
     Errors: INVALID_ARGUMENT BAD_FIELD.
     """
+    PinCall: _grpc.UnaryUnaryMultiCallable[_journal_pb2.PinCallRequest, _journal_pb2.PinCallResponse]
+    """Keeps what a call needs to be undone past all quotas, or no longer.
+    Errors: NOT_FOUND CALL_NOT_FOUND.
+    """
 
 @_typing.type_check_only
 class JournalServiceAsyncStub(JournalServiceStub):
@@ -70,6 +74,10 @@ class JournalServiceAsyncStub(JournalServiceStub):
     DiffChanges: _aio.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]  # type: ignore[assignment]
     """Shows what a selection of calls has changed, from before the first to after the last of them.
     Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    PinCall: _aio.UnaryUnaryMultiCallable[_journal_pb2.PinCallRequest, _journal_pb2.PinCallResponse]  # type: ignore[assignment]
+    """Keeps what a call needs to be undone past all quotas, or no longer.
+    Errors: NOT_FOUND CALL_NOT_FOUND.
     """
 
 class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -113,6 +121,16 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_journal_pb2.DiffChangesResponse, _abc.Awaitable[_journal_pb2.DiffChangesResponse]]:
         """Shows what a selection of calls has changed, from before the first to after the last of them.
         Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+
+    @_abc_1.abstractmethod
+    def PinCall(
+        self,
+        request: _journal_pb2.PinCallRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.PinCallResponse, _abc.Awaitable[_journal_pb2.PinCallResponse]]:
+        """Keeps what a call needs to be undone past all quotas, or no longer.
+        Errors: NOT_FOUND CALL_NOT_FOUND.
         """
 
 def add_JournalServiceServicer_to_server(servicer: JournalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
