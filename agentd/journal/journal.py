@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from agentd_sandbox import Refusal
 
 from agentd.audit import Event, FileTouched
-from agentd.errors import AgentdError, JournalError, Reason
+from agentd.errors import AgentdError, JournalError, Reason, StoreError
 from agentd.journal.images import RESULT_BYTES, Image, Images, packed
 from agentd.journal.plan import Selection, Ways
 from agentd.journal.retention import Keep, Retention
@@ -146,14 +146,17 @@ class Journal:
 
         `undoes` are the calls that this one has put back.
         """
-        after = {path: self._after(path) for path in transaction.images}
-        files = tuple(
-            touched
-            for path, image in transaction.images.items()
-            if (touched := _touched(path, image.before, after[path])) is not None
-        )
-        for file in files:
-            make_durable(os.fsencode(file.path))
+        try:
+            after, files = self._settle(transaction)
+        except OSError as e:  # what can't be read or made durable is no end: a disk that fails may not keep it
+            self._put_back(transaction)
+            shown = os.fsdecode(e.filename) if e.filename else "what it changed"
+            raise JournalError(
+                Reason.NOT_UNDOABLE,
+                f"The call was put back: {shown} could not be read or made durable after it: {e.strerror}.",
+                hint="Check the disk.",
+                metadata={"call": transaction.call},
+            ) from e
         results = {
             path: _result(path, state) for path, state in after.items() if not state.same_as(transaction.images[path].before)
         }
@@ -173,6 +176,18 @@ class Journal:
             self._put_back(transaction)
             raise
         return files
+
+    def _settle(self, transaction: Transaction) -> tuple[dict[bytes, PathState], tuple[FileTouched, ...]]:
+        """What the call has left, durable. Raises OSError."""
+        after = {path: _after(path) for path in transaction.images}
+        files = tuple(
+            touched
+            for path, image in transaction.images.items()
+            if (touched := _touched(path, image.before, after[path])) is not None
+        )
+        for file in files:
+            make_durable(os.fsencode(file.path))
+        return after, files
 
     def _put_back(self, transaction: Transaction) -> None:
         """Undo what a call that did not end well has changed. What fails stays open for the next start.
@@ -302,13 +317,19 @@ class Journal:
         return Image(transaction.call, path, state), content
 
     def _object(self, content: bytes) -> str | None:
-        return write_object(self._objects, content) if len(content) > INLINE_BYTES else None
-
-    def _after(self, path: bytes) -> PathState:
+        """The name of a large content, kept. Raises StoreError."""
+        if len(content) <= INLINE_BYTES:
+            return None
         try:
-            return look(path)
-        except OSError:
-            return PathState("absent")  # a folder on the way is gone
+            return write_object(self._objects, content)
+        except OSError as e:
+            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise StoreError(
+                Reason.STORE_FULL if full else Reason.AUDIT_UNAVAILABLE,
+                f"A former content can't be kept in {self._objects}: {e.strerror}. Nothing was changed.",
+                hint="Free some space." if full else "Check the disk.",
+                metadata={"path": str(self._objects)},
+            ) from e
 
 
 def _restoring(images: Iterable[Image]) -> list[Image]:
@@ -328,6 +349,16 @@ def _result(path: bytes, state: PathState) -> bytes | None:
     except (OSError, TooLarge):
         return None
     return packed(content) if again.digest == state.digest else None
+
+
+def _after(path: bytes) -> PathState:
+    """Raises OSError. A way that leads elsewhere now has nothing of the call at its end."""
+    try:
+        return look(path)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            return PathState("absent")
+        raise
 
 
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:

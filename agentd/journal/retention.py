@@ -100,7 +100,10 @@ class Retention:
             raise JournalError(Reason.CALL_NOT_FOUND, f"Call {call} is not known.", hint=hint, metadata={"call": call})
 
     def sweep(self, now_ns: int | None = None) -> tuple[str, ...]:
-        """Give up what is too old or too much, oldest first, and remove what nothing refers to; returns the calls."""
+        """Give up what is too old or too much, oldest first, and remove what nothing refers to; returns the calls.
+
+        Raises StoreError, OSError: the next sweep goes on from there.
+        """
         now = time.time_ns() if now_ns is None else now_ns
         rows, kept = self._store.read(_rows), self._store.read(_objects_used)
         sizes = {call: inline + sum(self._size(name) for name in kept.get(call, ())) for call, _, _, _, inline in rows}
