@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from agentd.client import Client
-from tests.bench import confined, permission
+from tests.bench import confined, permission, undo
 from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb
 from tests.e2e.conftest import DaemonProcess
 
@@ -119,6 +119,7 @@ def main() -> None:
             figures += permission.questions(daemon, client, 50)
         daemon.stop()
         figures += permission.decisions(5000)
+        figures += undo.figures(folder)
         figures += starts(folder, 5)
         figures += confined.figures(folder, args.calls)
     if args.json:
