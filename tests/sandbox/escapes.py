@@ -1130,10 +1130,11 @@ def canary_in_memory(place: Place) -> dict[str, Any]:
     last = b""
     seen = 0
     for page in sorted(page for page in pages if page > 16):
-        if libc.write(writer, ctypes.c_void_p(page * 4096), 4096) != 4096:
+        written = libc.write(writer, ctypes.c_void_p(page * 4096), 4096)
+        if written <= 0:
             last = b""
             continue
-        data = os.read(reader, 4096)
+        data = os.read(reader, written)  # all of it, or a pipe that is never emptied would hold the next one up
         seen += 1
         found |= {match.decode() for match in re.findall(rb"canar[y]-[0-9a-f]{16}", last[-32:] + data)}
         last = data
