@@ -135,7 +135,7 @@ def test_a_piece_that_fails_takes_back_its_own_and_nothing_else(store: Store):
 
     def break_a_rule(db: apsw.Connection) -> None:
         add("gone too")(db)
-        db.execute("INSERT INTO journal VALUES ('c', 'no such state', 1)")
+        db.execute("INSERT INTO journal (call, state) VALUES ('c', 'no such state')")
 
     held = Held(store)
     before, failing, breaking, after = (store.submit(do) for do in (add("one"), fail, break_a_rule, add("two")))
