@@ -166,13 +166,15 @@ def test_an_undo_is_refused_if_the_file_was_changed_since(daemon: DaemonProcess,
 
 
 def test_an_undo_can_be_undone(daemon: DaemonProcess, client: Client):
-    """Undo of a created file deletes it; undo of that brings it back."""
+    """Undo of a created file deletes it; undo of that brings it back, and then it can be undone once more."""
     file = daemon.home / "new.txt"
     call = client.call("files.write", {"path": "new.txt", "text": "hello"})
     undo = client.undo(call.name)
     assert not file.exists()
     client.undo(undo.name)
     assert file.read_text() == "hello\n"
+    client.undo(call.name)
+    assert not file.exists()
     with pytest.raises(AgentdError) as caught:
         client.undo(call.name)
     assert caught.value.reason is Reason.NOT_UNDOABLE
