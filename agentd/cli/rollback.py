@@ -119,11 +119,15 @@ def diff(socket: Path | None, /, *, stat: bool, as_json: bool, **chosen: Any) ->
 @click.command(epilog="Example: agentd pin 01kz5t3q8m0v9r6w2e4y7x1abc")
 @click.argument("call")
 @click.option("--off", is_flag=True, help="No longer.")
+@json_option
 @click.pass_obj
-def pin(socket: Path | None, call: str, *, off: bool) -> None:
+def pin(socket: Path | None, call: str, *, off: bool, as_json: bool) -> None:
     """Keep what CALL needs to be undone, however old it gets and however full the journal is."""
+    name = f"calls/{call.removeprefix('calls/')}"
     with Client(socket) as client:
-        client.pin(f"calls/{call.removeprefix('calls/')}", pinned=not off)
+        client.pin(name, pinned=not off)
+    if as_json:
+        print_json({"name": name, "pinned": not off})
 
 
 def _print_plan(plan: journal_pb2.RollbackPlan) -> None:

@@ -75,8 +75,10 @@ class Op:
 
     def paths(self, home: Path) -> list[bytes]:
         path, other = home / self.name, home / self.other
-        if self.kind != "rename":
+        if self.kind in ("unlink", "rmdir", "mkdir", "symlink"):
             return [os.fsencode(path)]
+        if self.kind != "rename":  # these follow links, and the broker tells the real path
+            return [os.fsencode(os.path.realpath(path))]
         inside = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []  # each one goes and comes
         moved = [(each, other / each.relative_to(path)) for each in inside]
         return [os.fsencode(each) for pair in [(path, other), *moved] for each in pair]
@@ -227,11 +229,13 @@ def check(root: Path, before: Tree, changed: Tree) -> None:
             assert not [name for name in os.listdir(home) if name.startswith(".agentd-")]
         finally:
             store.close()
-    store, _audit, journal = opened(root)
     if stands and before != changed:  # what stands can be taken back
-        journal.undo("c1", "p")
-        assert tree(home) == before
-    store.close()
+        store, _audit, journal = opened(root)
+        try:
+            journal.undo("c1", "p")
+            assert tree(home) == before
+        finally:
+            store.close()
 
 
 def case(ops: list[Op], *, fails: bool, fault: str, at: int) -> int:
@@ -259,16 +263,17 @@ def check_error(root: Path, before: Tree) -> None:
     """After an error that was met: the call had the effect that the log has on record, and that can be taken back."""
     home = root / "home"
     store, audit, journal = opened(root)
-    journal.recover()
-    entries = audit.entries(limit=1000)
-    kinds = [entry.body["kind"] for entry in entries]
-    assert audit.verify().bad is None
-    if "call.end" in kinds and "undo.end" not in kinds:
-        plan = journal.rollbacks.plan(Selection(calls=("c1",)), Ways(force=True))
-        if any(planned.does for planned in plan.paths):
-            journal.rollbacks.apply(plan, "p")
-    assert tree(home) == before, kinds
-    store.close()
+    try:
+        journal.recover()
+        kinds = [entry.body["kind"] for entry in audit.entries(limit=1000)]
+        assert audit.verify().bad is None
+        if "call.end" in kinds and "undo.end" not in kinds:
+            plan = journal.rollbacks.plan(Selection(calls=("c1",)), Ways(force=True))
+            if any(planned.does for planned in plan.paths):
+                journal.rollbacks.apply(plan, "p")
+        assert tree(home) == before, kinds
+    finally:
+        store.close()
 
 
 CALL = [
