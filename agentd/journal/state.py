@@ -18,6 +18,7 @@ from agentd_sandbox.paths import Resolved, WalkError, resolve
 if TYPE_CHECKING:
     from pathlib import Path
 
+_NO_ATTRIBUTES = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES)  # of the file system, or not ours to set
 _ATTRIBUTES = ("user.", "system.posix_acl_")
 _TEMPORARY = re.compile(r"\.agentd-[0-9a-f]{16}")
 INLINE_BYTES = 32 << 10
@@ -212,8 +213,10 @@ def _attributes(descriptor: int) -> tuple[tuple[str, str], ...]:
     try:
         names = sorted(name for name in os.listxattr(there) if name.startswith(_ATTRIBUTES))
         return tuple((name, os.getxattr(there, name).hex()) for name in names)
-    except OSError:  # a file system without any
-        return ()
+    except OSError as e:
+        if e.errno in _NO_ATTRIBUTES:
+            return ()
+        raise
 
 
 def _set_attributes(there: str | int, state: PathState) -> None:
@@ -221,13 +224,15 @@ def _set_attributes(there: str | int, state: PathState) -> None:
     if state.attributes is None:
         return
     wanted = dict(state.attributes)
-    with contextlib.suppress(OSError):
+    try:
         for name in os.listxattr(there):
             if name.startswith(_ATTRIBUTES) and name not in wanted:
                 os.removexattr(there, name)
-    for name, value in wanted.items():
-        with contextlib.suppress(OSError):
+        for name, value in wanted.items():
             os.setxattr(there, name, bytes.fromhex(value))
+    except OSError as e:
+        if e.errno not in _NO_ATTRIBUTES:
+            raise
 
 
 def _remove(place: Resolved, current: PathState) -> None:
