@@ -304,7 +304,7 @@ ops = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(ops, st.booleans(), st.sampled_from(sorted(FAULTS)), st.randoms(use_true_random=False))
 def test_a_fault_at_any_step_of_any_call(made: list[Op], fails: bool, fault: str, chance: random.Random):
     """Random operations, a random step."""
