@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _CHUNK = 1 << 16
-_CONNECTIONS = 512
+CONNECTIONS = 96
+"""As many may be open; each takes three descriptors, of which a process usually has 1024."""
+_OF_OTHERS = 48  # of these; the others are for the daemon's own user and root
 _BACKLOG = 128
 
 
@@ -31,7 +33,7 @@ class Relay:
         self._path, self._inner, self._mode = path, inner, mode
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._open: dict[asyncio.Task[None], int] = {}
         self._users: dict[str, int] = {}
 
     def user(self, peer: str) -> int | None:
@@ -56,7 +58,7 @@ class Relay:
 
     async def stop(self) -> None:
         """Take nobody new, and end every connection."""
-        tasks = [*self._tasks, *([self._accepting] if self._accepting else [])]
+        tasks = [*self._open, *([self._accepting] if self._accepting else [])]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -77,37 +79,43 @@ class Relay:
             except OSError:  # out of descriptors, or gone again
                 await asyncio.sleep(0.05)
                 continue
-            if len(self._tasks) >= _CONNECTIONS:
+            credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            uid = _CREDENTIALS.unpack(credentials)[1]
+            if not self._has_room(uid):
                 client.close()
                 continue
             client.setblocking(False)
-            task = asyncio.create_task(self._serve(client), name="relayed connection")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task = asyncio.create_task(self._serve(client, uid), name="relayed connection")
+            self._open[task] = uid
+            task.add_done_callback(self._open.pop)
 
-    async def _serve(self, client: socket.socket) -> None:
+    def _has_room(self, uid: int) -> bool:
+        """Other users never keep out those to whom the daemon belongs."""
+        own = (0, os.geteuid())
+        others = sum(user not in own for user in self._open.values())
+        return len(self._open) < CONNECTIONS and (uid in own or others < _OF_OTHERS)
+
+    async def _serve(self, client: socket.socket, uid: int) -> None:
         name = f"agentd-{os.getpid()}-{secrets.token_hex(16)}"
         peer = f"unix-abstract:{name}"
-        with client, socket.socket(socket.AF_UNIX) as onward:
+        with client, contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as onward:
             onward.setblocking(False)
-            with contextlib.suppress(OSError):
-                credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                onward.bind(f"\0{name}")
-                self._users[peer] = _CREDENTIALS.unpack(credentials)[1]
-                try:
-                    await asyncio.get_running_loop().sock_connect(onward, self._inner)
-                    async with asyncio.TaskGroup() as both:
-                        both.create_task(_pump(client, onward))
-                        both.create_task(_pump(onward, client))
-                finally:
-                    del self._users[peer]
+            onward.bind(f"\0{name}")
+            self._users[peer] = uid
+            try:
+                await asyncio.get_running_loop().sock_connect(onward, self._inner)
+                async with asyncio.TaskGroup() as both:
+                    both.create_task(_pump(client, onward))
+                    both.create_task(_pump(onward, client))
+            except* OSError:  # one side is gone: whatever the other still waits for will not come
+                pass
+            finally:
+                del self._users[peer]
 
 
 async def _pump(source: socket.socket, target: socket.socket) -> None:
-    """Until the source ends; then the target is told so."""
+    """Until the source ends; then the target is told so. Raises OSError."""
     loop = asyncio.get_running_loop()
-    with contextlib.suppress(OSError):
-        while data := await loop.sock_recv(source, _CHUNK):
-            await loop.sock_sendall(target, data)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
+    while data := await loop.sock_recv(source, _CHUNK):
+        await loop.sock_sendall(target, data)
+    target.shutdown(socket.SHUT_WR)

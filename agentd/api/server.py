@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
@@ -16,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from agentd.api.identity import Doorkeeper
 from agentd.api.people import ApprovalServicer, GrantServicer, TokenServicer
-from agentd.api.relay import Relay
+from agentd.api.relay import CONNECTIONS, Relay
 from agentd.api.servicers import AuditServicer, RunServicer, SystemServicer, ToolServicer
 from agentd.api.status import ErrorsToStatuses
 from agentd.api.undoing import JournalServicer
@@ -52,6 +54,8 @@ if TYPE_CHECKING:
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of unix(7) less its NUL
 _LARGEST_MESSAGE = 4 << 20
+_CONNECTIONS = CONNECTIONS + 32
+"""At the inner socket, with room for those that are being closed, and at TCP; there nobody has shown yet who they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +99,13 @@ class ApiServer:
         prepare_socket(self._path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink("api.sock", dir_fd=self._private)
-        options = [("grpc.max_receive_message_length", _LARGEST_MESSAGE), ("grpc.so_reuseport", 0)]
+        options = [
+            ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
+        ]
         doorkeeper = Doorkeeper(self._parts.roster, self._relay.user)
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_no_header)
         server = grpc.aio.server(interceptors=[ErrorsToStatuses(doorkeeper.admit)], options=options)
         names = self._add_services(server)
         umask = os.umask(0o177)
@@ -139,10 +148,17 @@ class ApiServer:
         self._relay.close_door()
         await self._health.enter_graceful_shutdown()
         if self._server:
-            await self._server.stop(grace_s)
-        await self._relay.stop()
+            stopping = asyncio.create_task(self._server.stop(grace_s))
+            await asyncio.wait([stopping], timeout=grace_s + 1)  # a client that does not read keeps it for ever
+            await self._relay.stop()
+            await stopping
         self._path.unlink(missing_ok=True)
         os.close(self._private)
+
+
+def _tells_no_header(record: logging.LogRecord) -> bool:
+    """gRPC logs a header that is not UTF-8 with its value, which may be a token with a stray byte."""
+    return not str(record.msg).startswith("Invalid encoding")
 
 
 def _listen(server: grpc.aio.Server, tcp: Tcp) -> None:
