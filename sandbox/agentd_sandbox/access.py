@@ -56,7 +56,7 @@ def _expression(glob: bytes) -> re.Pattern[bytes]:
 
 
 @dataclass(frozen=True)
-class _Rules:
+class Rules:
     """Many rules asked at once: most are plain paths, and those cost one comparison for all."""
 
     rules: tuple[PathRule, ...]
@@ -79,10 +79,12 @@ class _Rules:
         return frozenset({b"/"} | {b"/".join(names[:n]) for names in steps for n in range(2, len(names) - 1)})
 
     def cover(self, path: bytes) -> bool:
-        return path.startswith(self._below) or path in self._exact or any(rule.covers(path) for rule in self._globs)
+        if path.startswith(self._below) or path in self._exact:
+            return True
+        return bool(self._globs) and any(rule.covers(path) for rule in self._globs)
 
     def lie_below(self, folder: bytes) -> bool:
-        return folder in self._ways or any(rule.lies_below(folder) for rule in self._globs)
+        return folder in self._ways or (bool(self._globs) and any(rule.lies_below(folder) for rule in self._globs))
 
 
 @dataclass(frozen=True)
@@ -104,36 +106,41 @@ class Access:
     hidden: tuple[PathRule, ...] = ()
 
     @cached_property
-    def _reading(self) -> _Rules:
-        return _Rules(self.read)
+    def _reading(self) -> Rules:
+        return Rules(self.read)
 
     @cached_property
-    def _writing(self) -> _Rules:
-        return _Rules(self.write)
+    def _writing(self) -> Rules:
+        return Rules(self.write)
 
     @cached_property
-    def _executing(self) -> _Rules:
-        return _Rules(self.execute)
+    def _executing(self) -> Rules:
+        return Rules(self.execute)
 
     @cached_property
-    def _all(self) -> _Rules:
-        return _Rules((*self.read, *self.write, *self.execute, *self.devices))
+    def _devices(self) -> Rules:
+        return Rules(self.devices)
+
+    @cached_property
+    def _hidden(self) -> Rules:
+        return Rules(self.hidden)
+
+    @cached_property
+    def _all(self) -> Rules:
+        return Rules((*self.read, *self.write, *self.execute, *self.devices))
 
     def may_read(self, path: bytes) -> bool:
-        return self._reading.cover(path) and not self._is_hidden(path)
+        return self._reading.cover(path) and not (self.hidden and self._hidden.cover(path))
 
     def may_write(self, path: bytes) -> bool:
-        return self._writing.cover(path) and not self._is_hidden(path)
+        return self._writing.cover(path) and not (self.hidden and self._hidden.cover(path))
 
     def may_execute(self, path: bytes) -> bool:
-        return self._executing.cover(path) and not self._is_hidden(path)
+        return self._executing.cover(path) and not (self.hidden and self._hidden.cover(path))
 
     def is_device(self, path: bytes) -> bool:
-        return any(rule.covers(path) for rule in self.devices) and not self._is_hidden(path)
+        return self._devices.cover(path) and not (self.hidden and self._hidden.cover(path))
 
     def may_see(self, path: bytes) -> bool:
         """Whether the call may know if `path` exists and what kind of thing it is."""
-        return (self._all.cover(path) or self._all.lie_below(path)) and not self._is_hidden(path)
-
-    def _is_hidden(self, path: bytes) -> bool:
-        return any(rule.covers(path) for rule in self.hidden)
+        return (self._all.cover(path) or self._all.lie_below(path)) and not (self.hidden and self._hidden.cover(path))

@@ -140,16 +140,20 @@ def reopen(descriptor: int, flags: int) -> int:
 
 
 @cache
-def _merged() -> dict[bytes, bytes]:
-    """Where the folders that most distributions have merged into /usr lead: `/lib` and the like are links of root's."""
+def _merged() -> tuple[dict[bytes, bytes], tuple[bytes, ...]]:
+    """Where the folders that most distributions have merged into /usr lead: `/lib` and the like are links of root's.
+    Those alone, too.
+    """
     names = (b"/bin", b"/sbin", b"/lib", b"/lib32", b"/lib64")
-    return {name + b"/": os.path.realpath(name) + b"/" for name in names if os.path.islink(name)}
+    leads = {name + b"/": os.path.realpath(name) + b"/" for name in names if os.path.islink(name)}
+    return leads, tuple(leads)
 
 
 def _unmerged(path: bytes) -> bytes:
     """The path as it is spelled without those links. Whether that is right, opening it will say."""
-    if path.startswith(tuple(_merged())):
-        for link, real in _merged().items():
+    leads, links = _merged()
+    if path.startswith(links):
+        for link, real in leads.items():
             if path.startswith(link):
                 return real + path[len(link) :]
     return path
@@ -174,7 +178,7 @@ class Walker:
         found = self._as_spelled(spelled, follow=follow) or self._missing(spelled)
         if found is None:
             return resolve(path, follow=follow, visible=visible)
-        if len(self._kept) < _KEPT and not found.is_link and self.steady(found.real):
+        if self.steady(found.real) and len(self._kept) < _KEPT and not found.is_link:
             found.borrowed = True
             self._kept[path] = found
         return found
@@ -192,7 +196,8 @@ class Walker:
             return None
         real = os.readlink(b"%d" % found, dir_fd=_own_descriptors())
         status = os.fstat(found)
-        if real == path and not (follow and stat.S_ISLNK(status.st_mode)) and self._is_ordinary(found, status.st_dev):
+        plain = status.st_dev in self._ordinary or self._is_ordinary(found, status.st_dev)
+        if real == path and plain and not (follow and stat.S_ISLNK(status.st_mode)):
             return Resolved(real, -1, b"", found, _status=status)
         os.close(found)
         return None
@@ -215,10 +220,9 @@ class Walker:
         return None
 
     def _is_ordinary(self, descriptor: int, device: int) -> bool:
-        if device not in self._ordinary:
-            if kernel.file_system(descriptor) == _PROC_SUPER_MAGIC:
-                return False
-            self._ordinary.add(device)
+        if kernel.file_system(descriptor) == _PROC_SUPER_MAGIC:
+            return False
+        self._ordinary.add(device)
         return True
 
 
@@ -259,6 +263,7 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
             os.close(found)
             if len(links) > _LINKS:
                 raise WalkError(errno.ELOOP, _join(walk.real, name))
+            trailing = trailing or (not todo and target.endswith((b"/", b"/.")))
             if target.startswith(b"/"):
                 walk.up(to_root=True)
             todo.extend(part for part in reversed(target.split(b"/")) if part not in (b"", b"."))

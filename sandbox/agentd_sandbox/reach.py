@@ -93,7 +93,7 @@ class Reach:
         return is_part_of_system(path) and not self.access.may_write(path)
 
     def _may_see(self, path: bytes) -> bool:
-        return self.access.may_see(path) or path in DEVICES
+        return path in DEVICES or self.access.may_see(path)
 
     def require(self, target: Resolved, right: Right) -> None:
         """What is hidden does not exist; what is seen but not granted is refused."""

@@ -7,7 +7,7 @@ import sysconfig
 from functools import cache
 
 from agentd_sandbox import network
-from agentd_sandbox.access import PathRule
+from agentd_sandbox.access import PathRule, Rules
 
 _ZONES = ("/usr/share/zoneinfo", "/etc/localtime")
 _PROGRAMS = (
@@ -33,7 +33,12 @@ def program_rules() -> tuple[PathRule, ...]:
 
 def is_part_of_system(path: bytes) -> bool:
     """Whether a path lies where distributions, and nobody else, keep things."""
-    return any(rule.covers(path) for rule in (*program_rules(), *python_rules()))
+    return _all_rules().cover(path)
+
+
+@cache
+def _all_rules() -> Rules:
+    return Rules((*program_rules(), *python_rules()))
 
 
 def _rules(paths: tuple[str, ...]) -> tuple[PathRule, ...]:

@@ -91,6 +91,9 @@ def descriptors() -> int:
 @example(tree=[(["a"], "link:b/c")], path="a", follow=True)
 @example(tree=[(["a"], "folder"), (["b"], "link:a")], path="b/", follow=False)
 @example(tree=[(["a"], "file")], path="a/", follow=True)
+@example(tree=[(["a"], "link:c/."), (["c"], "file")], path="a", follow=True)
+@example(tree=[(["a"], "link:c/"), (["c"], "file")], path="a", follow=False)
+@example(tree=[(["a"], "link:c/"), (["c"], "link:d"), (["d"], "file")], path="a", follow=True)
 @example(tree=[(["a"], "file")], path="a/..", follow=True)
 @example(tree=[(["a"], "link:.")], path="a/a/a", follow=True)
 def test_any_path_leads_where_the_kernel_says(tree: list[tuple[list[str], str]], path: str, *, follow: bool):
