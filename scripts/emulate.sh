@@ -212,7 +212,7 @@ tests() { # USER COMMAND...
     echo "emulate: the tests as $1, $(busybox cut -d . -f 1 /proc/uptime) s after the start"
     export USER=$1 LOGNAME=$1
     shift
-    "$@"
+    setsid -w "$@" # what init starts has no process group of its own: its number is 0, which means one's own group
 }
 END
     # Time limits of hypothesis are meant for machines that are not emulated; its profile `ci` has none.
