@@ -118,6 +118,7 @@ class GrantConfig(_Strict):
     charging: bool = False
     hours: str = ""
     nominal: bool = False
+    rehearse: bool = False
 
 
 class ApprovalsConfig(_Strict):

@@ -224,7 +224,7 @@ def _rules(config: Config) -> list[Grant]:
             hint = "docs/grants.md shows scopes of every kind."
             raise ConfigError(Reason.CONFIG_INVALID, f"In {where}: {e.message}", hint=hint, metadata=e.metadata) from None
         expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
-        rules.append(replace(made, conditions=conditions, expire_ns=expire))
+        rules.append(replace(made, conditions=conditions, expire_ns=expire, rehearse=grant.rehearse))
     return rules
 
 

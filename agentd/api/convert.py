@@ -170,11 +170,12 @@ def call_message(body: Mapping[str, Any]) -> tool_pb2.ToolCall:
         output_json=json_text(body["output"]),
         failed="error" in body["output"],
         changed_paths=valid(body.get("changed", ())),
-        undoable=bool(body.get("changed")),
+        undoable=bool(body.get("changed")) and not body.get("rehearsed"),
         sandbox_level=body.get("level", ""),
         denied_syscalls=body.get("denied", 0),
         wall_us=body.get("wall_us", 0),
         labels=body.get("labels", ()),
+        rehearsed=body.get("rehearsed", False),
     )
 
 

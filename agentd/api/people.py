@@ -82,6 +82,7 @@ class GrantServicer(grant_pb2_grpc.GrantServiceServicer):
             while_nominal=grant.conditions.nominal,
             source=grant_pb2.Grant.Source.Value(f"SOURCE_{grant.source.upper()}"),
             created_by=grant.created_by,
+            rehearse=grant.rehearse,
             text=convert.valid(str(grant)),
         )
         if grant.expire_ns:
@@ -101,6 +102,7 @@ def _grant(message: grant_pb2.Grant) -> Grant:
         expire_ns=max(expire, 0),
         max_uses=message.max_uses,
         conditions=conditions,
+        rehearse=message.rehearse,
     )
 
 

@@ -37,7 +37,9 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
 
     async def CreateRun(self, request: run_pb2.CreateRunRequest, context: Any) -> run_pb2.Run:  # noqa: N802
         who, asked = caller(), request.run
-        run = await self._runs.create(who.name, asked.prompt, asked.session, request.request_id, within=who.within)
+        run = await self._runs.create(
+            *(who.name, asked.prompt, asked.session, request.request_id), within=who.within, rehearse=request.rehearse
+        )
         return convert.run_message(run)
 
     async def WatchRun(  # noqa: N802
@@ -90,7 +92,8 @@ class ToolServicer(tool_pb2_grpc.ToolServiceServicer):
     async def CallTool(self, request: tool_pb2.CallToolRequest, context: Any) -> tool_pb2.ToolCall:  # noqa: N802
         arguments = convert.plain(request.arguments)
         who = caller()
-        wanted = CallRequest(who.name, convert.identifier(request.name, "tools"), arguments, within=who.within)
+        tool = convert.identifier(request.name, "tools")
+        wanted = CallRequest(who.name, tool, arguments, within=who.within, rehearse=request.rehearse)
         result = await self._calls.call(wanted)
         return convert.call_message(convert.result_body(result, arguments))
 

@@ -12,7 +12,7 @@ from agentd.v1 import journal_pb2, journal_pb2_grpc
 
 if TYPE_CHECKING:
     from agentd.calls import Calls
-    from agentd.journal import Difference, PathPlan, Undone
+    from agentd.journal import Difference, PathPlan, Rehearsal, Undone
 
 _Verdict = journal_pb2.RollbackPlan.Path.Verdict
 
@@ -43,7 +43,23 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
         self, request: journal_pb2.ApplyRollbackRequest, context: Any
     ) -> journal_pb2.UndoCallResponse:
         selection, ways = _selection(request.plan.selection), _ways(request.plan)
+        if selection.rehearsed:  # or a grant that wants calls rehearsed would bind nobody
+            caller().require("approver", "apply a rehearsal")
         return _undone(await self._calls.roll_back(selection, ways, request.digest, caller().name))
+
+    async def ListRehearsals(  # noqa: N802
+        self, request: journal_pb2.ListRehearsalsRequest, context: Any
+    ) -> journal_pb2.ListRehearsalsResponse:
+        who = caller()
+        found = await self._calls.rehearsals("" if who.has("approver") else who.name)
+        return journal_pb2.ListRehearsalsResponse(rehearsals=map(_rehearsal, found))
+
+    async def DropRehearsal(  # noqa: N802
+        self, request: journal_pb2.DropRehearsalRequest, context: Any
+    ) -> journal_pb2.DropRehearsalResponse:
+        call, who = convert.identifier(request.name, "calls"), caller()
+        await self._calls.drop(call, who.name, any_call=who.has("approver"))
+        return journal_pb2.DropRehearsalResponse()
 
     async def PinCall(  # noqa: N802
         self, request: journal_pb2.PinCallRequest, context: Any
@@ -69,7 +85,8 @@ def _selection(message: journal_pb2.ChangeSelection) -> Selection:
         since_ns=message.since.ToNanoseconds() if message.HasField("since") else 0,
         until_ns=message.until.ToNanoseconds() if message.HasField("until") else 0,
         paths=tuple(os.fsencode(path) for path in message.paths),
-        principal="" if who.has("admin") else who.name,
+        principal="" if who.has("approver" if message.rehearsed else "admin") else who.name,
+        rehearsed=message.rehearsed,
     )
 
 
@@ -85,6 +102,16 @@ def _path(planned: PathPlan, difference: Difference) -> journal_pb2.RollbackPlan
         does=planned.does,
         forced=planned.forced,
         calls=[f"calls/{call}" for call in planned.calls],
+    )
+
+
+def _rehearsal(rehearsal: Rehearsal) -> journal_pb2.Rehearsal:
+    return journal_pb2.Rehearsal(
+        name=f"calls/{rehearsal.call}",
+        run=f"runs/{rehearsal.run}" if rehearsal.run else "",
+        principal=rehearsal.principal,
+        create_time=convert.timestamp(rehearsal.time_ns),
+        paths=convert.valid(tuple(map(os.fsdecode, rehearsal.paths))),
     )
 
 

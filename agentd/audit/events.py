@@ -13,7 +13,7 @@ LONGEST_TEXT = 4096
 
 Kind = Literal[
     "boot", "stop", "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
-    "undo.intent", "undo.end", "journal.pin", "journal.evict",
+    "undo.intent", "undo.end", "rehearsal.apply", "rehearsal.end", "rehearsal.drop", "journal.pin", "journal.evict",
     "grant.create", "grant.revoke", "approval.request", "approval.answer",
     "token.create", "token.revoke", "auth.fail",
 ]  # fmt: skip

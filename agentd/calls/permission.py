@@ -178,7 +178,10 @@ class Permission:
             self._may_send |= _sending(wanted)
         rules = (f"approvals/{closed.id} ({closed.said})", *map(str, grants))
         used = tuple(grant.id for grant in grants)
-        return Decision("allow", closed.said, rules, decision.scope, decision.near, grants=used, asked=closed.said)
+        said = closed.said
+        return Decision(
+            "allow", said, rules, decision.scope, decision.near, grants=used, asked=said, rehearse=decision.rehearse
+        )
 
 
 def _prepared(wanted: Wanted, decision: Decision) -> Prepared:

@@ -44,8 +44,9 @@ if TYPE_CHECKING:
     from agentd.calls.manifest import Tool, Toolbox
     from agentd.calls.permission import Permission
     from agentd.grants import Decision, Labels, Scope
-    from agentd.journal import Difference, Journal, Plan, Selection, Transaction, Undone
+    from agentd.journal import Difference, Journal, Plan, Rehearsal, Selection, Transaction, Undone
 
+_REHEARSED = "nothing is changed yet: a person will look at it and apply or drop it"
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
 
 
@@ -64,6 +65,8 @@ class CallResult:
     wall_us: int
     labels: Labels
     """What its output makes of the run that reads it."""
+    rehearsed: bool = False
+    """Whether what it changed was put back, for a person to apply or drop."""
 
     @property
     def failed(self) -> bool:
@@ -81,6 +84,7 @@ class CallResult:
             "denied": self.denied,
             "wall_us": self.wall_us,
             "labels": list(self.labels.names),
+            "rehearsed": self.rehearsed,
         }
 
 
@@ -136,7 +140,26 @@ class Calls:
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS), Denied.
         """
         wanted = await asyncio.get_running_loop().run_in_executor(self._threads, self._validate, request)
-        return await self._permission.obtain(wanted, lambda: self._scopes(*self._checked(request)))
+        if request.rehearse:
+            await self._require_rehearsable(wanted)
+        prepared = await self._permission.obtain(wanted, lambda: self._scopes(*self._checked(request)))
+        if prepared.rehearsed:
+            await self._require_rehearsable(prepared)
+        return prepared
+
+    async def _require_rehearsable(self, wanted: Wanted) -> None:
+        """Raises JournalError (NOT_UNDOABLE), with that on record, for what nobody could put back."""
+        outside = [str(scope) for scope in wanted.scopes if scope.kind in ("connect", "device")]
+        if outside or wanted.tool.manifest.effect == "external":
+            reaches = f" ({outside[0]})" if outside else ""
+            error = JournalError(
+                Reason.NOT_UNDOABLE,
+                f"{wanted.tool.name} can't be rehearsed: it reaches outside{reaches}, and that could not be put back.",
+                hint="It was not run. Call it without rehearsing.",
+                metadata={"tool": wanted.tool.name, "call": wanted.id},
+            )
+            await asyncio.to_thread(self._audit.record, event("call.reject", wanted, error=error.message))
+            raise error
 
     def explain(self, request: CallRequest) -> tuple[tuple[Scope, ...], Decision]:
         """What would be decided on such a call now, and why; nothing is recorded or run. Not for the event loop.
@@ -216,6 +239,20 @@ class Calls:
 
         async with self._changing:
             return await asyncio.to_thread(apply)
+
+    async def rehearsals(self, principal: str) -> list[Rehearsal]:
+        """Calls that wait to be applied or dropped, oldest first; of one principal, or of all."""
+        return await asyncio.to_thread(self._journal.rollbacks.rehearsals, principal)
+
+    async def drop(self, call: str, principal: str, *, any_call: bool = True) -> None:
+        """Give up what a rehearsed call has made. Raises AgentdError (CALL_NOT_FOUND)."""
+
+        def drop() -> None:
+            if not any_call:
+                self._require_own(call, principal)
+            self._journal.rollbacks.drop(call, principal)
+
+        await asyncio.to_thread(drop)
 
     async def differences(self, selection: Selection) -> list[Difference]:
         """What a selection of calls has changed, by path. Raises what the planner raises."""
@@ -325,7 +362,10 @@ class Calls:
         digest = hashlib.sha256(json.dumps(output, sort_keys=True).encode()).hexdigest()
         told = self._told(outcome) | {"result_digest": digest}
         files: tuple[FileTouched, ...] = ()
-        if outcome.error is None:
+        if outcome.error is None and prepared.rehearsed:
+            files = transaction.rehearse(event("call.end", prepared, detail={"rehearsed": True}, **told))
+            output = output | ({"rehearsed": _REHEARSED} if files else {})
+        elif outcome.error is None:
             files = transaction.finish(event("call.end", prepared, **told))
         else:
             transaction.roll_back(event("call.abort", prepared, error=outcome.error, **told))
@@ -333,6 +373,7 @@ class Calls:
         return CallResult(
             *(prepared.id, prepared.tool.name, output, scopes, prepared.decision, files),
             *(self._level.name, outcome.denied, outcome.wall_us, prepared.gives),
+            rehearsed=prepared.rehearsed and bool(files),
         )
 
     def _told(self, outcome: Outcome) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class CallRequest:
     within: tuple[Pattern, ...] = ()
     read: tuple[str, ...] = ()
     tell: Callable[[Approval], None] = _nobody
+    rehearse: bool = False
+    """Whether what it changes is to be put back, and kept to be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ class Prepared(Wanted):
     """A call that may run."""
 
     decision: Decision
+
+    @property
+    def rehearsed(self) -> bool:
+        return self.request.rehearse or self.decision.rehearse
 
 
 def who(request: CallRequest) -> dict[str, Any]:

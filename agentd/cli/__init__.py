@@ -14,6 +14,7 @@ from agentd.cli.audit import audit
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
 from agentd.cli.grants import grants
+from agentd.cli.rehearsals import rehearsals
 from agentd.cli.rollback import diff, pin, rollback, undo
 from agentd.cli.run import chat, run
 from agentd.cli.serve import serve
@@ -43,7 +44,7 @@ def cli(context: click.Context, socket: Path | None) -> None:
     context.obj = socket
 
 
-for command in (serve, run, chat, tools, approvals, grants, token, audit, diff, undo, rollback, pin, doctor, demo):
+for command in (serve, run, chat, tools, approvals, grants, token, audit, diff, undo, rollback, rehearsals, pin, doctor, demo):
     cli.add_command(command)
 
 

@@ -61,6 +61,7 @@ def list_(socket: Path | None, *, as_json: bool) -> None:
 @click.option("--for", "lasting", metavar="DURATION", help="Only for so long, such as 30m, 2h, 7d.")
 @click.option("--uses", default=0, help="Only so many calls.")
 @click.option("--hours", default="", metavar="HH:MM-HH:MM", help="Only between these hours.")
+@click.option("--rehearse", is_flag=True, help="What the calls change is put back, to be looked at and applied.")
 @click.option("--charging", is_flag=True, help="Only while power comes from outside.")
 @json_option
 @click.pass_obj
@@ -75,12 +76,13 @@ def add(
     hours: str,
     *,
     charging: bool,
+    rehearse: bool,
     as_json: bool,
 ) -> None:
     """Allow TOOL (a glob: files.*) to touch SCOPE: read:PATH, write:PATH, exec:PROGRAM, connect:HOST:PORT, call:TOOL ..."""
     verdict = grant_pb2.Grant.Decision.Value(f"DECISION_{(decision or 'allow').upper()}")
     wanted = grant_pb2.Grant(principal=principal, tool=tool, scope=scope, decision=verdict, max_uses=uses, hours=hours)
-    wanted.while_charging = charging
+    wanted.while_charging, wanted.rehearse = charging, rehearse
     if lasting:
         wanted.expire_time.FromNanoseconds(until(lasting))
     with Client(socket) as client:
@@ -163,6 +165,7 @@ def _limits(grant: grant_pb2.Grant) -> str:
         f"{grant.uses} of {grant.max_uses} uses" if grant.max_uses else "",
         f"until {grant.expire_time.ToDatetime():%Y-%m-%d %H:%M} UTC" if grant.HasField("expire_time") else "",
         f"between {grant.hours}" if grant.hours else "",
+        "rehearsed" if grant.rehearse else "",
         "while charging" if grant.while_charging else "",
         "while budgets are nominal" if grant.while_nominal else "",
     )

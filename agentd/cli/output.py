@@ -65,6 +65,10 @@ def print_call(call: tool_pb2.ToolCall) -> None:
         refused = f", {call.denied_syscalls} system calls refused" if call.denied_syscalls else ""
         console.print(f"    [dim]sandbox[/]   {call.sandbox_level}, {call.wall_us / 1000:.1f} ms{refused}")
     for path in call.changed_paths:
-        console.print(f"    [dim]changed[/]   {shown(path)}  [dim](agentd undo {call.name.removeprefix('calls/')})[/]")
+        if call.rehearsed:
+            word, then = "rehearsed", f"agentd rehearsals show {call.name.removeprefix('calls/')}"
+        else:
+            word, then = "changed  ", f"agentd undo {call.name.removeprefix('calls/')}"
+        console.print(f"    [dim]{word}[/] {shown(path)}  [dim]({then})[/]")
     colour = "red" if call.failed else "default"
     console.print(Text("    result    ", style="dim"), Text(safe(short(call.output_json)), style=colour), sep="")

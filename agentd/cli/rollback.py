@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _Path = journal_pb2.RollbackPlan.Path
+_REHEARSED = {"restore": "change", "delete-created": "delete", "recreate-deleted": "create"}
 _COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 
 
@@ -29,7 +30,7 @@ _COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 def undo(socket: Path | None, call: str, *, as_json: bool) -> None:
     """Put back every path that CALL has changed; all of them or none. An undo can be undone."""
     with Client(socket) as client:
-        _print_undone(client.undo(f"calls/{call.removeprefix('calls/')}"), as_json=as_json)
+        print_undone(client.undo(f"calls/{call.removeprefix('calls/')}"), as_json=as_json)
 
 
 def _selecting(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,13 +89,13 @@ def rollback(
             print_json(plan)
             return
         if not as_json:
-            _print_plan(plan)
+            print_plan(plan)
         blocked = any(not path.does and path.verdict != _Path.VERDICT_ALREADY for path in plan.paths)
         if only_plan or (blocked and not partial):
             sys.exit(1 if blocked and not partial else 0)
         if not yes and not click.confirm("Put it back?"):
             sys.exit(1)
-        _print_undone(client.apply_rollback(request, plan.digest), as_json=as_json)
+        print_undone(client.apply_rollback(request, plan.digest), as_json=as_json)
 
 
 @click.command(epilog="Example: agentd diff --run 01kz5t3q8m0v9r6w2e4y7x1abc")
@@ -130,9 +131,10 @@ def pin(socket: Path | None, call: str, *, off: bool, as_json: bool) -> None:
         print_json({"name": name, "pinned": not off})
 
 
-def _print_plan(plan: journal_pb2.RollbackPlan) -> None:
+def print_plan(plan: journal_pb2.RollbackPlan, *, rehearsed: bool = False) -> None:
     for path in plan.paths:
         word = _Path.Verdict.Name(path.verdict).removeprefix("VERDICT_").lower().replace("_", "-")
+        word = _REHEARSED.get(word, word) if rehearsed else word
         colour = (
             "yellow" if path.forced else "green" if path.does else "dim" if path.verdict == _Path.VERDICT_ALREADY else "red"
         )
@@ -142,7 +144,8 @@ def _print_plan(plan: journal_pb2.RollbackPlan) -> None:
             _print_diff(path.difference.diff)
     if plan.not_undoable_calls:
         console.print(f"[yellow]{len(plan.not_undoable_calls)} of the calls have reached outside; nothing takes that back[/]")
-    console.print(f"[dim]{len(plan.calls)} calls, {sum(path.does for path in plan.paths)} paths to put back[/]")
+    what = "change" if rehearsed else "put back"
+    console.print(f"[dim]{len(plan.calls)} calls, {sum(path.does for path in plan.paths)} paths to {what}[/]")
 
 
 def _print_difference(each: journal_pb2.PathDifference, *, stat: bool) -> None:
@@ -158,10 +161,11 @@ def _print_diff(text: str) -> None:
         console.print(f"  {safe(line)}", style=colour, markup=False)
 
 
-def _print_undone(done: journal_pb2.UndoCallResponse, *, as_json: bool) -> None:
+def print_undone(done: journal_pb2.UndoCallResponse, *, word: str = "put back", as_json: bool) -> None:
     if as_json:
         print_json(done)
         return
     for path in done.restored_paths:
-        console.print(f"[green]put back[/] {shown(path)}")
-    console.print(f"[dim]recorded as {done.name.removeprefix('calls/')}; undo that to have the change again[/]")
+        console.print(f"[green]{word}[/] {shown(path)}")
+    again = "it back" if word == "applied" else "the change again"
+    console.print(f"[dim]recorded as {done.name.removeprefix('calls/')}; undo that to have {again}[/]")

@@ -16,21 +16,23 @@ from agentd.errors import AgentdError
 from agentd.v1 import approval_pb2, run_pb2
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
 @click.command(epilog='Example: agentd run "add milk to notes/shopping.txt"')
 @click.argument("prompt")
 @click.option("--session", default="", help="Go on with the conversation of this name.")
+@click.option("--rehearse", is_flag=True, help="Put back what each call changes; look at it with `agentd rehearsals`.")
 @json_option
 @click.pass_obj
-def run(socket: Path | None, prompt: str, session: str, *, as_json: bool) -> None:
+def run(socket: Path | None, prompt: str, session: str, *, rehearse: bool, as_json: bool) -> None:
     """Run PROMPT to its answer, showing every tool call on the way. Ctrl-C cancels the run.
 
     Exit status: 0 if the model answered, 1 if not. With --json: one event a line.
     """
     with Client(socket) as client:
-        ended = follow(client, prompt, session, as_json=as_json)
+        ended = follow(client, prompt, session, rehearse=rehearse, as_json=as_json)
     answered = ended is not None and ended.stop_reason == run_pb2.Run.STOP_REASON_ANSWERED
     sys.exit(0 if answered else 1)
 
@@ -62,10 +64,10 @@ def chat(socket: Path | None, *, as_json: bool) -> None:
                         console.print(f"[red]error:[/] {shown(str(e))}")
 
 
-def follow(client: Client, prompt: str, session: str, *, as_json: bool) -> run_pb2.Run | None:
+def follow(client: Client, prompt: str, session: str, *, rehearse: bool = False, as_json: bool) -> run_pb2.Run | None:
     """Show a run until it has ended; returns it as it ended."""
     with present(client) if _is_dialogue(as_json=as_json) else contextlib.nullcontext():
-        return _follow(client, prompt, session, as_json=as_json)
+        return _follow(client, client.run(prompt, session=session, rehearse=rehearse), as_json=as_json)
 
 
 def _is_dialogue(*, as_json: bool) -> bool:
@@ -73,10 +75,10 @@ def _is_dialogue(*, as_json: bool) -> bool:
     return not as_json and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _follow(client: Client, prompt: str, session: str, *, as_json: bool) -> run_pb2.Run | None:
+def _follow(client: Client, events: Iterator[run_pb2.WatchRunResponse], *, as_json: bool) -> run_pb2.Run | None:
     ended: run_pb2.Run | None = None
     open_line = False
-    for event in client.run(prompt, session=session):
+    for event in events:
         kind = event.WhichOneof("event")
         if kind == "run":
             ended = event.run

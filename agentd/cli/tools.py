@@ -49,15 +49,16 @@ def list_(socket: Path | None, *, as_json: bool) -> None:
 @tools.command(epilog="Example: agentd tools call files.read path=notes/todo.txt")
 @click.argument("tool")
 @click.argument("arguments", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("--rehearse", is_flag=True, help="Put back what it changes; look at it with `agentd rehearsals`.")
 @json_option
 @click.pass_obj
-def call(socket: Path | None, tool: str, arguments: tuple[str, ...], *, as_json: bool) -> None:
+def call(socket: Path | None, tool: str, arguments: tuple[str, ...], *, rehearse: bool, as_json: bool) -> None:
     """Call TOOL as the model would: decided, confined, journalled and recorded.
 
     A value is text unless it is written as NAME:=JSON. Exit status: 0, or 1 if the call was refused or failed.
     """
     with Client(socket) as client:
-        done = client.call(tool, dict(map(argument, arguments)))
+        done = client.call(tool, dict(map(argument, arguments)), rehearse=rehearse)
     if as_json:
         print_json(done)
     else:

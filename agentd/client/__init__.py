@@ -85,10 +85,10 @@ class Client:
     def close(self) -> None:
         self._close()
 
-    def create_run(self, prompt: str, *, session: str = "", request_id: str = "") -> run_pb2.Run:
-        """Start a run; sending the same `request_id` again gives the same run."""
+    def create_run(self, prompt: str, *, session: str = "", request_id: str = "", rehearse: bool = False) -> run_pb2.Run:
+        """Start a run; sending the same `request_id` again gives the same run. `rehearse`: what it changes is put back."""
         run = run_pb2.Run(prompt=prompt, session=session)
-        request = run_pb2.CreateRunRequest(run=run, request_id=request_id or uuid.uuid4().hex)
+        request = run_pb2.CreateRunRequest(run=run, request_id=request_id or uuid.uuid4().hex, rehearse=rehearse)
         return self._call(self._runs.CreateRun, request)
 
     def watch_run(self, name: str, *, after: int = 0) -> Iterator[run_pb2.WatchRunResponse]:
@@ -98,9 +98,9 @@ class Client:
         except grpc.RpcError as e:
             raise self._error(e) from None
 
-    def run(self, prompt: str, *, session: str = "") -> Iterator[run_pb2.WatchRunResponse]:
+    def run(self, prompt: str, *, session: str = "", rehearse: bool = False) -> Iterator[run_pb2.WatchRunResponse]:
         """Start a run and follow it. Closing the iterator early cancels the run."""
-        run = self.create_run(prompt, session=session)
+        run = self.create_run(prompt, session=session, rehearse=rehearse)
         ended = False
         try:
             for event in self.watch_run(run.name):
@@ -135,11 +135,11 @@ class Client:
             if not (token := page.next_page_token):
                 return
 
-    def call(self, tool: str, arguments: Mapping[str, Any]) -> tool_pb2.ToolCall:
-        """Call a tool, such as `files.read`, without a model."""
+    def call(self, tool: str, arguments: Mapping[str, Any], *, rehearse: bool = False) -> tool_pb2.ToolCall:
+        """Call a tool, such as `files.read`, without a model. `rehearse`: what it changes is put back, to be looked at."""
         struct = struct_pb2.Struct()
         struct.update(dict(arguments))
-        request = tool_pb2.CallToolRequest(name=f"tools/{tool}", arguments=struct)
+        request = tool_pb2.CallToolRequest(name=f"tools/{tool}", arguments=struct, rehearse=rehearse)
         return self._call(self._tools.CallTool, request, deadline_s=None)
 
     def audit_events(self, *, call: str = "", newest_first: bool = False) -> Iterator[audit_pb2.AuditEvent]:
@@ -166,6 +166,14 @@ class Client:
     def apply_rollback(self, plan: journal_pb2.PlanRollbackRequest, digest: str) -> journal_pb2.UndoCallResponse:
         """Carry out the plan that was seen."""
         return self._call(self._journal.ApplyRollback, journal_pb2.ApplyRollbackRequest(plan=plan, digest=digest))
+
+    def rehearsals(self) -> list[journal_pb2.Rehearsal]:
+        """Calls that wait for somebody to apply or drop them, oldest first."""
+        return list(self._call(self._journal.ListRehearsals, journal_pb2.ListRehearsalsRequest()).rehearsals)
+
+    def drop_rehearsal(self, call: str) -> None:
+        """Give up what a rehearsed call (`calls/{call}`) has made."""
+        self._call(self._journal.DropRehearsal, journal_pb2.DropRehearsalRequest(name=call))
 
     def pin(self, call: str, *, pinned: bool = True) -> None:
         """Keep what a call (`calls/{call}`) needs to be undone past all quotas, or no longer."""

@@ -37,6 +37,8 @@ class Decision:
     """What asking a person has come to, if one was to be asked."""
     sends_out: bool = False
     """Whether it is asked because of what the run has taken in, whatever the grants say."""
+    rehearse: bool = False
+    """Whether a grant that it goes by wants the call rehearsed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +100,11 @@ class Book:
             else:
                 unmet.append(scope)
         ids = tuple(dict.fromkeys(grant.id for grant in used if grant.id))
+        rehearse = any(grant.rehearse for grant in used)
         if asking or unmet:
-            return replace(self._question(request, moment, asking, unmet), grants=ids)
+            return replace(self._question(request, moment, asking, unmet), grants=ids, rehearse=rehearse)
         rules = tuple(dict.fromkeys(str(grant) for grant in used))
-        return Decision("allow", "every scope is covered by a grant", rules, grants=ids)
+        return Decision("allow", "every scope is covered by a grant", rules, grants=ids, rehearse=rehearse)
 
     def _question(
         self, request: Request, moment: Moment, asking: Sequence[tuple[Scope, Grant]], unmet: Sequence[Scope]

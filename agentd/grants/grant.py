@@ -46,6 +46,8 @@ class Grant:
     conditions: Conditions = _ALWAYS
     create_ns: int = 0
     created_by: str = ""
+    rehearse: bool = False
+    """Calls that it allows are rehearsed: what they change is put back and kept for a person to look at."""
 
     def __post_init__(self) -> None:
         for name, value in (("principal", self.principal), ("tool", self.tool)):
@@ -57,7 +59,8 @@ class Grant:
             raise RequestError(Reason.GRANT_INVALID, message, field="grant.max_uses", metadata={})
 
     def __str__(self) -> str:
-        limits = [str(self.conditions)] if str(self.conditions) else []
+        limits = ["rehearsed"] if self.rehearse else []
+        limits += [str(self.conditions)] if str(self.conditions) else []
         if self.max_uses:
             limits.append(f"{self.max_uses} times at most")
         if self.expire_ns:

@@ -2,85 +2,113 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agentd.errors import JournalError, Reason
+from agentd.journal.contents import Kept
 from agentd.journal.state import PathState
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
+    from agentd.journal.contents import Contents
     from agentd.store import Store
 
-RESULT_BYTES = 32 << 10
-"""Results up to this size are kept, too: longer ones can be shown and merged only while nobody has changed them."""
+_OF_CALL = "SELECT path, before, content, object, after, result, result_object FROM pre_image WHERE call = ? ORDER BY n"
+GIVE_UP = "UPDATE pre_image SET content = NULL, object = NULL, result = NULL, result_object = NULL WHERE call = ?"
+"""The contents of a call; which paths it changed, and how, stays on record."""
+_NOTHING = Kept()
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A path before the first change of a call, and after its end; `object` names a large content."""
+    """A path before the first change of a call, and after its end, each with its content as far as that is kept."""
 
     call: str
     path: bytes
     before: PathState
-    content: bytes | None = None
-    object: str | None = None
+    content: Kept = _NOTHING
     after: PathState | None = None
-    result: bytes | None = None
+    result: Kept = _NOTHING
 
     @property
     def changed(self) -> bool:
         return self.after is not None and not self.after.same_as(self.before)
 
+    def reversed(self) -> Image:
+        """The change the other way round: from what the call has made to what was there."""
+        assert self.after is not None
+        return Image(self.call, self.path, self.after, self.result, self.before, self.content)
+
 
 class Images:
     """Reads them, and the contents behind them."""
 
-    def __init__(self, store: Store, objects: Path) -> None:
-        self._store, self._objects = store, objects
+    def __init__(self, store: Store, contents: Contents) -> None:
+        self._store, self._contents = store, contents
 
     def of(self, call: str) -> list[Image]:
-        """In the order they were taken."""
-        query = "SELECT path, before, content, object, after, result FROM pre_image WHERE call = ? ORDER BY n"
-        rows = self._store.read(lambda db: list(db.execute(query, (call,))))
-        return [
-            Image(call, path, PathState.from_json(before), content, name, PathState.from_json(after) if after else None, result)
-            for path, before, content, name, after, result in rows
-        ]
+        """In the order they were taken; of a rehearsed call, what is to become of each path comes first."""
+        state = self._store.read(lambda db: db.execute("SELECT state FROM journal WHERE call = ?", (call,)).get)
+        rows = self._store.read(lambda db: list(db.execute(_OF_CALL, (call,))))
+        images = [_image(call, *row) for row in rows]
+        return [image.reversed() if image.after else image for image in images] if state == "rehearsed" else images
 
-    def content(self, image: Image) -> bytes:
-        """Of a file, as it was before. Raises JournalError (NOT_UNDOABLE) if it is missing or not what it was."""
+    def chunks(self, image: Image) -> Iterator[bytes]:
+        """A file as it was before, in pieces. Raises JournalError (NOT_UNDOABLE) if that is missing or not what it was."""
         if image.before.kind != "file":
-            return b""
-        content = image.content
-        if content is None and image.object is None:
-            shown = os.fsdecode(image.path)
+            return
+        shown = os.fsdecode(image.path)
+        if image.content.inline is None and image.content.object is None:
             message = f"The former content of {shown} was given up to make room, so it can't be put back."
             raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
-        if image.object is not None:
-            try:
-                content = (self._objects / image.object[:2] / image.object).read_bytes()
-            except OSError:
-                content = None
-        if content is None or hashlib.sha256(content).hexdigest() != image.before.digest:
-            shown = os.fsdecode(image.path)
+        try:
+            yield from self._contents.chunks(image.content)
+        except JournalError as e:
             message = (
                 f"The kept content of {shown} is missing or damaged ({image.before.digest[:12]}), so it can't be put back."
             )
-            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown, "object": image.before.digest})
-        return content
+            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown, **e.metadata}) from e
+
+    def check(self, image: Image) -> None:
+        """Raises JournalError (NOT_UNDOABLE) if `chunks` would."""
+        for _ in self.chunks(image):
+            pass
+
+    def text(self, image: Image, longest: int) -> bytes | None:
+        """A file as it was before; None if it is longer, missing or damaged."""
+        text = b""
+        try:
+            for chunk in self.chunks(image):
+                text += chunk
+                if len(text) > longest:
+                    return None
+        except JournalError:
+            return None
+        return text
 
     def result(self, image: Image) -> bytes | None:
-        """Of a file, as the call left it, if that is kept."""
-        if image.after is None or image.after.kind != "file" or image.result is None:
+        """A file as the call left it, if that is kept in the store."""
+        if image.after is None or image.after.kind != "file" or image.result.inline is None:
             return None
-        content = zlib.decompress(image.result)
-        return content if hashlib.sha256(content).hexdigest() == image.after.digest else None
+        try:
+            return self._contents.read(image.result)
+        except JournalError:
+            return None
 
 
-def packed(content: bytes) -> bytes:
-    return zlib.compress(content)
+def _image(
+    call: str,
+    path: bytes,
+    before: str,
+    content: bytes | None,
+    name: str | None,
+    after: str | None,
+    result: bytes | None,
+    result_name: str | None,
+) -> Image:
+    was, became = PathState.from_json(before), PathState.from_json(after) if after else None
+    kept = Kept(was.digest, content, name)
+    return Image(call, path, was, kept, became, Kept(became.digest if became else "", result, result_name))

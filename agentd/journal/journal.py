@@ -12,28 +12,26 @@ import errno
 import json
 import logging
 import os
-import stat
+import threading
 import time
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from agentd_sandbox import Refusal
-
 from agentd.audit import Event, FileTouched
-from agentd.errors import AgentdError, JournalError, Reason, StoreError
-from agentd.journal.images import RESULT_BYTES, Image, Images, packed
-from agentd.journal.plan import Selection, Ways
+from agentd.errors import AgentdError, JournalError, Reason
+from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
+from agentd.journal.images import GIVE_UP, Image, Images
+from agentd.journal.plan import Selection, Ways, finished_since
 from agentd.journal.retention import Keep, Retention
 from agentd.journal.rollback import Rollbacks, Undone
-from agentd.journal.state import INLINE_BYTES, PathState, TooLarge, look, make_durable, put_back, sweep, take, write_object
+from agentd.journal.state import PathState, keep, look, make_durable, put_back, sweep
+from agentd.journal.transaction import Taker, Transaction
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import apsw
-    from agentd_sandbox import Change
 
     from agentd.audit import AuditLog
     from agentd.store import Store
@@ -41,99 +39,83 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
-            SELECT ?, 'open', coalesce(max(begun), 0) + 1, ?, ?, ?, ?, ? FROM journal"""
-_FINISHED_LATER = """SELECT 1 FROM pre_image JOIN journal USING (call) WHERE path = ? AND state = 'done'
-                     AND begun > (SELECT begun FROM journal WHERE call = ?) LIMIT 1"""
-
-
-@dataclass(slots=True)
-class Transaction:
-    """The changes of one call. Is the recorder of its worker's broker (`before_changes`)."""
-
-    _journal: Journal
-    call: str
-    images: dict[bytes, Image] = field(default_factory=dict)
-    contents: dict[bytes, bytes] = field(default_factory=dict)
-    bytes: int = 0
-    """Of all contents that were kept for it."""
-
-    def before_changes(self, changes: Sequence[Change]) -> None:
-        """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
-        paths = [change.path for change in changes if change.path not in self.images]
-        if not paths:
-            return
-        try:
-            self._journal.capture(self, paths, None)
-        except JournalError as e:
-            raise Refusal(errno.EFBIG, str(e)) from None
-        except AgentdError as e:
-            raise Refusal(errno.ENOSPC if e.reason is Reason.STORE_FULL else errno.EIO, str(e)) from None
-
-    def finish(self, event: Event) -> tuple[FileTouched, ...]:
-        """Record the end of the call with what it changed; durable when it returns."""
-        return self._journal.finish(self, event)
-
-    def roll_back(self, event: Event) -> None:
-        """Put everything back and record that the call had no effect."""
-        self._journal.roll_back(self, event)
+            VALUES (?, 'open', ?, ?, ?, ?, ?, ?)"""
+_IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object) VALUES (?, ?, ?, ?, ?, ?)"
+_AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND path = ?"
 
 
 class Journal:
     """Undo records in the store; large pre-images in the folder `objects` beside it."""
 
-    def __init__(self, store: Store, audit: AuditLog, objects: Path, keep: Keep) -> None:
-        self._store, self._audit, self._objects, self._keep = store, audit, objects, keep
-        self.retention = Retention(store, audit, objects.parent, objects, keep)
-        self._images = Images(store, objects)
+    def __init__(self, store: Store, audit: AuditLog, objects: Path, bounds: Keep) -> None:
+        self._store, self._audit = store, audit
+        self._contents = Contents(objects)
+        self._taker = Taker(self._contents, bounds)
+        self._bounds = bounds
+        self.retention = Retention(store, audit, objects.parent, self._contents, bounds)
+        self._images = Images(store, self._contents)
         self.rollbacks = Rollbacks(self, store, audit, self._images)
+        self._counting = threading.Lock()
+        self._begun = int(store.read(lambda db: db.execute("SELECT coalesce(max(begun), 0) FROM journal").get))
 
-    def begin(self, call: str, intent: Event, paths: Iterable[bytes]) -> Transaction:
-        """Record the intent and the present state of the declared paths in one commit.
+    def begin(self, call: str, intent: Event, declared: Iterable[bytes] = (), replaced: Iterable[bytes] = ()) -> Transaction:
+        """Record the intent and the present state of paths in one commit.
 
+        Of `declared` paths, which a tool may change, large files are taken later; `replaced` ones are about to be put back.
         Raises JournalError (NOT_UNDOABLE) if a content is too large to keep, StoreError if it can't be written.
         """
-        transaction = Transaction(self, call)
-        declared = list(paths)
-        if declared:
+        with self._counting:
+            self._begun += 1
+            transaction = Transaction(self, call, self._begun)
+        wanted = self._taker.at_once(declared)
+        if wanted:
             self.retention.require_space()
-        self.capture(transaction, declared, intent)
+        self.capture(transaction, wanted | dict.fromkeys(replaced, True), intent)
         return transaction
 
     def foresee(self, paths: Iterable[bytes]) -> str:
         """Why changing these paths could not be undone, as far as can be said beforehand; empty if it could."""
-        whole = 0
-        for path in paths:
-            with contextlib.suppress(OSError):
-                status = os.lstat(path)
-                size = status.st_size if stat.S_ISREG(status.st_mode) else 0
-                whole += size
-                if size > self._keep.file_bytes:
-                    limit = self._keep.file_bytes >> 20
-                    return f"{os.fsdecode(path)} has {size >> 20} MiB, more than the {limit} MiB the journal keeps of a file"
-        if whole > self._keep.call_bytes:
-            limit = self._keep.call_bytes >> 20
-            return f"it would change {whole >> 20} MiB, more than the {limit} MiB the journal keeps of a call"
-        return ""
+        return self._taker.foresee(paths)
 
-    def capture(self, transaction: Transaction, paths: Iterable[bytes], intent: Event | None) -> None:
-        """Add pre-images to a transaction; with `intent`, the event and the transaction itself too."""
-        taken = [self._take(transaction, path) for path in dict.fromkeys(paths) if path not in transaction.images]
+    def capture(self, transaction: Transaction, paths: Mapping[bytes, bool], intent: Event | None) -> None:
+        """Add pre-images of paths to a transaction; with `intent`, the event and the transaction itself too.
+
+        A path maps to whether the file there is about to go. Raises JournalError (NOT_UNDOABLE), StoreError.
+        """
+        images = [self._taker.take(transaction, path, goes=goes) for path, goes in paths.items()]
         first = len(transaction.images)
-        images = [replace(image, object=self._object(content)) for image, content in taken]
 
         def commit(db: apsw.Connection) -> None:
             if intent is not None:
                 self._audit.append(db, intent)
                 effect = intent.tool.effect if intent.tool else ""
-                db.execute(_BEGIN, (transaction.call, time.time_ns(), intent.run, intent.session, intent.principal, effect))
-            for n, (image, (_, content)) in enumerate(zip(images, taken, strict=True), first):
-                inline = None if image.object else content
-                row = (transaction.call, n, image.path, image.before.to_json(), inline, image.object)
-                db.execute("INSERT INTO pre_image (call, n, path, before, content, object) VALUES (?, ?, ?, ?, ?, ?)", row)
+                row = (
+                    transaction.call,
+                    transaction.begun,
+                    time.time_ns(),
+                    intent.run,
+                    intent.session,
+                    intent.principal,
+                    effect,
+                )
+                db.execute(_BEGIN, row)
+            for n, image in enumerate(images, first):
+                kept = image.content
+                db.execute(_IMAGE, (transaction.call, n, image.path, image.before.to_json(), kept.inline, kept.object))
 
-        self._store.write(commit)
+        try:
+            self._store.write(commit)
+        except AgentdError:
+            self._part(images)
+            raise
         transaction.images.update({image.path: image for image in images})
-        transaction.contents.update({image.path: content for image, content in taken})
+
+    def _part(self, images: Iterable[Image]) -> None:
+        """A file that was to be kept as it is, but is still in its place, is somebody's again, and nobody else's."""
+        for image in images:
+            if image.content.as_it_is and image.content.object:
+                with contextlib.suppress(AgentdError):  # the next start does it
+                    self._contents.part(image.content.object)
 
     def finish(
         self,
@@ -146,8 +128,62 @@ class Journal:
 
         `undoes` are the calls that this one has put back.
         """
+        after, files = self._settled(transaction)
+        results = {path: self._result(path, state, INLINE_BYTES) for path, state in after.items() if path in files}
+
+        def commit(db: apsw.Connection) -> None:
+            self._record_results(db, transaction, after, results)
+            done = (json.dumps(list(undoes)), transaction.call)
+            db.execute("UPDATE journal SET state = 'done', undoes = ? WHERE call = ?", done)
+            db.executemany("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
+            self._audit.append(db, event.model_copy(update={"files": tuple(files.values()), "undoable": bool(files)}))
+
         try:
-            after, files = self._settle(transaction)
+            self._end(commit)
+        except AgentdError:  # a change without its record must not stand; the next start closes the transaction
+            self._put_back(transaction)
+            raise
+        self._part(transaction.images.values())
+        return tuple(files.values())
+
+    def rehearse(self, transaction: Transaction, event: Event) -> tuple[FileTouched, ...]:
+        """Keep what a call has made of each path, put everything back, and record it: nothing has happened, but could.
+
+        Raises JournalError (NOT_UNDOABLE) if a result is too large to keep, StoreError: everything is put back then, too.
+        """
+        after, files = self._settled(transaction)
+        try:
+            results = {path: self._result(path, after[path], self._bounds.file_bytes) for path in files}
+        finally:
+            self._put_back(transaction)
+
+        def commit(db: apsw.Connection) -> None:
+            self._record_results(db, transaction, after, results)
+            db.execute("UPDATE journal SET state = ? WHERE call = ?", ("rehearsed" if files else "done", transaction.call))
+            self._audit.append(db, event.model_copy(update={"files": tuple(files.values()), "undoable": False}))
+
+        self._end(commit)
+        self._part(transaction.images.values())
+        return tuple(files.values())
+
+    def _record_results(
+        self, db: apsw.Connection, transaction: Transaction, after: Mapping[bytes, PathState], results: Mapping[bytes, Kept]
+    ) -> None:
+        for path, state in after.items():
+            kept = results.get(path, Kept())
+            db.execute(_AFTER, (state.to_json(), kept.inline, kept.object, transaction.call, path))
+
+    def _settled(self, transaction: Transaction) -> tuple[dict[bytes, PathState], dict[bytes, FileTouched]]:
+        """What the call has left, durable, and what of it is new. Raises JournalError with everything put back."""
+        try:
+            after = {path: _after(path) for path in transaction.images}
+            files = {
+                path: touched
+                for path, image in transaction.images.items()
+                if (touched := _touched(path, image.before, after[path])) is not None
+            }
+            for path in files:
+                make_durable(path)
         except OSError as e:  # what can't be read or made durable is no end: a disk that fails may not keep it
             self._put_back(transaction)
             shown = os.fsdecode(e.filename) if e.filename else "what it changed"
@@ -157,37 +193,21 @@ class Journal:
                 hint="Check the disk.",
                 metadata={"call": transaction.call},
             ) from e
-        results = {
-            path: _result(path, state) for path, state in after.items() if not state.same_as(transaction.images[path].before)
-        }
-
-        def commit(db: apsw.Connection) -> None:
-            for path, state in after.items():
-                values = (state.to_json(), results.get(path), transaction.call, path)
-                db.execute("UPDATE pre_image SET after = ?, result = ? WHERE call = ? AND path = ?", values)
-            done = (json.dumps(list(undoes)), transaction.call)
-            db.execute("UPDATE journal SET state = 'done', undoes = ? WHERE call = ?", done)
-            db.executemany("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
-            self._audit.append(db, event.model_copy(update={"files": files, "undoable": bool(files)}))
-
-        try:
-            self._end(commit)
-        except AgentdError:  # a change without its record must not stand; the next start closes the transaction
-            self._put_back(transaction)
-            raise
-        return files
-
-    def _settle(self, transaction: Transaction) -> tuple[dict[bytes, PathState], tuple[FileTouched, ...]]:
-        """What the call has left, durable. Raises OSError."""
-        after = {path: _after(path) for path in transaction.images}
-        files = tuple(
-            touched
-            for path, image in transaction.images.items()
-            if (touched := _touched(path, image.before, after[path])) is not None
-        )
-        for file in files:
-            make_durable(os.fsencode(file.path))
         return after, files
+
+    def _result(self, path: bytes, state: PathState, limit: int) -> Kept:
+        """What a call has made of a file: small ones to be shown and merged later, all of a rehearsal to be applied."""
+        if state.kind != "file":
+            return Kept()
+        try:
+            again, kept = keep(path, self._contents, limit=limit, goes=False)
+        except (OSError, TooLarge) as e:
+            if limit == INLINE_BYTES:
+                return Kept()
+            shown = os.fsdecode(path)
+            message = f"What the call made of {shown} can't be kept to be looked at, so it was put back."
+            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown}) from e
+        return kept if again.digest == state.digest else Kept()
 
     def _put_back(self, transaction: Transaction) -> None:
         """Undo what a call that did not end well has changed. What fails stays open for the next start.
@@ -195,14 +215,17 @@ class Journal:
         A path that another call has changed since, and finished, is that call's.
         """
         failed: list[str] = []
+        theirs = finished_since(self._store, transaction.begun, transaction.images)
         for image in _restoring(transaction.images.values()):
-            if self._finished_later(image.path, transaction.call):
+            if image.path in theirs:
                 continue
             try:
                 if not look(image.path).same_as(image.before):
-                    put_back(image.path, image.before, transaction.contents[image.path])
+                    put_back(image.path, image.before, self._images.chunks(image))
             except OSError as e:
                 failed.append(f"{os.fsdecode(image.path)} ({e.strerror})")
+            except JournalError as e:
+                failed.append(e.message)
         if failed:
             raise JournalError(
                 Reason.NOT_UNDOABLE,
@@ -211,17 +234,17 @@ class Journal:
                 metadata={"call": transaction.call},
             )
 
-    def _finished_later(self, path: bytes, call: str) -> bool:
-        return bool(self._store.read(lambda db: db.execute(_FINISHED_LATER, (path, call)).get))
-
     def roll_back(self, transaction: Transaction, event: Event) -> None:
+        """Put everything back and record the end of a call that has had no effect. Raises JournalError, StoreError."""
         self._put_back(transaction)
 
         def commit(db: apsw.Connection) -> None:
             db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (transaction.call,))
+            db.execute(GIVE_UP, (transaction.call,))
             self._audit.append(db, event)
 
         self._end(commit)
+        self._part(transaction.images.values())
 
     def _end(self, commit: Callable[[apsw.Connection], None]) -> None:
         """What has begun is ended even on a full disk: there is space set aside for that."""
@@ -240,32 +263,32 @@ class Journal:
 
     def recover(self) -> list[str]:
         """Roll back what a killed daemon left open, newest first; returns the calls. What can't be put back is logged."""
-        query = "SELECT call FROM journal WHERE state = 'open' ORDER BY begun DESC"
-        open_calls = [call for (call,) in self._store.read(lambda db: list(db.execute(query)))]
+        query = "SELECT call, begun FROM journal WHERE state = 'open' ORDER BY begun DESC"
+        open_calls = self._store.read(lambda db: [(str(call), int(begun)) for call, begun in db.execute(query)])
+        if open_calls:
+            self._contents.part_all()
         # Decided for all before the first is put back: a recovery is a finished call, too.
-        theirs = {call: {path for path in self._paths(call) if self._finished_later(path, call)} for call in open_calls}
-        for call in open_calls:
+        images = {call: self._images.of(call) for call, _ in open_calls}
+        theirs = {
+            call: finished_since(self._store, begun, [image.path for image in images[call]]) for call, begun in open_calls
+        }
+        for call, _ in open_calls:
             try:
-                self._recover(call, theirs[call])
-            except (OSError, JournalError) as e:  # one file that can't be had must not keep the daemon from starting
+                self._recover(call, [image for image in images[call] if image.path not in theirs[call]])
+            except (OSError, AgentdError) as e:  # one file that can't be had must not keep the daemon from starting
                 _log.error("call %s is still open, some of its changes can't be put back now: %s", call, e)
-        return open_calls
+        return [call for call, _ in open_calls]
 
-    def _paths(self, call: str) -> list[bytes]:
-        query = "SELECT path FROM pre_image WHERE call = ?"
-        return self._store.read(lambda db: [path for (path,) in db.execute(query, (call,))])
-
-    def _recover(self, call: str, theirs: set[bytes]) -> None:
-        images = [image for image in self._images.of(call) if image.path not in theirs]
-        for image in images:
-            sweep(image.path)
+    def _recover(self, call: str, images: list[Image]) -> None:
+        for folder in {os.path.dirname(image.path) for image in images}:
+            sweep(folder)
         changed = [image for image in images if not look(image.path).same_as(image.before)]
         recovery = new_id()
         detail = {"recovers": call, "paths": [os.fsdecode(image.path) for image in changed]}
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
-        transaction = self.begin(recovery, intent, [image.path for image in changed])
+        transaction = self.begin(recovery, intent, replaced=[image.path for image in changed])
         for image in _restoring(changed):
-            put_back(image.path, image.before, self._images.content(image))
+            put_back(image.path, image.before, self._images.chunks(image))
         end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
         self.finish(transaction, end, [(call, "rolled_back")])
 
@@ -278,58 +301,11 @@ class Journal:
             reason = Reason.NOT_UNDOABLE if known else Reason.CALL_NOT_FOUND
         else:
             reason = Reason.NOT_UNDOABLE
-            why = {"undone": "is undone already", "open": "is still running"}.get(str(state), "changed nothing")
+            why = {"undone": "is undone already", "open": "is still running", "rehearsed": "was rehearsed and put back"}.get(
+                str(state), "changed nothing"
+            )
         hint = "`agentd audit list` shows the calls."
         return JournalError(reason, f"Call {call} {why}.", hint=hint, metadata={"call": call})
-
-    def _take(self, transaction: Transaction, path: bytes) -> tuple[Image, bytes]:
-        try:
-            state, content = take(path, limit=self._keep.file_bytes)
-        except TooLarge:
-            shown, limit = os.fsdecode(path), self._keep.file_bytes >> 20
-            raise JournalError(
-                Reason.NOT_UNDOABLE,
-                f"{shown} is larger than the {limit} MiB the journal keeps, so changing it could not be undone.",
-                hint="Raise journal.file_limit_mib in agentd.toml if it must be changed.",
-                metadata={"path": shown, "limit_mib": str(limit)},
-            ) from None
-        except OSError as e:
-            shown = os.fsdecode(path)
-            raise JournalError(
-                Reason.NOT_UNDOABLE,
-                f"{shown} can't be read for the journal: {e.strerror}.",
-                hint="Check the path and its permissions.",
-                metadata={"path": shown},
-            ) from e
-        if state.kind == "other":
-            shown = os.fsdecode(path)
-            message = f"{shown} is neither a file nor a folder nor a link, so changing it could not be undone."
-            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
-        transaction.bytes += len(content)
-        if transaction.bytes > self._keep.call_bytes:
-            limit = self._keep.call_bytes >> 20
-            raise JournalError(
-                Reason.NOT_UNDOABLE,
-                f"The call has changed more than the {limit} MiB the journal keeps of one, so the rest could not be undone.",
-                hint="Raise journal.call_limit_mib in agentd.toml if it must be.",
-                metadata={"limit_mib": str(limit)},
-            )
-        return Image(transaction.call, path, state), content
-
-    def _object(self, content: bytes) -> str | None:
-        """The name of a large content, kept. Raises StoreError."""
-        if len(content) <= INLINE_BYTES:
-            return None
-        try:
-            return write_object(self._objects, content)
-        except OSError as e:
-            full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise StoreError(
-                Reason.STORE_FULL if full else Reason.AUDIT_UNAVAILABLE,
-                f"A former content can't be kept in {self._objects}: {e.strerror}. Nothing was changed.",
-                hint="Free some space." if full else "Check the disk.",
-                metadata={"path": str(self._objects)},
-            ) from e
 
 
 def _restoring(images: Iterable[Image]) -> list[Image]:
@@ -338,17 +314,6 @@ def _restoring(images: Iterable[Image]) -> list[Image]:
     going = [image for image in known if image.before.kind == "absent"]
     coming = [image for image in known if image.before.kind != "absent"]
     return sorted(going, key=lambda i: -i.path.count(b"/")) + sorted(coming, key=lambda i: i.path.count(b"/"))
-
-
-def _result(path: bytes, state: PathState) -> bytes | None:
-    """What a call has made of a small file, to be shown and merged later."""
-    if state.kind != "file":
-        return None
-    try:
-        again, content = take(path, limit=RESULT_BYTES)
-    except (OSError, TooLarge):
-        return None
-    return packed(content) if again.digest == state.digest else None
 
 
 def _after(path: bytes) -> PathState:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from agentd.errors import JournalError, Reason, RequestError
+from agentd.journal.contents import TooLarge
 from agentd.journal.merge import merge
-from agentd.journal.state import PathState, TooLarge, look, take
+from agentd.journal.state import PathState, look, take
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from agentd.journal.images import Image, Images
     from agentd.store import Store
@@ -39,6 +40,12 @@ class Verdict(Enum):
 
 
 _DOES = frozenset({Verdict.RESTORE, Verdict.DELETE_CREATED, Verdict.RECREATE_DELETED, Verdict.MERGE})
+_REHEARSED = {
+    Verdict.RESTORE: "the call has changed it",
+    Verdict.DELETE_CREATED: "the call has deleted it",
+    Verdict.RECREATE_DELETED: "the call has created it",
+    Verdict.ALREADY: "it is so by now",
+}
 _FORCIBLE = frozenset({Verdict.CONFLICT, Verdict.TYPE_CHANGED})
 
 
@@ -46,7 +53,8 @@ _FORCIBLE = frozenset({Verdict.CONFLICT, Verdict.TYPE_CHANGED})
 class Selection:
     """Which changes: those of calls, of a run, of a session, or of a span of time; all of `paths` if those alone are given.
 
-    `paths` bounds it to these and what is below them, `principal` to that one's calls.
+    `paths` bounds it to these and what is below them, `principal` to that one's calls. With `rehearsed` it means calls that
+    were rehearsed: carrying them out is the same as putting back what put them back.
     """
 
     calls: tuple[str, ...] = ()
@@ -58,6 +66,7 @@ class Selection:
     principal: str = ""
     undone: bool = False
     """Whether calls that were put back meanwhile count, too: they do where all that has happened is meant."""
+    rehearsed: bool = False
 
     @property
     def of_time(self) -> bool:
@@ -130,9 +139,10 @@ class Plan:
 
 @dataclass(slots=True)
 class _Chain:
-    """What the selected calls have done to one path."""
+    """What the selected calls have done to one path, and what others have since the first of them: (begun, call)."""
 
     images: list[tuple[int, Image]] = field(default_factory=list)
+    others: Sequence[tuple[int, str]] = ()
 
 
 class Planner:
@@ -148,8 +158,14 @@ class Planner:
                 if image.changed and _is_within(image.path, selection.paths):
                     chains.setdefault(image.path, _Chain()).images.append((begun, image))
         calls = tuple(call for call, _, _ in rows)
+        if chains:
+            others = _finished(self._store, min(chain.images[0][0] for chain in chains.values()), chains)
+            for path, chain in chains.items():
+                chain.others = [(begun, call) for begun, call in others.get(path, ()) if call not in calls]
         going = {path for path, chain in chains.items() if chain.images[0][1].before.kind == "absent"}
-        paths = tuple(self._path(path, chain, calls, going, ways) for path, chain in sorted(chains.items()))
+        paths = tuple(self._path(path, chain, going, ways) for path, chain in sorted(chains.items()))
+        if selection.rehearsed:
+            paths = tuple(replace(planned, why=_REHEARSED.get(planned.verdict, planned.why)) for planned in paths)
         touched = {call for planned in paths for call in planned.calls}
         outside = tuple(call for call, _, effect in rows if effect == "external")
         return Plan(selection, ways, tuple(call for call in calls if call in touched), paths, outside)
@@ -159,6 +175,7 @@ class Planner:
         if not (selection.calls or selection.run or selection.session or selection.since_ns or selection.paths):
             raise RequestError(Reason.BAD_FIELD, "Nothing is selected.", hint="Name calls, a run, a session, a time or paths.")
         states = ("done", "undone" if selection.undone or selection.of_time else "done")
+        states = ("rehearsed", "rehearsed") if selection.rehearsed else states
         clauses, values = ["state IN (?, ?)"], list[object](states)
         if selection.calls:
             clauses.append(f"call IN ({', '.join('?' * len(selection.calls))})")
@@ -176,11 +193,11 @@ class Planner:
         query = f"SELECT call, begun, effect FROM journal WHERE {' AND '.join(clauses)} ORDER BY begun"  # noqa: S608
         return self._store.read(lambda db: [(str(c), int(b), str(e)) for c, b, e in db.execute(query, values)])
 
-    def _path(self, path: bytes, chain: _Chain, calls: tuple[str, ...], going: set[bytes], ways: Ways) -> PathPlan:
+    def _path(self, path: bytes, chain: _Chain, going: set[bytes], ways: Ways) -> PathPlan:
         first, last = chain.images[0][1], chain.images[-1][1]
         assert last.after is not None
         now = _now(path)
-        verdict, why = self._verdict(path, chain, calls, now, going)
+        verdict, why = self._verdict(path, chain, now, going)
         merged = None
         if verdict is Verdict.CONFLICT and ways.merge and (merged := self._merged(first, last, now)) is not None:
             verdict, why = Verdict.MERGE, "changed since, elsewhere in the text: both changes are kept"
@@ -188,20 +205,18 @@ class Planner:
         own = tuple(dict.fromkeys(image.call for _, image in chain.images))
         return PathPlan(path, verdict, why, now, first.before, own, first, last, forced, merged)
 
-    def _verdict(
-        self, path: bytes, chain: _Chain, calls: tuple[str, ...], now: PathState, going: set[bytes]
-    ) -> tuple[Verdict, str]:
+    def _verdict(self, path: bytes, chain: _Chain, now: PathState, going: set[bytes]) -> tuple[Verdict, str]:
         first, last = chain.images[0][1], chain.images[-1][1]
         target, left = first.before, last.after
         assert left is not None
         if now.same_as(target):
             return Verdict.ALREADY, "it is so already"
         if not now.same_as(left):
-            return self._foreign(path, chain, now, left)
-        if other := self._between(path, chain, calls):
+            return _foreign(chain, now, left)
+        if other := next((call for begun, call in chain.others if begun < chain.images[-1][0]), ""):
             return Verdict.CONFLICT, f"call {other}, which is not selected, changed it in between"
         try:
-            self._images.content(first)
+            self._images.check(first)
         except JournalError as e:
             return Verdict.MISSING_PREIMAGE, e.message
         if target.kind == "absent" and now.kind == "folder" and (name := _stranger(path, going)):
@@ -214,31 +229,41 @@ class Planner:
             return Verdict.RECREATE_DELETED, "it was there before"
         return Verdict.RESTORE, "it was different before"
 
-    def _foreign(self, path: bytes, chain: _Chain, now: PathState, left: PathState) -> tuple[Verdict, str]:
-        if now.kind not in (left.kind, "absent") or now.kind == "other":
-            return Verdict.TYPE_CHANGED, f"it is a {now.kind} now, and was left a {left.kind}"
-        query = """SELECT call FROM pre_image JOIN journal USING (call) WHERE path = ? AND state = 'done' AND begun > ?
-                   ORDER BY begun LIMIT 1"""
-        later = self._store.read(lambda db: db.execute(query, (path, chain.images[-1][0])).get)
-        return Verdict.CONFLICT, f"call {later} changed it since" if later else "somebody changed it since"
-
-    def _between(self, path: bytes, chain: _Chain, calls: tuple[str, ...]) -> str:
-        """A call that is not selected and changed the path between two that are."""
-        query = """SELECT call FROM pre_image JOIN journal USING (call) WHERE path = ? AND state = 'done' AND begun > ?
-                   AND begun < ? ORDER BY begun"""
-        span = (path, chain.images[0][0], chain.images[-1][0])
-        others = self._store.read(lambda db: [str(call) for (call,) in db.execute(query, span)])
-        return next((call for call in others if call not in calls), "")
-
     def _merged(self, first: Image, last: Image, now: PathState) -> bytes | None:
         """Our way back applied to what somebody has made of the call's result."""
         if {first.before.kind, now.kind} != {"file"} or (base := self._images.result(last)) is None:
             return None
         try:
             theirs = take(first.path, limit=_MERGED_BYTES)[1]
-            return merge(base, self._images.content(first), theirs)
-        except (OSError, TooLarge, JournalError):
+        except (OSError, TooLarge):
             return None
+        ours = self._images.text(first, _MERGED_BYTES)
+        return merge(base, ours, theirs) if ours is not None else None
+
+
+def finished_since(store: Store, begun: int, paths: Collection[bytes]) -> frozenset[bytes]:
+    """Those of the paths that calls which began later have changed, and ended."""
+    return frozenset(_finished(store, begun, paths)) if paths else frozenset()
+
+
+def _finished(store: Store, begun: int, paths: Collection[bytes]) -> Mapping[bytes, list[tuple[int, str]]]:
+    """(begun, call) of the calls that began later, ended and changed one of the paths, oldest first.
+
+    One scan for all of them: an index of paths would cost every call a page of writes.
+    """
+    query = """SELECT path, begun, call FROM journal JOIN pre_image USING (call)
+               WHERE state = 'done' AND begun > ? AND after IS NOT NULL AND before != after ORDER BY begun"""
+    wanted, found = set(paths), dict[bytes, list[tuple[int, str]]]()
+    for path, at, call in store.read(lambda db: [row for row in db.execute(query, (begun,)) if row[0] in wanted]):
+        found.setdefault(path, []).append((int(at), str(call)))
+    return found
+
+
+def _foreign(chain: _Chain, now: PathState, left: PathState) -> tuple[Verdict, str]:
+    if now.kind not in (left.kind, "absent") or now.kind == "other":
+        return Verdict.TYPE_CHANGED, f"it is a {now.kind} now, and was left a {left.kind}"
+    later = next((call for begun, call in chain.others if begun > chain.images[-1][0]), "")
+    return Verdict.CONFLICT, f"call {later} changed it since" if later else "somebody changed it since"
 
 
 def _is_within(path: bytes, roots: Iterable[bytes]) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from agentd.audit import Event
 from agentd.errors import JournalError, Reason
+from agentd.journal.images import GIVE_UP
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
     import apsw
 
     from agentd.audit import AuditLog
+    from agentd.journal.contents import Contents
     from agentd.store import Store
 
 _MIB = 1 << 20
 _RESERVE_BYTES = 4 * _MIB
+_ARRIVING_S = 60  # what nothing refers to may be new: its row comes in a moment
+_OBJECTS = "SELECT call, object, result_object FROM pre_image WHERE object IS NOT NULL OR result_object IS NOT NULL"
 _NAMED = 32  # calls in the event of an eviction
 _DAY_NS = 86400 * 10**9
 
@@ -45,10 +49,10 @@ class Keep:
 
 
 class Retention:
-    """`folder` is that of the store, `objects` where large contents are."""
+    """`folder` is that of the store."""
 
-    def __init__(self, store: Store, audit: AuditLog, folder: Path, objects: Path, keep: Keep) -> None:
-        self._store, self._audit, self._objects, self.keep = store, audit, objects, keep
+    def __init__(self, store: Store, audit: AuditLog, folder: Path, contents: Contents, keep: Keep) -> None:
+        self._store, self._audit, self._contents, self.keep = store, audit, contents, keep
         self._folder, self._reserve = folder, folder / "reserve"
         self.hold_reserve()
 
@@ -106,7 +110,7 @@ class Retention:
         """
         now = time.time_ns() if now_ns is None else now_ns
         rows, kept = self._store.read(_rows), self._store.read(_objects_used)
-        sizes = {call: inline + sum(self._size(name) for name in kept.get(call, ())) for call, _, _, _, inline in rows}
+        sizes = {call: inline + sum(self._contents.size(name) for name in kept.get(call, ())) for call, _, _, _, inline in rows}
         total = sum(sizes.values())
         newest = _newest(rows, self.keep.runs)
         given_up: list[str] = []
@@ -118,31 +122,16 @@ class Retention:
             total -= sizes[call]
         if given_up:
             self._store.write(lambda db: self._give_up(db, given_up))
-        self._remove_unused()
+        used = {name for names in self._store.read(_objects_used).values() for name in names}
+        self._contents.remove_unused(used, now / 10**9 - _ARRIVING_S)
         self.hold_reserve()
         return tuple(given_up)
 
     def _give_up(self, db: apsw.Connection, calls: list[str]) -> None:
         for call in calls:
-            db.execute("UPDATE pre_image SET content = NULL, object = NULL, result = NULL WHERE call = ?", (call,))
+            db.execute(GIVE_UP, (call,))
         detail = {"calls": calls[:_NAMED], "count": len(calls)}
         self._audit.append(db, Event(kind="journal.evict", principal="agentd", detail=detail))
-
-    def _remove_unused(self) -> None:
-        """Files that no pre-image names. One that is being written has no name of that kind yet, or its row comes in a moment:
-        a minute is waited for that.
-        """
-        used = {name for names in self._store.read(_objects_used).values() for name in names}
-        for path in self._objects.glob("??/*"):
-            with contextlib.suppress(OSError):
-                if path.name not in used and time.time() - path.stat().st_mtime > 60:
-                    path.unlink()
-
-    def _size(self, name: str) -> int:
-        try:
-            return (self._objects / name[:2] / name).stat().st_size
-        except OSError:
-            return 0
 
 
 def _rows(db: apsw.Connection) -> list[tuple[str, int, str, int, int]]:
@@ -155,8 +144,8 @@ def _rows(db: apsw.Connection) -> list[tuple[str, int, str, int, int]]:
 
 def _objects_used(db: apsw.Connection) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
-    for call, name in db.execute("SELECT call, object FROM pre_image WHERE object IS NOT NULL"):
-        found.setdefault(str(call), set()).add(str(name))
+    for call, *names in db.execute(_OBJECTS):
+        found.setdefault(str(call), set()).update(str(name) for name in names if name)
     return found
 
 

@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING
 
 from agentd.audit import Event
 from agentd.errors import JournalError, Reason
+from agentd.journal.contents import TooLarge
+from agentd.journal.images import GIVE_UP
 from agentd.journal.plan import Plan, Planner, Verdict
-from agentd.journal.state import PathState, TooLarge, put_back, take
+from agentd.journal.state import PathState, put_back, take
 from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import apsw
+
     from agentd.audit import AuditLog, FileTouched
     from agentd.journal.images import Images
-    from agentd.journal.journal import Journal, Transaction
+    from agentd.journal.journal import Journal
     from agentd.journal.plan import PathPlan, Selection, Ways
+    from agentd.journal.transaction import Transaction
     from agentd.store import Store
 
 _SHOWN_BYTES = 1 << 20
@@ -48,6 +53,17 @@ class Difference:
     removed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """A call that was put back as soon as it had ended, and the paths that it would change."""
+
+    call: str
+    run: str
+    principal: str
+    time_ns: int
+    paths: tuple[bytes, ...]
+
+
 class Rollbacks:
     def __init__(self, journal: Journal, store: Store, audit: AuditLog, images: Images) -> None:
         self._journal, self._store, self._audit, self._images = journal, store, audit, images
@@ -68,22 +84,59 @@ class Rollbacks:
             raise _blocked(plan, blocked)
         if not chosen:
             raise self._nothing(plan)
-        undo = new_id()
-        undone = self._complete(plan)
-        detail = {"undoes": list(undone), "plan": plan.digest, "forced": [os.fsdecode(p.path) for p in chosen if p.forced]}
-        cause = plan.calls[-1]
-        intent = Event(kind="undo.intent", principal=principal, call=undo, cause=cause, detail=detail)
-        transaction = self._journal.begin(undo, intent, [planned.path for planned in chosen])
+        done = self._complete(plan)
+        event = self._event(plan, done, principal)
+        transaction = self._journal.begin(event.call, event, replaced=[planned.path for planned in chosen])
         try:
             self._put_back(transaction, chosen)
         except (OSError, JournalError) as e:
             why = e.message if isinstance(e, JournalError) else f"{os.fsdecode(e.filename)} can't be put back: {e.strerror}"
-            abort = Event(kind="call.abort", principal=principal, call=undo, cause=cause, detail=detail, error=why)
-            transaction.roll_back(abort)
+            transaction.roll_back(event.model_copy(update={"kind": "call.abort", "error": why}))
             raise _failed(plan, why) from e
-        end = Event(kind="undo.end", principal=principal, call=undo, cause=cause, detail=detail)
-        settled = [(call, "undone") for call in undone] + [(call, "done") for call in self._brought_back(undone)]
-        return Undone(undo, self._journal.finish(transaction, end, settled, undone), undone)
+        if plan.selection.rehearsed:
+            end = event.model_copy(update={"kind": "rehearsal.end"})
+            files = self._journal.finish(transaction, end, [(call, "applied") for call in done])
+        else:
+            end = event.model_copy(update={"kind": "undo.end"})
+            settled = [(call, "undone") for call in done] + [(call, "done") for call in self._brought_back(done)]
+            files = self._journal.finish(transaction, end, settled, done)
+        return Undone(event.call, files, done)
+
+    def _event(self, plan: Plan, done: tuple[str, ...], principal: str) -> Event:
+        """The intent. What is applied belongs to the run that has rehearsed it."""
+        forced = [os.fsdecode(planned.path) for planned in plan.paths if planned.forced]
+        what = "applies" if plan.selection.rehearsed else "undoes"
+        detail = {what: list(done), "plan": plan.digest, "forced": forced}
+        event = Event(kind="undo.intent", principal=principal, call=new_id(), cause=plan.calls[-1], detail=detail)
+        if not plan.selection.rehearsed:
+            return event
+        query = "SELECT run, session FROM journal WHERE call = ?"
+        run, session = self._store.read(lambda db: next(iter(db.execute(query, (plan.calls[-1],)))))
+        return event.model_copy(update={"kind": "rehearsal.apply", "run": run, "session": session})
+
+    def rehearsals(self, principal: str) -> list[Rehearsal]:
+        """Those that wait to be applied or dropped, oldest first; of one principal, or of all."""
+        query = """SELECT call, run, principal, time_ns FROM journal WHERE state = 'rehearsed' AND ? IN ('', principal)
+                   ORDER BY begun"""
+        rows = self._store.read(lambda db: [(str(c), str(r), str(p), int(t)) for c, r, p, t in db.execute(query, (principal,))])
+        return [Rehearsal(*row, paths=tuple(i.path for i in self._images.of(row[0]) if i.changed)) for row in rows]
+
+    def drop(self, call: str, principal: str) -> None:
+        """Give up what a rehearsed call has made. Raises JournalError (CALL_NOT_FOUND)."""
+
+        def drop(db: apsw.Connection) -> bool:
+            db.execute("UPDATE journal SET state = 'dropped' WHERE call = ? AND state = 'rehearsed'", (call,))
+            if not db.changes():
+                return False
+            db.execute(GIVE_UP, (call,))
+            self._audit.append(db, Event(kind="rehearsal.drop", principal=principal, cause=call))
+            return True
+
+        if not self._store.write(drop):
+            hint = "`agentd rehearsals list` shows those that are."
+            raise JournalError(
+                Reason.CALL_NOT_FOUND, f"Call {call} is no rehearsal that waits.", hint=hint, metadata={"call": call}
+            )
 
     def _put_back(self, transaction: Transaction, chosen: Iterable[PathPlan]) -> None:
         """Raises OSError. What the transaction has captured is what was planned for: nobody came in between."""
@@ -91,12 +144,10 @@ class Rollbacks:
             captured = transaction.images[planned.path].before
             if not captured.same_as(planned.now):
                 raise OSError(0, "it was changed while it was being put back", os.fsdecode(planned.path))
-            target, content = planned.target, b""
+            target, content = planned.target, self._images.chunks(planned.first)
             if planned.merged is not None:
-                content = planned.merged
-                target = replace(planned.now, digest=hashlib.sha256(content).hexdigest())
-            elif target.kind == "file":
-                content = self._images.content(planned.first)
+                content = iter([planned.merged])
+                target = replace(planned.now, digest=hashlib.sha256(planned.merged).hexdigest())
             try:
                 put_back(planned.path, target, content)
             except OSError as e:
@@ -141,10 +192,7 @@ class Rollbacks:
         return _difference(planned.path, planned.target, planned.last.after, self._text_before(planned), result)
 
     def _text_before(self, planned: PathPlan) -> bytes | None:
-        try:
-            return self._images.content(planned.first)
-        except JournalError:
-            return None
+        return self._images.text(planned.first, _SHOWN_BYTES)
 
     def _text_now(self, planned: PathPlan) -> bytes | None:
         try:

@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING
 
 from agentd_sandbox.paths import Resolved, WalkError, resolve
 
+from agentd.errors import JournalError
+from agentd.journal.contents import Kept, TooLarge, write_with_holes
+
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterable
+
+    from agentd.journal.contents import Contents
 
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES)  # of the file system, or not ours to set
 _ATTRIBUTES = ("user.", "system.posix_acl_")
-_TEMPORARY = re.compile(r"\.agentd-[0-9a-f]{16}")
-INLINE_BYTES = 32 << 10
-"""Contents up to this size go into the store's own commit; larger ones into a file of their own."""
+_TEMPORARY = re.compile(rb"\.agentd-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class PathState:
     target: str = ""
     attributes: tuple[tuple[str, str], ...] | None = None
     """Extended ones by name, values in hexadecimal: those of users, and access lists. None if nobody looked."""
+    holes: bool = False
+    """Whether a file takes less room than its length says."""
 
     def same_as(self, other: PathState) -> bool:
         """Whether the path looks the same to its owner: times apart, which reading programs may set."""
@@ -54,10 +59,6 @@ class PathState:
         if fields.get("attributes") is not None:
             fields["attributes"] = tuple((name, value) for name, value in fields["attributes"])
         return cls(**fields)
-
-
-class TooLarge(Exception):
-    """The content is larger than the journal keeps."""
 
 
 def look(path: bytes) -> PathState:
@@ -80,8 +81,30 @@ def take(path: bytes, *, limit: int) -> tuple[PathState, bytes]:
         return state, bytes(content)
 
 
-def put_back(path: bytes, state: PathState, content: bytes) -> None:
-    """Make the path what `state` says, replacing in one step what is there; durable when it returns."""
+def keep(path: bytes, contents: Contents, *, limit: int, goes: bool) -> tuple[PathState, Kept]:
+    """The present state of a real path, with its content kept; `goes` if a file there is about to be removed or replaced.
+
+    Raises TooLarge past `limit` bytes, OSError.
+    """
+    place = _reach(path)
+    if place is None:
+        return PathState("absent"), Kept()
+    with place:
+        if not (place.exists and stat.S_ISREG(place.status.st_mode)):
+            return _state(place, None), Kept()
+        opened = os.open(f"/proc/self/fd/{place.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            kept = contents.keep(opened, limit=limit, goes=goes)
+        finally:
+            os.close(opened)
+        return _file(place, kept.digest), kept
+
+
+def put_back(path: bytes, state: PathState, content: Iterable[bytes]) -> None:
+    """Make the path what `state` says, replacing in one step what is there; durable when it returns.
+
+    `content` comes in pieces; what it raises leaves the path as it was. Raises OSError, too.
+    """
     with _at(path) as place:
         current = _state(place, None)
         match state.kind:
@@ -108,15 +131,17 @@ def put_back(path: bytes, state: PathState, content: bytes) -> None:
         sync_folder(place.parent)
 
 
-def sweep(path: bytes) -> None:
-    """Remove what a killed `put_back` of this path has left beside it."""
-    place = _reach(path)
+def sweep(folder: bytes) -> None:
+    """Remove what a killed `put_back`, or a killed broker, has left in a folder."""
+    place = _reach(folder)
     if place is None:
         return
     with place:
-        for name in os.listdir(f"/proc/self/fd/{place.parent}"):
-            if _TEMPORARY.fullmatch(name):
-                os.unlink(name, dir_fd=place.parent)
+        if place.is_folder:
+            there = f"/proc/self/fd/{place.descriptor}"
+            for name in os.listdir(os.fsencode(there)):
+                if _TEMPORARY.fullmatch(name):
+                    os.unlink(name, dir_fd=place.descriptor)
 
 
 def make_durable(path: bytes) -> None:
@@ -143,27 +168,6 @@ def sync_folder(descriptor: int) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def write_object(folder: Path, content: bytes) -> str:
-    """Keep a large content under its digest; durable when it returns. The name is the SHA-256."""
-    name = hashlib.sha256(content).hexdigest()
-    target = folder / name[:2] / name
-    if target.exists():
-        return name
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{secrets.token_hex(4)}")  # two calls may keep the same content at once
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(target)
-    descriptor = os.open(target.parent, os.O_PATH | os.O_CLOEXEC)
-    try:
-        sync_folder(descriptor)
-    finally:
-        os.close(descriptor)
-    return name
 
 
 def _reach(path: bytes) -> Resolved | None:
@@ -205,7 +209,14 @@ def _state(place: Resolved, content: bytearray | None, limit: int = 0) -> PathSt
                 content += chunk
                 if len(content) > limit:
                     raise TooLarge
-    return PathState("file", *fields, digest=digest.hexdigest(), attributes=_attributes(place.descriptor))
+    return _file(place, digest.hexdigest())
+
+
+def _file(place: Resolved, digest: str) -> PathState:
+    status = os.fstat(place.descriptor)
+    fields = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns)
+    holes = status.st_blocks * 512 < status.st_size
+    return PathState("file", *fields, digest=digest, attributes=_attributes(place.descriptor), holes=holes)
 
 
 def _attributes(descriptor: int) -> tuple[tuple[str, str], ...]:
@@ -247,13 +258,16 @@ def _give_back(place: Resolved, state: PathState) -> None:
         os.chown(place.name, state.uid, state.gid, dir_fd=place.parent, follow_symlinks=False)
 
 
-def _replace(place: Resolved, state: PathState, content: bytes) -> None:
+def _replace(place: Resolved, state: PathState, content: Iterable[bytes]) -> None:
     temporary = b".agentd-" + secrets.token_hex(8).encode()
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(temporary, flags, 0o600, dir_fd=place.parent)
     try:
         with open(descriptor, "wb", closefd=True) as file:
-            file.write(content)
+            if state.holes:
+                write_with_holes(content, file)
+            else:
+                file.writelines(content)
             file.flush()
             with contextlib.suppress(PermissionError):  # another owner's file: the content matters more
                 os.fchown(file.fileno(), state.uid, state.gid)
@@ -262,7 +276,7 @@ def _replace(place: Resolved, state: PathState, content: bytes) -> None:
             os.utime(file.fileno(), ns=(state.mtime_ns, state.mtime_ns))
             os.fsync(file.fileno())
         os.rename(temporary, place.name, src_dir_fd=place.parent, dst_dir_fd=place.parent)
-    except OSError:
+    except (OSError, JournalError):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=place.parent)
         raise

@@ -88,6 +88,8 @@ class Loop:
     emit: Callable[[str, dict[str, Any]], None]
     within: tuple[Pattern, ...] = ()
     """The most that its calls may touch, if whoever started it is bounded."""
+    rehearse: bool = False
+    """Whether what its calls change is put back, for a person to look at."""
     labels: Labels = _NONE
     """What it has taken in so far, that of its session before it included."""
     read: dict[str, None] = field(default_factory=dict)
@@ -175,6 +177,7 @@ class Loop:
             within=self.within,
             read=tuple(self.read),
             tell=lambda approval: self.emit("approval", told(approval)),
+            rehearse=self.rehearse,
         )
         try:
             result = await self.caller.call(request)

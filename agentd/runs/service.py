@@ -78,10 +78,13 @@ class Runs:
         request_id: str,
         labels: Labels = _NONE,
         within: tuple[Pattern, ...] = (),
+        *,
+        rehearse: bool = False,
     ) -> Run:
         """Start a run. The same `request_id` gives the run it started the first time.
 
-        `labels` are those of what the prompt was made from, `within` the most that its calls may touch.
+        `labels` are those of what the prompt was made from, `within` the most that its calls may touch. With
+        `rehearse` what they change is put back, for a person to look at.
 
         Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; StoreError; DaemonError (DAEMON_STOPPING).
         """
@@ -101,7 +104,7 @@ class Runs:
             return kept
         live = self._live[run.id] = _Live(run)
         loop = Loop(run, self._model, self._caller, self._settings, self._limits, [each.turn() for each in history], live.add)
-        loop.labels, loop.within = labels, within
+        loop.labels, loop.within, loop.rehearse = labels, within, rehearse
         live.task = asyncio.create_task(self._go(live, loop), name=f"run {run.id}")
         return run
 

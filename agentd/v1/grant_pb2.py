@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gentd/v1/grant.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe6\x04\n\x05Grant\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x12\n\x04tool\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\x12\x13\n\x05scope\x18\x04 \x01(\tB\x04\xe2\x41\x01\x02\x12+\n\x08\x64\x65\x63ision\x18\x05 \x01(\x0e\x32\x19.agentd.v1.Grant.Decision\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08max_uses\x18\x07 \x01(\x05\x12\x12\n\x04uses\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x16\n\x0ewhile_charging\x18\t \x01(\x08\x12\r\n\x05hours\x18\n \x01(\t\x12\x15\n\rwhile_nominal\x18\x0b \x01(\x08\x12-\n\x06source\x18\x0c \x01(\x0e\x32\x17.agentd.v1.Grant.SourceB\x04\xe2\x41\x01\x03\x12\x18\n\ncreated_by\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x12\n\x04text\x18\x0f \x01(\tB\x04\xe2\x41\x01\x03\"]\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x45\x43ISION_ALLOW\x10\x01\x12\x10\n\x0c\x44\x45\x43ISION_ASK\x10\x02\x12\x11\n\rDECISION_DENY\x10\x03\"X\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x11\n\rSOURCE_CONFIG\x10\x01\x12\x0e\n\nSOURCE_CLI\x10\x02\x12\x13\n\x0fSOURCE_APPROVAL\x10\x03\";\n\x12\x43reateGrantRequest\x12%\n\x05grant\x18\x01 \x01(\x0b\x32\x10.agentd.v1.GrantB\x04\xe2\x41\x01\x02\":\n\x11ListGrantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"O\n\x12ListGrantsResponse\x12 \n\x06grants\x18\x01 \x03(\x0b\x32\x10.agentd.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x12RevokeGrantRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"e\n\x10\x43heckCallRequest\x12\x12\n\x04tool\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12*\n\targuments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\tprincipal\x18\x03 \x01(\t\"\x7f\n\x11\x43heckCallResponse\x12+\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x19.agentd.v1.Grant.Decision\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12\r\n\x05rules\x18\x04 \x03(\t\x12\x0e\n\x06\x61lmost\x18\x05 \x03(\t\"A\n\x14ProposeGrantsRequest\x12)\n\x05since\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x15ProposeGrantsResponse\x12 \n\x06grants\x18\x01 \x03(\x0b\x32\x10.agentd.v1.Grant\x12\r\n\x05\x63\x61lls\x18\x02 \x01(\x05\x32\xf5\x02\n\x0cGrantService\x12>\n\x0b\x43reateGrant\x12\x1d.agentd.v1.CreateGrantRequest\x1a\x10.agentd.v1.Grant\x12I\n\nListGrants\x12\x1c.agentd.v1.ListGrantsRequest\x1a\x1d.agentd.v1.ListGrantsResponse\x12>\n\x0bRevokeGrant\x12\x1d.agentd.v1.RevokeGrantRequest\x1a\x10.agentd.v1.Grant\x12\x46\n\tCheckCall\x12\x1b.agentd.v1.CheckCallRequest\x1a\x1c.agentd.v1.CheckCallResponse\x12R\n\rProposeGrants\x12\x1f.agentd.v1.ProposeGrantsRequest\x1a .agentd.v1.ProposeGrantsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gentd/v1/grant.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf8\x04\n\x05Grant\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x12\n\x04tool\x18\x03 \x01(\tB\x04\xe2\x41\x01\x02\x12\x13\n\x05scope\x18\x04 \x01(\tB\x04\xe2\x41\x01\x02\x12+\n\x08\x64\x65\x63ision\x18\x05 \x01(\x0e\x32\x19.agentd.v1.Grant.Decision\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08max_uses\x18\x07 \x01(\x05\x12\x12\n\x04uses\x18\x08 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12\x16\n\x0ewhile_charging\x18\t \x01(\x08\x12\r\n\x05hours\x18\n \x01(\t\x12\x15\n\rwhile_nominal\x18\x0b \x01(\x08\x12-\n\x06source\x18\x0c \x01(\x0e\x32\x17.agentd.v1.Grant.SourceB\x04\xe2\x41\x01\x03\x12\x18\n\ncreated_by\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x12\n\x04text\x18\x0f \x01(\tB\x04\xe2\x41\x01\x03\x12\x10\n\x08rehearse\x18\x10 \x01(\x08\"]\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x45\x43ISION_ALLOW\x10\x01\x12\x10\n\x0c\x44\x45\x43ISION_ASK\x10\x02\x12\x11\n\rDECISION_DENY\x10\x03\"X\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x11\n\rSOURCE_CONFIG\x10\x01\x12\x0e\n\nSOURCE_CLI\x10\x02\x12\x13\n\x0fSOURCE_APPROVAL\x10\x03\";\n\x12\x43reateGrantRequest\x12%\n\x05grant\x18\x01 \x01(\x0b\x32\x10.agentd.v1.GrantB\x04\xe2\x41\x01\x02\":\n\x11ListGrantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"O\n\x12ListGrantsResponse\x12 \n\x06grants\x18\x01 \x03(\x0b\x32\x10.agentd.v1.Grant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"(\n\x12RevokeGrantRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"e\n\x10\x43heckCallRequest\x12\x12\n\x04tool\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12*\n\targuments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x11\n\tprincipal\x18\x03 \x01(\t\"\x7f\n\x11\x43heckCallResponse\x12+\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0e\x32\x19.agentd.v1.Grant.Decision\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12\r\n\x05rules\x18\x04 \x03(\t\x12\x0e\n\x06\x61lmost\x18\x05 \x03(\t\"A\n\x14ProposeGrantsRequest\x12)\n\x05since\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"H\n\x15ProposeGrantsResponse\x12 \n\x06grants\x18\x01 \x03(\x0b\x32\x10.agentd.v1.Grant\x12\r\n\x05\x63\x61lls\x18\x02 \x01(\x05\x32\xf5\x02\n\x0cGrantService\x12>\n\x0b\x43reateGrant\x12\x1d.agentd.v1.CreateGrantRequest\x1a\x10.agentd.v1.Grant\x12I\n\nListGrants\x12\x1c.agentd.v1.ListGrantsRequest\x1a\x1d.agentd.v1.ListGrantsResponse\x12>\n\x0bRevokeGrant\x12\x1d.agentd.v1.RevokeGrantRequest\x1a\x10.agentd.v1.Grant\x12\x46\n\tCheckCall\x12\x1b.agentd.v1.CheckCallRequest\x1a\x1c.agentd.v1.CheckCallResponse\x12R\n\rProposeGrants\x12\x1f.agentd.v1.ProposeGrantsRequest\x1a .agentd.v1.ProposeGrantsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -57,27 +57,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKCALLREQUEST'].fields_by_name['tool']._loaded_options = None
   _globals['_CHECKCALLREQUEST'].fields_by_name['tool']._serialized_options = b'\342A\001\002'
   _globals['_GRANT']._serialized_start=133
-  _globals['_GRANT']._serialized_end=747
-  _globals['_GRANT_DECISION']._serialized_start=564
-  _globals['_GRANT_DECISION']._serialized_end=657
-  _globals['_GRANT_SOURCE']._serialized_start=659
-  _globals['_GRANT_SOURCE']._serialized_end=747
-  _globals['_CREATEGRANTREQUEST']._serialized_start=749
-  _globals['_CREATEGRANTREQUEST']._serialized_end=808
-  _globals['_LISTGRANTSREQUEST']._serialized_start=810
-  _globals['_LISTGRANTSREQUEST']._serialized_end=868
-  _globals['_LISTGRANTSRESPONSE']._serialized_start=870
-  _globals['_LISTGRANTSRESPONSE']._serialized_end=949
-  _globals['_REVOKEGRANTREQUEST']._serialized_start=951
-  _globals['_REVOKEGRANTREQUEST']._serialized_end=991
-  _globals['_CHECKCALLREQUEST']._serialized_start=993
-  _globals['_CHECKCALLREQUEST']._serialized_end=1094
-  _globals['_CHECKCALLRESPONSE']._serialized_start=1096
-  _globals['_CHECKCALLRESPONSE']._serialized_end=1223
-  _globals['_PROPOSEGRANTSREQUEST']._serialized_start=1225
-  _globals['_PROPOSEGRANTSREQUEST']._serialized_end=1290
-  _globals['_PROPOSEGRANTSRESPONSE']._serialized_start=1292
-  _globals['_PROPOSEGRANTSRESPONSE']._serialized_end=1364
-  _globals['_GRANTSERVICE']._serialized_start=1367
-  _globals['_GRANTSERVICE']._serialized_end=1740
+  _globals['_GRANT']._serialized_end=765
+  _globals['_GRANT_DECISION']._serialized_start=582
+  _globals['_GRANT_DECISION']._serialized_end=675
+  _globals['_GRANT_SOURCE']._serialized_start=677
+  _globals['_GRANT_SOURCE']._serialized_end=765
+  _globals['_CREATEGRANTREQUEST']._serialized_start=767
+  _globals['_CREATEGRANTREQUEST']._serialized_end=826
+  _globals['_LISTGRANTSREQUEST']._serialized_start=828
+  _globals['_LISTGRANTSREQUEST']._serialized_end=886
+  _globals['_LISTGRANTSRESPONSE']._serialized_start=888
+  _globals['_LISTGRANTSRESPONSE']._serialized_end=967
+  _globals['_REVOKEGRANTREQUEST']._serialized_start=969
+  _globals['_REVOKEGRANTREQUEST']._serialized_end=1009
+  _globals['_CHECKCALLREQUEST']._serialized_start=1011
+  _globals['_CHECKCALLREQUEST']._serialized_end=1112
+  _globals['_CHECKCALLRESPONSE']._serialized_start=1114
+  _globals['_CHECKCALLRESPONSE']._serialized_end=1241
+  _globals['_PROPOSEGRANTSREQUEST']._serialized_start=1243
+  _globals['_PROPOSEGRANTSREQUEST']._serialized_end=1308
+  _globals['_PROPOSEGRANTSRESPONSE']._serialized_start=1310
+  _globals['_PROPOSEGRANTSRESPONSE']._serialized_end=1382
+  _globals['_GRANTSERVICE']._serialized_start=1385
+  _globals['_GRANTSERVICE']._serialized_end=1758
 # @@protoc_insertion_point(module_scope)

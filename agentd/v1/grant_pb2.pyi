@@ -96,6 +96,7 @@ class Grant(_message.Message):
     CREATED_BY_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    REHEARSE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`grants/{grant}`; empty for those of the configuration."""
     principal: _builtins.str
@@ -122,6 +123,8 @@ class Grant(_message.Message):
     """Who made it."""
     text: _builtins.str
     """All of it in one line, as it stands in the audit log."""
+    rehearse: _builtins.bool
+    """Calls that it allows are rehearsed: what they change is put back, to be looked at and applied."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Until when. Not set means for good."""
@@ -148,10 +151,11 @@ class Grant(_message.Message):
         created_by: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         text: _builtins.str = ...,
+        rehearse: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "created_by", b"created_by", "decision", b"decision", "expire_time", b"expire_time", "hours", b"hours", "max_uses", b"max_uses", "name", b"name", "principal", b"principal", "scope", b"scope", "source", b"source", "text", b"text", "tool", b"tool", "uses", b"uses", "while_charging", b"while_charging", "while_nominal", b"while_nominal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "created_by", b"created_by", "decision", b"decision", "expire_time", b"expire_time", "hours", b"hours", "max_uses", b"max_uses", "name", b"name", "principal", b"principal", "rehearse", b"rehearse", "scope", b"scope", "source", b"source", "text", b"text", "tool", b"tool", "uses", b"uses", "while_charging", b"while_charging", "while_nominal", b"while_nominal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

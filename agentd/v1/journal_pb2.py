@@ -26,13 +26,15 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gentd/v1/journal.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa3\x01\n\x0f\x43hangeSelection\x12\r\n\x05\x63\x61lls\x18\x01 \x03(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x06 \x03(\t\"]\n\x0ePathDifference\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0c\n\x04\x64iff\x18\x03 \x01(\t\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x01(\x05\x12\x0f\n\x07removed\x18\x05 \x01(\x05\"\xa4\x04\n\x0cRollbackPlan\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12+\n\x05paths\x18\x02 \x03(\x0b\x32\x1c.agentd.v1.RollbackPlan.Path\x12\r\n\x05\x63\x61lls\x18\x03 \x03(\t\x12\x1a\n\x12not_undoable_calls\x18\x04 \x03(\t\x1a\xab\x03\n\x04Path\x12-\n\ndifference\x18\x01 \x01(\x0b\x32\x19.agentd.v1.PathDifference\x12\x35\n\x07verdict\x18\x02 \x01(\x0e\x32$.agentd.v1.RollbackPlan.Path.Verdict\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x0c\n\x04\x64oes\x18\x04 \x01(\x08\x12\x0e\n\x06\x66orced\x18\x05 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x06 \x03(\t\"\x82\x02\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_RESTORE\x10\x01\x12\x1a\n\x16VERDICT_DELETE_CREATED\x10\x02\x12\x1c\n\x18VERDICT_RECREATE_DELETED\x10\x03\x12\x11\n\rVERDICT_MERGE\x10\x04\x12\x13\n\x0fVERDICT_ALREADY\x10\x05\x12\x14\n\x10VERDICT_CONFLICT\x10\x06\x12\x18\n\x14VERDICT_TYPE_CHANGED\x10\x07\x12\x1c\n\x18VERDICT_MISSING_PREIMAGE\x10\x08\x12\x19\n\x15VERDICT_NO_PERMISSION\x10\t\"%\n\x0fUndoCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"N\n\x10UndoCallResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erestored_paths\x18\x02 \x03(\t\x12\x14\n\x0cundone_calls\x18\x03 \x03(\t\"y\n\x13PlanRollbackRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\x12\x0f\n\x07partial\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05merge\x18\x04 \x01(\x08\"`\n\x14\x41pplyRollbackRequest\x12\x32\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.agentd.v1.PlanRollbackRequestB\x04\xe2\x41\x01\x02\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"I\n\x12\x44iffChangesRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\"E\n\x13\x44iffChangesResponse\x12.\n\x0b\x64ifferences\x18\x01 \x03(\x0b\x32\x19.agentd.v1.PathDifference\"4\n\x0ePinCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"\x11\n\x0fPinCallResponse2\xfd\x02\n\x0eJournalService\x12\x43\n\x08UndoCall\x12\x1a.agentd.v1.UndoCallRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12G\n\x0cPlanRollback\x12\x1e.agentd.v1.PlanRollbackRequest\x1a\x17.agentd.v1.RollbackPlan\x12M\n\rApplyRollback\x12\x1f.agentd.v1.ApplyRollbackRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12L\n\x0b\x44iffChanges\x12\x1d.agentd.v1.DiffChangesRequest\x1a\x1e.agentd.v1.DiffChangesResponse\x12@\n\x07PinCall\x12\x19.agentd.v1.PinCallRequest\x1a\x1a.agentd.v1.PinCallResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gentd/v1/journal.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x01\n\x0f\x43hangeSelection\x12\r\n\x05\x63\x61lls\x18\x01 \x03(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x06 \x03(\t\x12\x11\n\trehearsed\x18\x07 \x01(\x08\"y\n\tRehearsal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x05 \x03(\t\"\x17\n\x15ListRehearsalsRequest\"B\n\x16ListRehearsalsResponse\x12(\n\nrehearsals\x18\x01 \x03(\x0b\x32\x14.agentd.v1.Rehearsal\"*\n\x14\x44ropRehearsalRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x17\n\x15\x44ropRehearsalResponse\"]\n\x0ePathDifference\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0c\n\x04\x64iff\x18\x03 \x01(\t\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x01(\x05\x12\x0f\n\x07removed\x18\x05 \x01(\x05\"\xa4\x04\n\x0cRollbackPlan\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12+\n\x05paths\x18\x02 \x03(\x0b\x32\x1c.agentd.v1.RollbackPlan.Path\x12\r\n\x05\x63\x61lls\x18\x03 \x03(\t\x12\x1a\n\x12not_undoable_calls\x18\x04 \x03(\t\x1a\xab\x03\n\x04Path\x12-\n\ndifference\x18\x01 \x01(\x0b\x32\x19.agentd.v1.PathDifference\x12\x35\n\x07verdict\x18\x02 \x01(\x0e\x32$.agentd.v1.RollbackPlan.Path.Verdict\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x0c\n\x04\x64oes\x18\x04 \x01(\x08\x12\x0e\n\x06\x66orced\x18\x05 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x06 \x03(\t\"\x82\x02\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_RESTORE\x10\x01\x12\x1a\n\x16VERDICT_DELETE_CREATED\x10\x02\x12\x1c\n\x18VERDICT_RECREATE_DELETED\x10\x03\x12\x11\n\rVERDICT_MERGE\x10\x04\x12\x13\n\x0fVERDICT_ALREADY\x10\x05\x12\x14\n\x10VERDICT_CONFLICT\x10\x06\x12\x18\n\x14VERDICT_TYPE_CHANGED\x10\x07\x12\x1c\n\x18VERDICT_MISSING_PREIMAGE\x10\x08\x12\x19\n\x15VERDICT_NO_PERMISSION\x10\t\"%\n\x0fUndoCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"N\n\x10UndoCallResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erestored_paths\x18\x02 \x03(\t\x12\x14\n\x0cundone_calls\x18\x03 \x03(\t\"y\n\x13PlanRollbackRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\x12\x0f\n\x07partial\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05merge\x18\x04 \x01(\x08\"`\n\x14\x41pplyRollbackRequest\x12\x32\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.agentd.v1.PlanRollbackRequestB\x04\xe2\x41\x01\x02\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"I\n\x12\x44iffChangesRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\"E\n\x13\x44iffChangesResponse\x12.\n\x0b\x64ifferences\x18\x01 \x03(\x0b\x32\x19.agentd.v1.PathDifference\"4\n\x0ePinCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"\x11\n\x0fPinCallResponse2\xa8\x04\n\x0eJournalService\x12\x43\n\x08UndoCall\x12\x1a.agentd.v1.UndoCallRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12G\n\x0cPlanRollback\x12\x1e.agentd.v1.PlanRollbackRequest\x1a\x17.agentd.v1.RollbackPlan\x12M\n\rApplyRollback\x12\x1f.agentd.v1.ApplyRollbackRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12L\n\x0b\x44iffChanges\x12\x1d.agentd.v1.DiffChangesRequest\x1a\x1e.agentd.v1.DiffChangesResponse\x12U\n\x0eListRehearsals\x12 .agentd.v1.ListRehearsalsRequest\x1a!.agentd.v1.ListRehearsalsResponse\x12R\n\rDropRehearsal\x12\x1f.agentd.v1.DropRehearsalRequest\x1a .agentd.v1.DropRehearsalResponse\x12@\n\x07PinCall\x12\x19.agentd.v1.PinCallRequest\x1a\x1a.agentd.v1.PinCallResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agentd.v1.journal_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_DROPREHEARSALREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_DROPREHEARSALREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
   _globals['_UNDOCALLREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_UNDOCALLREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
   _globals['_PLANROLLBACKREQUEST'].fields_by_name['selection']._loaded_options = None
@@ -46,31 +48,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PINCALLREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_PINCALLREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
   _globals['_CHANGESELECTION']._serialized_start=105
-  _globals['_CHANGESELECTION']._serialized_end=268
-  _globals['_PATHDIFFERENCE']._serialized_start=270
-  _globals['_PATHDIFFERENCE']._serialized_end=363
-  _globals['_ROLLBACKPLAN']._serialized_start=366
-  _globals['_ROLLBACKPLAN']._serialized_end=914
-  _globals['_ROLLBACKPLAN_PATH']._serialized_start=487
-  _globals['_ROLLBACKPLAN_PATH']._serialized_end=914
-  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_start=656
-  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_end=914
-  _globals['_UNDOCALLREQUEST']._serialized_start=916
-  _globals['_UNDOCALLREQUEST']._serialized_end=953
-  _globals['_UNDOCALLRESPONSE']._serialized_start=955
-  _globals['_UNDOCALLRESPONSE']._serialized_end=1033
-  _globals['_PLANROLLBACKREQUEST']._serialized_start=1035
-  _globals['_PLANROLLBACKREQUEST']._serialized_end=1156
-  _globals['_APPLYROLLBACKREQUEST']._serialized_start=1158
-  _globals['_APPLYROLLBACKREQUEST']._serialized_end=1254
-  _globals['_DIFFCHANGESREQUEST']._serialized_start=1256
-  _globals['_DIFFCHANGESREQUEST']._serialized_end=1329
-  _globals['_DIFFCHANGESRESPONSE']._serialized_start=1331
-  _globals['_DIFFCHANGESRESPONSE']._serialized_end=1400
-  _globals['_PINCALLREQUEST']._serialized_start=1402
-  _globals['_PINCALLREQUEST']._serialized_end=1454
-  _globals['_PINCALLRESPONSE']._serialized_start=1456
-  _globals['_PINCALLRESPONSE']._serialized_end=1473
-  _globals['_JOURNALSERVICE']._serialized_start=1476
-  _globals['_JOURNALSERVICE']._serialized_end=1857
+  _globals['_CHANGESELECTION']._serialized_end=287
+  _globals['_REHEARSAL']._serialized_start=289
+  _globals['_REHEARSAL']._serialized_end=410
+  _globals['_LISTREHEARSALSREQUEST']._serialized_start=412
+  _globals['_LISTREHEARSALSREQUEST']._serialized_end=435
+  _globals['_LISTREHEARSALSRESPONSE']._serialized_start=437
+  _globals['_LISTREHEARSALSRESPONSE']._serialized_end=503
+  _globals['_DROPREHEARSALREQUEST']._serialized_start=505
+  _globals['_DROPREHEARSALREQUEST']._serialized_end=547
+  _globals['_DROPREHEARSALRESPONSE']._serialized_start=549
+  _globals['_DROPREHEARSALRESPONSE']._serialized_end=572
+  _globals['_PATHDIFFERENCE']._serialized_start=574
+  _globals['_PATHDIFFERENCE']._serialized_end=667
+  _globals['_ROLLBACKPLAN']._serialized_start=670
+  _globals['_ROLLBACKPLAN']._serialized_end=1218
+  _globals['_ROLLBACKPLAN_PATH']._serialized_start=791
+  _globals['_ROLLBACKPLAN_PATH']._serialized_end=1218
+  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_start=960
+  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_end=1218
+  _globals['_UNDOCALLREQUEST']._serialized_start=1220
+  _globals['_UNDOCALLREQUEST']._serialized_end=1257
+  _globals['_UNDOCALLRESPONSE']._serialized_start=1259
+  _globals['_UNDOCALLRESPONSE']._serialized_end=1337
+  _globals['_PLANROLLBACKREQUEST']._serialized_start=1339
+  _globals['_PLANROLLBACKREQUEST']._serialized_end=1460
+  _globals['_APPLYROLLBACKREQUEST']._serialized_start=1462
+  _globals['_APPLYROLLBACKREQUEST']._serialized_end=1558
+  _globals['_DIFFCHANGESREQUEST']._serialized_start=1560
+  _globals['_DIFFCHANGESREQUEST']._serialized_end=1633
+  _globals['_DIFFCHANGESRESPONSE']._serialized_start=1635
+  _globals['_DIFFCHANGESRESPONSE']._serialized_end=1704
+  _globals['_PINCALLREQUEST']._serialized_start=1706
+  _globals['_PINCALLREQUEST']._serialized_end=1758
+  _globals['_PINCALLRESPONSE']._serialized_start=1760
+  _globals['_PINCALLRESPONSE']._serialized_end=1777
+  _globals['_JOURNALSERVICE']._serialized_start=1780
+  _globals['_JOURNALSERVICE']._serialized_end=2332
 # @@protoc_insertion_point(module_scope)

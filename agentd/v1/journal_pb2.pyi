@@ -32,10 +32,15 @@ class ChangeSelection(_message.Message):
     SINCE_FIELD_NUMBER: _builtins.int
     UNTIL_FIELD_NUMBER: _builtins.int
     PATHS_FIELD_NUMBER: _builtins.int
+    REHEARSED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """`runs/{run}`."""
     session: _builtins.str
     """The session of runs."""
+    rehearsed: _builtins.bool
+    """The calls are rehearsed ones: carrying them out is what is planned and applied. Each verdict is that of the way from
+    what is there to what the call has made of it.
+    """
     @_builtins.property
     def calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """`calls/{call}`."""
@@ -61,14 +66,137 @@ class ChangeSelection(_message.Message):
         since: _timestamp_pb2.Timestamp | None = ...,
         until: _timestamp_pb2.Timestamp | None = ...,
         paths: _abc.Iterable[_builtins.str] | None = ...,
+        rehearsed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "paths", b"paths", "run", b"run", "session", b"session", "since", b"since", "until", b"until"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "paths", b"paths", "rehearsed", b"rehearsed", "run", b"run", "session", b"session", "since", b"since", "until", b"until"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChangeSelection: _TypeAlias = ChangeSelection  # noqa: Y015
+
+@_typing.final
+class Rehearsal(_message.Message):
+    """A call that was rehearsed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    PRINCIPAL_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`calls/{call}`."""
+    run: _builtins.str
+    """`runs/{run}`; empty if it is of none."""
+    principal: _builtins.str
+    """Whose it is."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it would change, without diffs."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        run: _builtins.str = ...,
+        principal: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "name", b"name", "paths", b"paths", "principal", b"principal", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rehearsal: _TypeAlias = Rehearsal  # noqa: Y015
+
+@_typing.final
+class ListRehearsalsRequest(_message.Message):
+    """Request of ListRehearsals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRehearsalsRequest: _TypeAlias = ListRehearsalsRequest  # noqa: Y015
+
+@_typing.final
+class ListRehearsalsResponse(_message.Message):
+    """Response of ListRehearsals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REHEARSALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def rehearsals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rehearsal]:
+        """Oldest first."""
+
+    def __init__(
+        self,
+        *,
+        rehearsals: _abc.Iterable[Global___Rehearsal] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rehearsals", b"rehearsals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRehearsalsResponse: _TypeAlias = ListRehearsalsResponse  # noqa: Y015
+
+@_typing.final
+class DropRehearsalRequest(_message.Message):
+    """Request of DropRehearsal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`calls/{call}`."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropRehearsalRequest: _TypeAlias = DropRehearsalRequest  # noqa: Y015
+
+@_typing.final
+class DropRehearsalResponse(_message.Message):
+    """Response of DropRehearsal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropRehearsalResponse: _TypeAlias = DropRehearsalResponse  # noqa: Y015
 
 @_typing.final
 class PathDifference(_message.Message):

@@ -55,6 +55,16 @@ class JournalServiceStub:
                 request_serializer=agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.FromString,
                 _registered_method=True)
+        self.ListRehearsals = channel.unary_unary(
+                '/agentd.v1.JournalService/ListRehearsals',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.ListRehearsalsRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.ListRehearsalsResponse.FromString,
+                _registered_method=True)
+        self.DropRehearsal = channel.unary_unary(
+                '/agentd.v1.JournalService/DropRehearsal',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.DropRehearsalRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.DropRehearsalResponse.FromString,
+                _registered_method=True)
         self.PinCall = channel.unary_unary(
                 '/agentd.v1.JournalService/PinCall',
                 request_serializer=agentd_dot_v1_dot_journal__pb2.PinCallRequest.SerializeToString,
@@ -98,6 +108,21 @@ class JournalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRehearsals(self, request, context):
+        """Lists calls that were rehearsed and wait for somebody to apply or drop them, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropRehearsal(self, request, context):
+        """Gives up what a rehearsed call has made.
+        Errors: NOT_FOUND CALL_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PinCall(self, request, context):
         """Keeps what a call needs to be undone past all quotas, or no longer.
         Errors: NOT_FOUND CALL_NOT_FOUND.
@@ -128,6 +153,16 @@ def add_JournalServiceServicer_to_server(servicer, server):
                     servicer.DiffChanges,
                     request_deserializer=agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.SerializeToString,
+            ),
+            'ListRehearsals': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRehearsals,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.ListRehearsalsRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.ListRehearsalsResponse.SerializeToString,
+            ),
+            'DropRehearsal': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropRehearsal,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.DropRehearsalRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.DropRehearsalResponse.SerializeToString,
             ),
             'PinCall': grpc.unary_unary_rpc_method_handler(
                     servicer.PinCall,
@@ -244,6 +279,60 @@ class JournalService:
             '/agentd.v1.JournalService/DiffChanges',
             agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.SerializeToString,
             agentd_dot_v1_dot_journal__pb2.DiffChangesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRehearsals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/ListRehearsals',
+            agentd_dot_v1_dot_journal__pb2.ListRehearsalsRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.ListRehearsalsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropRehearsal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/DropRehearsal',
+            agentd_dot_v1_dot_journal__pb2.DropRehearsalRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.DropRehearsalResponse.FromString,
             options,
             channel_credentials,
             insecure,

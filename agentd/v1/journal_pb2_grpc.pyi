@@ -49,6 +49,12 @@ class JournalServiceStub:
     """Shows what a selection of calls has changed, from before the first to after the last of them.
     Errors: INVALID_ARGUMENT BAD_FIELD.
     """
+    ListRehearsals: _grpc.UnaryUnaryMultiCallable[_journal_pb2.ListRehearsalsRequest, _journal_pb2.ListRehearsalsResponse]
+    """Lists calls that were rehearsed and wait for somebody to apply or drop them, oldest first."""
+    DropRehearsal: _grpc.UnaryUnaryMultiCallable[_journal_pb2.DropRehearsalRequest, _journal_pb2.DropRehearsalResponse]
+    """Gives up what a rehearsed call has made.
+    Errors: NOT_FOUND CALL_NOT_FOUND.
+    """
     PinCall: _grpc.UnaryUnaryMultiCallable[_journal_pb2.PinCallRequest, _journal_pb2.PinCallResponse]
     """Keeps what a call needs to be undone past all quotas, or no longer.
     Errors: NOT_FOUND CALL_NOT_FOUND.
@@ -74,6 +80,12 @@ class JournalServiceAsyncStub(JournalServiceStub):
     DiffChanges: _aio.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]  # type: ignore[assignment]
     """Shows what a selection of calls has changed, from before the first to after the last of them.
     Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    ListRehearsals: _aio.UnaryUnaryMultiCallable[_journal_pb2.ListRehearsalsRequest, _journal_pb2.ListRehearsalsResponse]  # type: ignore[assignment]
+    """Lists calls that were rehearsed and wait for somebody to apply or drop them, oldest first."""
+    DropRehearsal: _aio.UnaryUnaryMultiCallable[_journal_pb2.DropRehearsalRequest, _journal_pb2.DropRehearsalResponse]  # type: ignore[assignment]
+    """Gives up what a rehearsed call has made.
+    Errors: NOT_FOUND CALL_NOT_FOUND.
     """
     PinCall: _aio.UnaryUnaryMultiCallable[_journal_pb2.PinCallRequest, _journal_pb2.PinCallResponse]  # type: ignore[assignment]
     """Keeps what a call needs to be undone past all quotas, or no longer.
@@ -121,6 +133,24 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_journal_pb2.DiffChangesResponse, _abc.Awaitable[_journal_pb2.DiffChangesResponse]]:
         """Shows what a selection of calls has changed, from before the first to after the last of them.
         Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+
+    @_abc_1.abstractmethod
+    def ListRehearsals(
+        self,
+        request: _journal_pb2.ListRehearsalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.ListRehearsalsResponse, _abc.Awaitable[_journal_pb2.ListRehearsalsResponse]]:
+        """Lists calls that were rehearsed and wait for somebody to apply or drop them, oldest first."""
+
+    @_abc_1.abstractmethod
+    def DropRehearsal(
+        self,
+        request: _journal_pb2.DropRehearsalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.DropRehearsalResponse, _abc.Awaitable[_journal_pb2.DropRehearsalResponse]]:
+        """Gives up what a rehearsed call has made.
+        Errors: NOT_FOUND CALL_NOT_FOUND.
         """
 
     @_abc_1.abstractmethod

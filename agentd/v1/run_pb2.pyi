@@ -209,8 +209,11 @@ class CreateRunRequest(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    REHEARSE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names this request, so that sending it again does not start a second run (AIP-155). Up to 64 characters."""
+    rehearse: _builtins.bool
+    """Rehearse every call of the run that changes files: see CallToolRequest."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run to start: `prompt`, and `session` to go on with a conversation."""
@@ -220,10 +223,11 @@ class CreateRunRequest(_message.Message):
         *,
         run: Global___Run | None = ...,
         request_id: _builtins.str = ...,
+        rehearse: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rehearse", b"rehearse", "request_id", b"request_id", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -144,6 +144,7 @@ class ToolCall(_message.Message):
     DENIED_SYSCALLS_FIELD_NUMBER: _builtins.int
     WALL_US_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    REHEARSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`calls/{call}`; empty if the model asked for something that is no call."""
     tool: _builtins.str
@@ -166,6 +167,8 @@ class ToolCall(_message.Message):
     """How many system calls it was refused."""
     wall_us: _builtins.int
     """Wall time in the sandbox, in microseconds."""
+    rehearsed: _builtins.bool
+    """Whether everything was put back, to be looked at and applied or dropped: see JournalService."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the call was allowed to touch, such as `read:/home/pi/notes.txt`."""
@@ -195,10 +198,11 @@ class ToolCall(_message.Message):
         denied_syscalls: _builtins.int = ...,
         wall_us: _builtins.int = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
+        rehearsed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "changed_paths", b"changed_paths", "decision", b"decision", "denied_syscalls", b"denied_syscalls", "failed", b"failed", "labels", b"labels", "name", b"name", "output_json", b"output_json", "reason", b"reason", "sandbox_level", b"sandbox_level", "scopes", b"scopes", "tool", b"tool", "undoable", b"undoable", "wall_us", b"wall_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "changed_paths", b"changed_paths", "decision", b"decision", "denied_syscalls", b"denied_syscalls", "failed", b"failed", "labels", b"labels", "name", b"name", "output_json", b"output_json", "reason", b"reason", "rehearsed", b"rehearsed", "sandbox_level", b"sandbox_level", "scopes", b"scopes", "tool", b"tool", "undoable", b"undoable", "wall_us", b"wall_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -266,8 +270,11 @@ class CallToolRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
+    REHEARSE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tools/{tool}`."""
+    rehearse: _builtins.bool
+    """Let it run, keep what it makes of each file, and put everything back."""
     @_builtins.property
     def arguments(self) -> _struct_pb2.Struct:
         """The arguments by name."""
@@ -277,10 +284,11 @@ class CallToolRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         arguments: _struct_pb2.Struct | None = ...,
+        rehearse: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "name", b"name", "rehearse", b"rehearse"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

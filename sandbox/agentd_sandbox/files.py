@@ -10,16 +10,18 @@ import errno
 import os
 import stat
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel
 from agentd_sandbox.paths import Resolved, reopen, resolve
 from agentd_sandbox.reach import DEVICES, Reach
 from agentd_sandbox.recorder import Change, Recorder
+from agentd_sandbox.renewing import renewed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from agentd_sandbox.recorder import Operation
 
 _O_TMPFILE = 0o20000000
 _KEPT_FLAGS = os.O_ACCMODE | os.O_APPEND | os.O_NONBLOCK | os.O_DIRECTORY | os.O_SYNC | os.O_DSYNC
@@ -34,10 +36,10 @@ class Files(Reach):
     recorder: Recorder
     made_up: Mapping[bytes, bytes] = field(default_factory=dict)
 
-    def _record(self, *changes: tuple[Literal["create", "write", "remove"], bytes]) -> None:
+    def _record(self, *changes: tuple[Operation, bytes]) -> frozenset[bytes]:
+        """The paths whose file is kept as it is, and must not be written to."""
         kept = [Change(operation, path) for operation, path in changes if path not in DEVICES]
-        if kept:
-            self.recorder.before_changes(kept)
+        return (self.recorder.before_changes(kept) if kept else None) or frozenset()
 
     # -- open
 
@@ -79,10 +81,12 @@ class Files(Reach):
         if flags & os.O_CREAT and flags & os.O_EXCL:
             raise OSError(errno.EEXIST, "exists")
         self._fit_to_open(target, changes=changes)
-        if changes:
-            self._record(("write", target.real))
+        anew = flags & os.O_TRUNC and target.real not in DEVICES
+        if changes and target.real in self._record(("replace" if anew else "write", target.real)):
+            with self._named(target.real) as place:
+                return renewed(target, place, flags & _KEPT_FLAGS)
         opened = reopen(target.descriptor, flags & _KEPT_FLAGS)
-        if flags & os.O_TRUNC and target.real not in DEVICES:
+        if anew:
             os.ftruncate(opened, 0)
         return opened
 
@@ -237,7 +241,7 @@ class Files(Reach):
             else:
                 if source.is_link:
                     self._leads_within(target.real, os.readlink(b"", dir_fd=source.descriptor))
-                self._record(("remove", source.real), ("write" if target.exists else "create", target.real))
+                self._record(("move", source.real), ("replace" if target.exists else "create", target.real))
             if target.exists:
                 os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
             else:
@@ -256,7 +260,7 @@ class Files(Reach):
             if os.path.islink(path):
                 self._leads_within(target.real + path[len(source.real) :], os.readlink(path))
         coming = [target.real + path[len(source.real) :] for path in going]
-        self._record(*(("remove", path) for path in going), *(("create", path) for path in coming))
+        self._record(*(("move", path) for path in going), *(("create", path) for path in coming))
 
     def _named(self, path: bytes) -> Resolved:
         return self._reach(path, follow=False, parent=True)

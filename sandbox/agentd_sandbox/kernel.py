@@ -49,6 +49,7 @@ _VMA_SHARED = 1 << 3
 
 _STAT_BYTES = {"x86_64": 144, "aarch64": 128, "arm": 104}  # sizeof(struct stat), struct stat64 on arm
 _STATFS_BYTES = {"x86_64": 120, "aarch64": 120, "arm": 84}
+_RENAME_EXCHANGE = 2
 RENAME_NOREPLACE = 1
 _AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -255,14 +256,23 @@ def rename_to_new(source: tuple[int, bytes], target: tuple[int, bytes]) -> None:
 
     Each side is (folder descriptor, name). File systems that can't do it (EINVAL) get a plain rename.
     """
-    number = profile().numbers["renameat2"]
-    arguments = (ctypes.c_long(source[0]), source[1], ctypes.c_long(target[0]), target[1], ctypes.c_ulong(RENAME_NOREPLACE))
     try:
-        check(_syscall(ctypes.c_long(number), *arguments), "renameat2")
+        _rename(source, target, RENAME_NOREPLACE)
     except OSError as e:
         if e.errno != errno.EINVAL:
             raise
         os.rename(source[1], target[1], src_dir_fd=source[0], dst_dir_fd=target[0])
+
+
+def exchange(folder: int, one: bytes, other: bytes) -> None:
+    """renameat2(2) with RENAME_EXCHANGE: each gets the other's name, in one step."""
+    _rename((folder, one), (folder, other), _RENAME_EXCHANGE)
+
+
+def _rename(source: tuple[int, bytes], target: tuple[int, bytes], flags: int) -> None:
+    number = profile().numbers["renameat2"]
+    arguments = (ctypes.c_long(source[0]), source[1], ctypes.c_long(target[0]), target[1], ctypes.c_ulong(flags))
+    check(_syscall(ctypes.c_long(number), *arguments), "renameat2")
 
 
 def tell(file: str | os.PathLike[str], text: str) -> None:

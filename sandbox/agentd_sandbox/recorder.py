@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+Operation = Literal["create", "write", "move", "remove", "replace"]
+
+
 class Refusal(Exception):
     """A recorder's no: the change is not made and the worker gets `errno`."""
 
@@ -19,14 +22,22 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change about to be made to a real path. `operation` is create, write or remove."""
+    """A change about to be made to a real path.
 
-    operation: Literal["create", "write", "remove"]
+    What is there is written to or changed in place (`write`), gets another name (`move`), or goes for good: `remove`, or
+    `replace` by something new. With `create` nothing is there.
+    """
+
+    operation: Operation
     path: bytes
 
 
 class Recorder(Protocol):
     """Makes the former state of paths durable before they are changed."""
 
-    def before_changes(self, changes: Sequence[Change]) -> None:
-        """Return once the states are on disk; raise Refusal if they can't be kept."""
+    def before_changes(self, changes: Sequence[Change]) -> frozenset[bytes] | None:
+        """Return once the states are on disk; raise Refusal if they can't be kept.
+
+        Returns those paths of `remove` and `replace` whose file is kept as it is, by another name: nothing is written to it
+        any more, something new takes its place.
+        """

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from agentd_sandbox import Change
 
 from agentd.audit import AuditLog, Event
 from agentd.errors import AgentdError, JournalError, Reason
@@ -48,7 +49,9 @@ class Desk:
     def begin(self, *names: str, call: str = "") -> Transaction:
         call = call or new_id()
         paths = [os.fsencode(self.home / name) for name in names]
-        return self.journal.begin(call, Event(kind="call.intent", call=call), paths)
+        transaction = self.journal.begin(call, Event(kind="call.intent", call=call), paths)
+        transaction.before_changes([Change("write", path) for path in paths])  # as the broker does
+        return transaction
 
     def tree(self) -> dict[str, tuple[int, bytes]]:
         found = sorted(self.home.rglob("*"))
@@ -72,6 +75,7 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 
 CHILD = """
 import os, pathlib, sys, time
+from agentd_sandbox import Change
 from agentd.audit import AuditLog, Event
 from agentd.journal import Journal, Keep
 from agentd.store import Store, new_id
@@ -87,6 +91,7 @@ def wait(here):
 
 def call():
     transaction = journal.begin(name := new_id(), Event(kind="call.intent", call=name), paths)
+    transaction.before_changes([Change("write", paths[0]), Change("remove", paths[1])])
     wait("begun")
     (home / "file").write_text("new")
     wait("one changed")

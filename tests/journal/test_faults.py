@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from agentd_sandbox import Change, Refusal
+from agentd_sandbox import Access, PathRule, Refusal
+from agentd_sandbox.files import Files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import random
     from collections.abc import Callable
 
-NAMES = ("a", "b", "big", "d", "d/x", "d/y", "l", "new", "n2")
+NAMES = ("a", "b", "big", "d", "d/x", "d/y", "l", "new", "n2", "bigger", "e", "e/f/g")
 AUDITED = ("open", "os.")
 FAULTS = {"kill": 0, "full": errno.ENOSPC, "broken": errno.EIO}
 Tree = dict[str, Any]
@@ -47,6 +48,9 @@ def grow(home: Path) -> None:
     (home / "d").mkdir()
     (home / "d" / "x").write_text("x")
     (home / "l").symlink_to("a")
+    (home / "bigger").write_bytes(b"C" * 60_000)
+    (home / "e" / "f").mkdir(parents=True)
+    (home / "e" / "f" / "g").write_bytes(os.urandom(70_000))
 
 
 def tree(home: Path) -> Tree:
@@ -67,38 +71,27 @@ def tree(home: Path) -> Tree:
 
 @dataclass
 class Op:
-    """What a tool does; told to the recorder first, as the broker does it."""
+    """What a tool does: by itself on a copy, and through the very code that the broker does it with."""
 
     kind: str
     name: str
     other: str = "n2"
 
-    def paths(self, home: Path) -> list[bytes]:
-        path, other = home / self.name, home / self.other
-        if self.kind in ("unlink", "rmdir", "mkdir", "symlink"):
-            return [os.fsencode(path)]
-        if self.kind != "rename":  # these follow links, and the broker tells the real path
-            return [os.fsencode(os.path.realpath(path))]
-        inside = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []  # each one goes and comes
-        moved = [(each, other / each.relative_to(path)) for each in inside]
-        return [os.fsencode(each) for pair in [(path, other), *moved] for each in pair]
-
-    def do(self, home: Path) -> None:  # noqa: C901 # a table
+    def by_itself(self, home: Path) -> None:  # noqa: C901 # a table
         path = home / self.name
         match self.kind:
-            case "write":
-                path.write_bytes(b"new " + self.name.encode())
-            case "grow":
-                path.write_bytes(b"n" * 40_000)
-            case "append":
-                with path.open("ab") as file:
-                    file.write(b"more")
+            case "write" | "grow":
+                path.write_bytes(self.content)
+            case "overwrite" | "append" | "sparse":
+                self._with_open(os.open(path, self.flags, 0o666))
             case "truncate":
                 os.truncate(path, 1)
             case "unlink":
                 path.unlink()
             case "rmdir":
                 path.rmdir()
+            case "rmtree":
+                shutil.rmtree(path)
             case "mkdir":
                 path.mkdir()
             case "rename":
@@ -109,6 +102,54 @@ class Op:
                 path.chmod(0o600)
             case "setxattr":
                 os.setxattr(path, "user.x", self.name.encode())
+
+    def by_the_broker(self, files: Files, home: Path) -> None:  # noqa: C901 # a table
+        path, other = os.fsencode(home / self.name), os.fsencode(home / self.other)
+        match self.kind:
+            case "write" | "grow" | "overwrite" | "append" | "sparse":
+                self._with_open(files.open(path, self.flags, 0o666, 0o022))
+            case "truncate":
+                files.truncate(path, 1)
+            case "unlink":
+                files.remove(path, folder=False)
+            case "rmdir":
+                files.remove(path, folder=True)
+            case "rmtree":
+                self._remove_tree(files, home / self.name)
+            case "mkdir":
+                files.make_folder(path, 0o777)
+            case "rename":
+                files.rename(path, other, replace=True)
+            case "symlink":
+                files.make_link(b"elsewhere", path)
+            case "chmod":
+                files.change_mode(path, 0o600)
+            case "setxattr":
+                files.set_attribute(path, b"user.x", self.name.encode(), 0, follow=True)
+
+    @property
+    def content(self) -> bytes:
+        return b"n" * 40_000 if self.kind == "grow" else b"new " + self.name.encode()
+
+    @property
+    def flags(self) -> int:
+        more = {"append": os.O_CREAT | os.O_APPEND, "overwrite": 0, "sparse": os.O_CREAT}
+        return os.O_WRONLY | more.get(self.kind, os.O_CREAT | os.O_TRUNC)
+
+    def _with_open(self, descriptor: int) -> None:
+        """What the tool does with a descriptor, the broker does not see."""
+        if self.kind == "sparse":
+            os.ftruncate(descriptor, 90_000)
+        else:
+            os.write(descriptor, self.content)
+        os.close(descriptor)
+
+    def _remove_tree(self, files: Files, top: Path) -> None:
+        if top.is_symlink() or not top.is_dir():
+            raise NotADirectoryError
+        for path in sorted(top.rglob("*"), reverse=True):
+            files.remove(os.fsencode(path), folder=path.is_dir() and not path.is_symlink())
+        files.remove(os.fsencode(top), folder=True)
 
 
 class Injector:
@@ -165,16 +206,12 @@ def play(root: Path, ops: list[Op], *, fails: bool, injector: Injector) -> None:
     home = root / "home"
     injector.armed = True
     transaction = journal.begin("c1", Event(kind="call.intent", call="c1", run="r"), [os.fsencode(home / "a")])
+    scope = (PathRule(os.fsencode(home)),)
+    files = Files(Access(scope, scope), transaction)
     for op in ops:
-        changes = [Change("write", path) for path in op.paths(home)]
-        try:
-            transaction.before_changes(changes)
-        except Refusal:
-            continue  # the tool gets an error, and goes on
-        armed, injector.armed = injector.armed, False
-        with contextlib.suppress(OSError):
-            op.do(home)
-        injector.armed = armed
+        with contextlib.suppress(OSError, Refusal):  # the tool gets an error, and goes on
+            op.by_the_broker(files, home)
+    files.close()
     if fails:
         transaction.roll_back(Event(kind="call.abort", call="c1"))
     else:
@@ -247,7 +284,7 @@ def case(ops: list[Op], *, fails: bool, fault: str, at: int) -> int:
         shutil.copytree(root / "home", root / "copy", symlinks=True)
         for op in ops:
             with contextlib.suppress(OSError):
-                op.do(root / "copy")
+                op.by_itself(root / "copy")
         changed = tree(root / "copy")
         steps, _killed = in_a_process(root, ops, fails=fails, fault=fault, at=at)
         if fault == "kill" or at == 0:
@@ -277,7 +314,7 @@ def check_error(root: Path, before: Tree) -> None:
 
 
 CALL = [
-    Op("write", "a"), Op("append", "b"), Op("unlink", "big"), Op("rename", "d/x", "d/y"), Op("mkdir", "new"), Op("grow", "new/file"),
+    Op("write", "a"), Op("append", "b"), Op("write", "big"), Op("rmtree", "e"), Op("overwrite", "bigger"), Op("rename", "d/x", "d/y"), Op("mkdir", "new"), Op("grow", "new/file"),
     Op("unlink", "l"), Op("symlink", "l"), Op("chmod", "b"), Op("setxattr", "a"),
 ]  # fmt: skip
 
@@ -295,7 +332,9 @@ def test_a_fault_at_every_step_of_a_call_and_its_rollback(fault: str, *, fails: 
 ops = st.lists(
     st.builds(
         Op,
-        st.sampled_from("write grow append truncate unlink rmdir mkdir rename symlink chmod setxattr".split()),
+        st.sampled_from(
+            "write grow append overwrite sparse truncate unlink rmdir rmtree mkdir rename symlink chmod setxattr".split()
+        ),
         st.sampled_from(NAMES),
         st.sampled_from(NAMES),
     ),

@@ -44,7 +44,10 @@ class Bench:
 
     def begin(self, *paths: Path) -> Transaction:
         call = new_id()
-        return self.journal.begin(call, Event(kind="call.intent", call=call), [os.fsencode(path) for path in paths])
+        named = [os.fsencode(path) for path in paths]
+        transaction = self.journal.begin(call, Event(kind="call.intent", call=call), named)
+        transaction.before_changes([Change("write", path) for path in named])  # as the broker does
+        return transaction
 
     def call(self, change: Callable[[], object], *paths: Path) -> str:
         """A whole call that declares `paths` and does `change`."""

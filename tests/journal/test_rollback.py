@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from agentd_sandbox import Change
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +42,7 @@ class Bench:
         intent = Event(kind="call.intent", call=call, run=run, session=f"of {run}" if run else "", principal=who, tool=tool)
         paths = [os.fsencode(self.home / name) for name in names]
         transaction = self.journal.begin(call, intent, paths)
+        transaction.before_changes([Change("write", path) for path in paths])  # as the broker does
         change()
         transaction.finish(Event(kind="call.end", call=call))
         return call

@@ -1,0 +1,52 @@
+"""An empty file in the place of one that is kept as it is: as if it had been emptied, but without a byte of it touched."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+from agentd_sandbox import kernel
+
+if TYPE_CHECKING:
+    from agentd_sandbox.paths import Resolved
+
+_NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def renewed(old: Resolved, place: Resolved, flags: int) -> int:
+    """A descriptor of the new file, open with `flags`. `place` is where `old` is, with its folder.
+
+    There is no moment without a file by that name. Raises OSError (EAGAIN) if somebody has put another one there.
+    """
+    temporary = b".agentd-" + secrets.token_hex(8).encode()
+    opened = os.open(temporary, flags | _NEW, 0o600, dir_fd=place.parent)
+    try:
+        _make_like(opened, old)
+        kernel.exchange(place.parent, temporary, place.name)
+        if not os.path.samestat(os.stat(temporary, dir_fd=place.parent, follow_symlinks=False), old.status):
+            kernel.exchange(place.parent, temporary, place.name)
+            raise OSError(errno.EAGAIN, "replaced")
+    except OSError:
+        os.close(opened)
+        raise
+    finally:
+        os.unlink(temporary, dir_fd=place.parent)
+    return opened
+
+
+def _make_like(descriptor: int, model: Resolved) -> None:
+    """Owner, mode and attributes. As with O_TRUNC, never set-uid or set-gid."""
+    status, there = model.status, f"/proc/self/fd/{model.descriptor}"
+    made = os.fstat(descriptor)
+    if (made.st_uid, made.st_gid) != (status.st_uid, status.st_gid):
+        os.fchown(descriptor, status.st_uid, status.st_gid)
+    os.fchmod(descriptor, status.st_mode & 0o1777)
+    try:
+        names = os.listxattr(there)
+    except OSError:  # a file system that has none
+        return
+    for name in names:
+        if not name.startswith("security."):
+            os.setxattr(descriptor, name, os.getxattr(there, name))
