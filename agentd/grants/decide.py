@@ -1,8 +1,9 @@
-"""The decision on one call, and why: deny beats a person's answer beats ask beats allow; what nothing covers is asked."""
+"""The decision on one call, and why: deny, a person's answer, ask, rehearse, allow, in this order; else it is asked."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from agentd.grants.index import Index
@@ -69,16 +70,17 @@ class Book:
     deny: Index
     answered: Index
     ask: Index
+    rehearsed: Index
     allow: Index
     used: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, grants: Iterable[Grant], used: Mapping[str, int]) -> Book:
-        sorted_out: dict[str, list[Grant]] = {"deny": [], "answered": [], "ask": [], "allow": []}
+        sorted_out: dict[str, list[Grant]] = {name: [] for name in ("deny", "answered", "ask", "rehearsed", "allow")}
         for grant in grants:
-            sorted_out["answered" if grant.answers else grant.decision].append(grant)
-        index = {name: Index(found) for name, found in sorted_out.items()}
-        return cls(index["deny"], index["answered"], index["ask"], index["allow"], used)
+            rehearsed = grant.rehearse and grant.decision == "allow"
+            sorted_out["answered" if grant.answers else "rehearsed" if rehearsed else grant.decision].append(grant)
+        return cls(**{name: Index(found) for name, found in sorted_out.items()}, used=used)
 
     def decide(self, request: Request, moment: Moment) -> Decision:
         """A pure function of book, request and moment."""
@@ -95,7 +97,7 @@ class Book:
                 used.append(rule)
             elif rule := self._first(self.ask.covering(scope), request, moment):
                 asking.append((scope, rule))
-            elif rule := self._first(self.allow.covering(scope), request, moment):
+            elif rule := self._first(chain(self.rehearsed.covering(scope), self.allow.covering(scope)), request, moment):
                 used.append(rule)
             else:
                 unmet.append(scope)
@@ -127,7 +129,7 @@ class Book:
     def near(self, request: Request, scope: Scope, moment: Moment) -> tuple[str, ...]:
         """Rules that almost allowed it, each with what kept it from doing so."""
         found: dict[str, None] = {}
-        for index in (self.answered, self.allow):
+        for index in (self.answered, self.rehearsed, self.allow):
             for looked_at, grant in enumerate(index.covering(scope)):
                 if looked_at >= _LOOKED_AT:
                     break

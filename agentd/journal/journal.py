@@ -301,9 +301,13 @@ class Journal:
             reason = Reason.NOT_UNDOABLE if known else Reason.CALL_NOT_FOUND
         else:
             reason = Reason.NOT_UNDOABLE
-            why = {"undone": "is undone already", "open": "is still running", "rehearsed": "was rehearsed and put back"}.get(
-                str(state), "changed nothing"
-            )
+            why = {
+                "undone": "is undone already",
+                "open": "is still running",
+                "rehearsed": "was rehearsed and put back",
+                "applied": "was rehearsed, and applied as another call",
+                "dropped": "was rehearsed and dropped",
+            }.get(str(state), "changed nothing")
         hint = "`agentd audit list` shows the calls."
         return JournalError(reason, f"Call {call} {why}.", hint=hint, metadata={"call": call})
 
