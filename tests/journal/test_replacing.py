@@ -1,0 +1,201 @@
+"""A file that is rewritten, removed or replaced through the broker: kept as it is, and the new one is like it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from agentd_sandbox import Access, PathRule
+from agentd_sandbox.files import Files
+
+from agentd.audit import AuditLog, Event
+from agentd.journal import Journal, Keep
+from agentd.store import Store, new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from agentd.journal import Transaction
+
+SIZE = 200_000
+REWRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
+
+class Desk:
+    def __init__(self, root: Path) -> None:
+        self.home, self.objects = root / "home", root / "state" / "objects"
+        self.home.mkdir()
+        self.store = Store(root / "state")
+        self.audit = AuditLog(self.store)
+        self.journal = Journal(self.store, self.audit, self.objects, Keep(1 << 30, low_space_bytes=0))
+        self.file = self.home / "large"
+        self.file.write_bytes(os.urandom(SIZE))
+
+    def begin(self) -> tuple[Transaction, Files]:
+        call = new_id()
+        transaction = self.journal.begin(call, Event(kind="call.intent", call=call), [os.fsencode(self.file)])
+        scope = (PathRule(os.fsencode(self.home)),)
+        return transaction, Files(Access(scope, scope), transaction)
+
+    def call(self, change: Callable[[Files], object]) -> str:
+        transaction, files = self.begin()
+        change(files)
+        transaction.finish(Event(kind="call.end", call=transaction.call))
+        return transaction.call
+
+    def rewrite(self, files: Files, content: bytes = b"new", flags: int = REWRITE) -> None:
+        descriptor = files.open(os.fsencode(self.file), flags, 0o666, 0o022)
+        os.write(descriptor, content)
+        os.close(descriptor)
+
+    def inodes(self) -> set[int]:
+        return {path.stat().st_ino for path in self.objects.glob("??/*")}
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path.resolve())
+    yield made
+    made.store.close()
+
+
+WAYS: dict[str, Callable[[Desk, Files], Any]] = {
+    "rewritten": lambda desk, files: desk.rewrite(files),
+    "removed": lambda desk, files: files.remove(os.fsencode(desk.file), folder=False),
+    "replaced": lambda desk, files: files.rename(os.fsencode(desk.home / "other"), os.fsencode(desk.file), replace=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_copied_and_all_comes_back(desk: Desk, way: str):
+    """What is kept is the very inode that was there, known by no other name any more."""
+    (desk.home / "other").write_bytes(b"other")
+    before, inode = desk.file.read_bytes(), desk.file.stat().st_ino
+    call = desk.call(lambda files: WAYS[way](desk, files))
+    assert inode in desk.inodes()
+    assert all(path.stat().st_nlink == 1 for path in desk.objects.glob("??/*"))
+    desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+    assert desk.file.stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND])
+def test_what_is_written_to_in_place_stays_the_same_file(desk: Desk, flags: int):
+    before, inode = desk.file.read_bytes(), desk.file.stat().st_ino
+    call = desk.call(lambda files: desk.rewrite(files, flags=flags))
+    assert desk.file.stat().st_ino == inode
+    desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+
+
+def test_a_moved_file_is_still_in_use_and_copied(desk: Desk):
+    """What happens to it by its new name does not happen to what is kept."""
+    before = desk.file.read_bytes()
+
+    def change(files: Files) -> None:
+        files.rename(os.fsencode(desk.file), os.fsencode(desk.home / "moved"), replace=False)
+        descriptor = files.open(os.fsencode(desk.home / "moved"), os.O_WRONLY, 0, 0)
+        os.write(descriptor, b"overwritten")
+        os.close(descriptor)
+
+    call = desk.call(change)
+    desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+    assert not (desk.home / "moved").exists()
+
+
+def test_the_new_file_is_like_the_old_one(desk: Desk):
+    """Mode, owner and attributes; as after O_TRUNC, but never set-uid."""
+    desk.file.chmod(0o4640)
+    os.setxattr(desk.file, "user.mark", b"x")
+    owner = desk.file.stat().st_uid, desk.file.stat().st_gid
+    desk.call(desk.rewrite)
+    status = desk.file.stat()
+    assert (status.st_mode & 0o7777, (status.st_uid, status.st_gid)) == (0o640, owner)
+    assert os.getxattr(desk.file, "user.mark") == b"x"
+    assert sorted(path.name for path in desk.home.iterdir()) == ["large"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_another_owners_file_is_emptied_in_its_place(desk: Desk):
+    """A new one could not be theirs for a daemon that is not root's."""
+    os.chown(desk.file, 12345, 12345)
+    inode = desk.file.stat().st_ino
+    desk.call(desk.rewrite)
+    assert (desk.file.stat().st_ino, desk.file.stat().st_uid) == (inode, 12345)
+
+
+def test_it_is_rewritten_twice_in_a_call_and_kept_once(desk: Desk):
+    before = desk.file.read_bytes()
+
+    def change(files: Files) -> None:
+        desk.rewrite(files, b"one")
+        first = desk.file.stat().st_ino
+        desk.rewrite(files, b"second")
+        assert desk.file.stat().st_ino == first
+
+    call = desk.call(change)
+    assert desk.file.read_bytes() == b"second"
+    desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+
+
+def test_a_call_that_fails_gives_it_back(desk: Desk):
+    before = desk.file.read_bytes()
+    transaction, files = desk.begin()
+    desk.rewrite(files)
+    transaction.roll_back(Event(kind="call.abort", call=transaction.call))
+    assert desk.file.read_bytes() == before
+    desk.call(desk.rewrite)  # and it is one's own to change again
+
+
+def test_there_is_a_file_by_that_name_at_every_moment(desk: Desk):
+    """Others who open it meanwhile get the old one or the new one."""
+    stop, missing = threading.Event(), []
+
+    def look() -> None:
+        while not stop.is_set():
+            try:
+                desk.file.stat()
+            except FileNotFoundError:
+                missing.append(time.monotonic())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for n in range(30):
+        desk.file.write_bytes(os.urandom(SIZE))
+        desk.call(lambda files, n=n: desk.rewrite(files, b"%d" % n))  # type: ignore[misc]
+    stop.set()
+    looking.join()
+    assert missing == []
+
+
+def test_a_folder_of_100000_entries(tmp_path: Path):
+    """One of them is rewritten, one removed, one added; nobody reads the others. And a restart in the middle."""
+    desk = Desk(tmp_path.resolve())
+    folder = desk.home / "many"
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_DIRECTORY)
+    for n in range(100_000):
+        os.close(os.open(f"{n}", os.O_CREAT | os.O_WRONLY, 0o644, dir_fd=descriptor))
+    os.close(descriptor)
+
+    def change(files: Files) -> None:
+        for name, content in (("5", b"five"), ("new", b"new")):
+            opened = files.open(os.fsencode(folder / name), REWRITE, 0o666, 0o022)
+            os.write(opened, content)
+            os.close(opened)
+        files.remove(os.fsencode(folder / "7"), folder=False)
+
+    call = desk.call(change)
+    desk.journal.undo(call, "p")
+    assert ((folder / "5").read_bytes(), (folder / "7").exists(), (folder / "new").exists()) == (b"", True, False)
+    _transaction, files = desk.begin()
+    change(files)
+    assert len(desk.journal.recover()) == 1
+    assert ((folder / "5").read_bytes(), (folder / "7").exists(), (folder / "new").exists()) == (b"", True, False)
+    desk.store.close()
