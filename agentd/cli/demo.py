@@ -15,8 +15,10 @@ import click
 from google.protobuf import json_format
 
 from agentd.cli.output import as_dict, console, json_option, print_call, print_json, shown
+from agentd.cli.rollback import print_plan
 from agentd.client import Client
 from agentd.errors import AgentdError, DaemonError, Reason
+from agentd.v1 import journal_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +48,23 @@ scope = "write:{folder}/home/notes"
 tool = "system.*"
 scope = "*"
 """
+_SHELL_CONFIG = """
+state = "{folder}/state-of-shell"
+socket = "{folder}/agentd.sock"
+[tools]
+folder = "{folder}/home"
+bundled = ["shell"]
+[[grants]]
+tool = "shell.run"
+scope = "write:{folder}/home/notes"
+[[grants]]
+tool = "shell.run"
+scope = "read:{folder}/home/notes"
+[[grants]]
+tool = "shell.run"
+scope = "exec:/usr"
+"""
+_COMMAND = "mv ideas.md plans.md && sed -i s/eggs/flour/ shopping.txt && rm old.txt && mkdir done"
 
 
 @click.command(epilog="Example: agentd demo")
@@ -53,14 +72,17 @@ scope = "*"
 @click.option("--keep", is_flag=True, help="Leave the scratch folder behind.")
 def demo(*, as_json: bool, keep: bool) -> None:
     """Five prompts for the pocket model, in a scratch folder: calls, scopes, decisions, log; one undo; the chain verified.
+    Then a shell command that renames, rewrites and deletes: rehearsed, applied, undone.
 
     The pocket model that comes with agentd knows only the bundled tools: it stands in for a real one.
     """
     folder = Path(tempfile.mkdtemp(prefix="agentd-demo-"))
     try:
         _prepare(folder)
-        with _daemon(folder) as client:
+        with _daemon(folder, _CONFIG) as client:
             ok = _Demo(client, folder, as_json=as_json).play()
+        with _daemon(folder, _SHELL_CONFIG) as client:  # a daemon of its own: the pocket model knows no shell
+            ok &= _ShellDemo(client, folder, as_json=as_json).play()
     finally:
         if keep:
             click.echo(f"left behind: {folder}", err=True)
@@ -74,12 +96,13 @@ def _prepare(folder: Path) -> None:
     notes.mkdir(parents=True)
     (notes / "shopping.txt").write_text("bread\neggs\n")
     (notes / "ideas.md").write_text("# Ideas\nwater the plants\n")
-    (folder / "agentd.toml").write_text(_CONFIG.format(folder=folder))
+    (notes / "old.txt").write_text("of last year\n")
 
 
 @contextlib.contextmanager
-def _daemon(folder: Path) -> Iterator[Client]:
+def _daemon(folder: Path, config: str) -> Iterator[Client]:
     """A daemon of its own for the demo; raises DaemonError with its last words if it does not start."""
+    (folder / "agentd.toml").write_text(config.format(folder=folder))
     log = folder / "daemon.log"
     with log.open("wb") as output:
         daemon = subprocess.Popen(
@@ -191,6 +214,48 @@ class _Demo:
         else:
             console.print(f"  [green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
         return found.first_bad_sequence == 0
+
+
+class _ShellDemo:
+    """Whatever program changes files, the broker sees it."""
+
+    def __init__(self, client: Client, folder: Path, *, as_json: bool) -> None:
+        self._client, self._notes, self._json = client, folder / "home" / "notes", as_json
+
+    def play(self) -> bool:
+        """Whether everything was as it should be."""
+        before = self._tree()
+        self._say(f"A shell command, rehearsed: {_COMMAND}")
+        call = self._client.call("shell.run", {"command": _COMMAND, "folder": str(self._notes)}, rehearse=True)
+        if not call.rehearsed:
+            console.print(f"  [yellow]left out:[/] {shown(call.output_json)}")
+            return not call.failed
+        unchanged = self._tree() == before
+        selection = journal_pb2.ChangeSelection(calls=[call.name], rehearsed=True)
+        request = journal_pb2.PlanRollbackRequest(selection=selection)
+        plan = self._client.plan_rollback(request)
+        if self._json:
+            print_json(plan)
+        else:
+            print_plan(plan, rehearsed=True)
+        self._say("Applied")
+        applied = self._client.apply_rollback(request, plan.digest)
+        self._list()
+        self._say("And undone")
+        self._client.undo(applied.name)
+        self._list()
+        return unchanged and self._tree() == before
+
+    def _say(self, title: str) -> None:
+        if not self._json:
+            console.print(f"\n[bold]{shown(title)}[/]")
+
+    def _list(self) -> None:
+        if not self._json:
+            console.print(f"  notes: {', '.join(sorted(self._tree()))}")
+
+    def _tree(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() if path.is_file() else b"" for path in self._notes.iterdir()}
 
 
 def _digest(file: dict[str, Any], side: str) -> str:
