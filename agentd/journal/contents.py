@@ -22,7 +22,7 @@ import zstandard
 from agentd.errors import JournalError, Reason, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
 INLINE_BYTES = 32 << 10
@@ -41,16 +41,36 @@ class TooLarge(Exception):
     """The content is larger than the journal keeps."""
 
 
+def within(chunks: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    """Raises TooLarge if there is more than that, which a file may have come to meanwhile."""
+    for chunk in chunks:
+        limit -= len(chunk)
+        if limit < 0:
+            raise TooLarge
+        yield chunk
+
+
+def first(chunks: Iterable[bytes], length: int) -> Iterator[bytes]:
+    """As many bytes, or fewer if there are no more."""
+    for chunk in chunks:
+        if length <= 0:
+            return
+        yield chunk[:length]
+        length -= len(chunk)
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """`inline` is a small content as it is stored, `object` names a large one; with neither there is nothing to keep.
 
+    `length` is that of a file that was only appended to: its first bytes are kept where they are.
     `as_it_is`: the object is the very file that was there, which must be replaced from now on, and never be written to.
     """
 
     digest: str = ""
     inline: bytes | None = None
     object: str | None = None
+    length: int = 0
     as_it_is: bool = False
 
 
@@ -62,10 +82,11 @@ class Contents:
         self._folder = folder
         self._cannot_clone: set[int] = set()
 
-    def keep(self, source: int, *, limit: int, goes: bool = False) -> Kept:
+    def keep(self, source: int, *, limit: int, goes: bool = False, grows: bool = False) -> Kept:
         """The content of a file that is open to be read; durable when it returns, except for what is inline.
 
-        `goes` says that this file is about to be removed or replaced. Raises TooLarge past `limit` bytes, OSError.
+        `goes` says that this file is about to be removed or replaced, `grows` that it can only be appended to.
+        Raises TooLarge past `limit` bytes, OSError.
         """
         status = os.fstat(source)
         if status.st_size > limit:
@@ -74,8 +95,16 @@ class Contents:
             head = _read(file, INLINE_BYTES + 1)
             if len(head) <= INLINE_BYTES:
                 return Kept(hashlib.sha256(head).hexdigest(), pack(head))
+            if grows:
+                file.seek(0)
+                return Kept(_digest(first(_pieces(file), status.st_size)), length=status.st_size)
             kept = self._clone(file, status) or (self._name(file, status) if goes else None)
             return kept or self._copy(file, limit)
+
+    def keep_first(self, source: int, length: int) -> Kept:
+        """A copy of the first bytes of a file that is open to be read: it may be changed otherwise from now on."""
+        with open(source, "rb", closefd=False) as file:
+            return self._copy(file, length, first)
 
     def chunks(self, kept: Kept) -> Iterator[bytes]:
         """A content, piece by piece. Raises JournalError (NOT_UNDOABLE) at its end if it is not what it was."""
@@ -158,7 +187,7 @@ class Contents:
                 self._cannot_clone.add(status.st_dev)
                 return None
             with open(arriving.name, "rb") as clone:
-                digest = _digest(clone)
+                digest = _digest(_pieces(clone))
             return Kept(digest, object=self._arrived(arriving, digest, packed=False))
 
     def _name(self, file: IO[bytes], status: os.stat_result) -> Kept | None:
@@ -169,7 +198,7 @@ class Contents:
             if not alone:
                 return None
             file.seek(0)
-            digest = _digest(file)
+            digest = _digest(_pieces(file))
             with self._storing():
                 os.fsync(file.fileno())
                 target = self._room(digest)
@@ -186,12 +215,12 @@ class Contents:
                     os.fsync(folder)
             return Kept(digest, object=digest, as_it_is=True)
 
-    def _copy(self, file: IO[bytes], limit: int) -> Kept:
+    def _copy(self, file: IO[bytes], limit: int, bounded: Callable[[Iterable[bytes], int], Iterator[bytes]] = within) -> Kept:
         file.seek(0)
         packed = _pays(_read(file, _CHUNK))
         file.seek(0)
         with self._arriving() as arriving:
-            digest = _write_out(_pieces(file, limit), arriving, packed=packed)
+            digest = _write_out(bounded(_pieces(file), limit), arriving, packed=packed)
             return Kept(digest, object=self._arrived(arriving, digest, packed=packed))
 
     def _room(self, name: str) -> Path:
@@ -280,20 +309,15 @@ def _write_out(chunks: Iterable[bytes], file: IO[bytes], *, packed: bool) -> str
     return digest.hexdigest()
 
 
-def _digest(file: IO[bytes]) -> str:
+def _digest(chunks: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
-    for chunk in _pieces(file):
+    for chunk in chunks:
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _pieces(file: IO[bytes], limit: int | None = None) -> Iterator[bytes]:
-    """Raises TooLarge if there is more than `limit`, which a file may have come to meanwhile."""
-    size = 0
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK):
-        size += len(chunk)
-        if limit is not None and size > limit:
-            raise TooLarge
         yield chunk
 
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agentd.errors import JournalError, Reason
-from agentd.journal.contents import Kept
-from agentd.journal.state import PathState
+from agentd.journal.contents import Kept, first
+from agentd.journal.state import PathState, opened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from agentd.journal.contents import Contents
     from agentd.store import Store
 
-_OF_CALL = "SELECT path, before, content, object, after, result, result_object FROM pre_image WHERE call = ? ORDER BY n"
+_OF_CALL = """SELECT path, before, content, object, length, after, result, result_object FROM pre_image WHERE call = ?
+              ORDER BY n"""
+_LATER = """SELECT before, content, object FROM journal JOIN pre_image USING (call)
+            WHERE path = ?1 AND begun > (SELECT begun FROM journal WHERE call = ?2) AND coalesce(content, object) IS NOT NULL
+            ORDER BY begun"""
 GIVE_UP = "UPDATE pre_image SET content = NULL, object = NULL, result = NULL, result_object = NULL WHERE call = ?"
 """The contents of a call; which paths it changed, and how, stays on record."""
 _NOTHING = Kept()
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,9 @@ class Images:
         if image.before.kind != "file":
             return
         shown = os.fsdecode(image.path)
+        if image.content.length:
+            yield from self._first(image)
+            return
         if image.content.inline is None and image.content.object is None:
             message = f"The former content of {shown} was given up to make room, so it can't be put back."
             raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
@@ -71,6 +81,27 @@ class Images:
                 f"The kept content of {shown} is missing or damaged ({image.before.digest[:12]}), so it can't be put back."
             )
             raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown, **e.metadata}) from e
+
+    def _first(self, image: Image) -> Iterator[bytes]:
+        """Of a file that was appended to: its first bytes as they are now, or as a later call has found them."""
+        for source in self._sources(image):
+            found = hashlib.sha256()
+            with contextlib.suppress(OSError, JournalError):
+                for chunk in first(source(), image.content.length):
+                    found.update(chunk)
+            if found.hexdigest() == image.before.digest:
+                yield from first(source(), image.content.length)
+                return
+        shown = os.fsdecode(image.path)
+        message = f"{shown} was only appended to, and what it began with is not there any more, so it can't be put back."
+        raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
+
+    def _sources(self, image: Image) -> Iterator[Callable[[], Iterator[bytes]]]:
+        yield lambda: _content_of(image.path)
+        rows = self._store.read(lambda db: list(db.execute(_LATER, (image.path, image.call))))
+        for before, content, name in rows:
+            kept = Kept(PathState.from_json(before).digest, content, name)
+            yield lambda kept=kept: self._contents.chunks(kept)  # type: ignore[misc]
 
     def check(self, image: Image) -> None:
         """Raises JournalError (NOT_UNDOABLE) if `chunks` would."""
@@ -99,16 +130,24 @@ class Images:
             return None
 
 
+def _content_of(path: bytes) -> Iterator[bytes]:
+    """Raises OSError."""
+    with opened(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
 def _image(
     call: str,
     path: bytes,
     before: str,
     content: bytes | None,
     name: str | None,
+    length: int,
     after: str | None,
     result: bytes | None,
     result_name: str | None,
 ) -> Image:
     was, became = PathState.from_json(before), PathState.from_json(after) if after else None
-    kept = Kept(was.digest, content, name)
+    kept = Kept(was.digest, content, name, length)
     return Image(call, path, was, kept, became, Kept(became.digest if became else "", result, result_name))

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import apsw
+    from agentd_sandbox.recorder import Operation
 
     from agentd.audit import AuditLog
     from agentd.store import Store
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
             VALUES (?, 'open', ?, ?, ?, ?, ?, ?)"""
-_IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object) VALUES (?, ?, ?, ?, ?, ?)"
+_IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length) VALUES (?, ?, ?, ?, ?, ?, ?)"
+_IN_FULL = "UPDATE pre_image SET content = ?, object = ?, length = 0 WHERE call = ? AND path = ?"
 _AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND path = ?"
 
 
@@ -70,19 +72,21 @@ class Journal:
         wanted = self._taker.at_once(declared)
         if wanted:
             self.retention.require_space()
-        self.capture(transaction, wanted | dict.fromkeys(replaced, True), intent)
+        self.capture(transaction, wanted | dict.fromkeys(replaced, "replace"), intent)
         return transaction
 
     def foresee(self, paths: Iterable[bytes]) -> str:
         """Why changing these paths could not be undone, as far as can be said beforehand; empty if it could."""
         return self._taker.foresee(paths)
 
-    def capture(self, transaction: Transaction, paths: Mapping[bytes, bool], intent: Event | None) -> None:
+    def capture(self, transaction: Transaction, paths: Mapping[bytes, Operation], intent: Event | None) -> None:
         """Add pre-images of paths to a transaction; with `intent`, the event and the transaction itself too.
 
-        A path maps to whether the file there is about to go. Raises JournalError (NOT_UNDOABLE), StoreError.
+        A path maps to what is about to happen to it. Raises JournalError (NOT_UNDOABLE), StoreError.
         """
-        images = [self._taker.take(transaction, path, goes=goes) for path, goes in paths.items()]
+        images = [self._taker.take(transaction, path, operation) for path, operation in paths.items()]
+        new = [image for image in images if image.path not in transaction.images]
+        known = [image for image in images if image.path in transaction.images]
         first = len(transaction.images)
 
         def commit(db: apsw.Connection) -> None:
@@ -99,9 +103,11 @@ class Journal:
                     effect,
                 )
                 db.execute(_BEGIN, row)
-            for n, image in enumerate(images, first):
-                kept = image.content
-                db.execute(_IMAGE, (transaction.call, n, image.path, image.before.to_json(), kept.inline, kept.object))
+            for n, image in enumerate(new, first):
+                kept, before = image.content, image.before.to_json()
+                db.execute(_IMAGE, (image.call, n, image.path, before, kept.inline, kept.object, kept.length))
+            in_full = [(i.content.inline, i.content.object, i.call, i.path) for i in known]
+            db.executemany(_IN_FULL, in_full)
 
         try:
             self._store.write(commit)
@@ -200,7 +206,7 @@ class Journal:
         if state.kind != "file":
             return Kept()
         try:
-            again, kept = keep(path, self._contents, limit=limit, goes=False)
+            again, kept = keep(path, self._contents, limit=limit)
         except (OSError, TooLarge) as e:
             if limit == INLINE_BYTES:
                 return Kept()

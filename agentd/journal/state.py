@@ -19,7 +19,7 @@ from agentd.errors import JournalError
 from agentd.journal.contents import Kept, TooLarge, write_with_holes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from agentd.journal.contents import Contents
 
@@ -81,8 +81,8 @@ def take(path: bytes, *, limit: int) -> tuple[PathState, bytes]:
         return state, bytes(content)
 
 
-def keep(path: bytes, contents: Contents, *, limit: int, goes: bool) -> tuple[PathState, Kept]:
-    """The present state of a real path, with its content kept; `goes` if a file there is about to be removed or replaced.
+def keep(path: bytes, contents: Contents, *, limit: int, goes: bool = False, grows: bool = False) -> tuple[PathState, Kept]:
+    """The present state of a real path, with its content kept; `goes` and `grows` as in `Contents.keep`.
 
     Raises TooLarge past `limit` bytes, OSError.
     """
@@ -92,12 +92,31 @@ def keep(path: bytes, contents: Contents, *, limit: int, goes: bool) -> tuple[Pa
     with place:
         if not (place.exists and stat.S_ISREG(place.status.st_mode)):
             return _state(place, None), Kept()
-        opened = os.open(f"/proc/self/fd/{place.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            kept = contents.keep(opened, limit=limit, goes=goes)
-        finally:
-            os.close(opened)
+        with _readable(place) as descriptor:
+            kept = contents.keep(descriptor, limit=limit, goes=goes, grows=grows)
         return _file(place, kept.digest), kept
+
+
+@contextlib.contextmanager
+def opened(path: bytes) -> Iterator[int]:
+    """A file, open to be read. Raises OSError, also if there is something else."""
+    place = _reach(path)
+    if place is None:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
+    with place:
+        if not (place.exists and stat.S_ISREG(place.status.st_mode)):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
+        with _readable(place) as descriptor:
+            yield descriptor
+
+
+@contextlib.contextmanager
+def _readable(place: Resolved) -> Iterator[int]:
+    descriptor = os.open(f"/proc/self/fd/{place.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def put_back(path: bytes, state: PathState, content: Iterable[bytes]) -> None:
@@ -154,11 +173,8 @@ def make_durable(path: bytes) -> None:
         return
     with place:
         if place.exists and stat.S_ISREG(os.fstat(place.descriptor).st_mode):
-            opened = os.open(f"/proc/self/fd/{place.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(opened)
-            finally:
-                os.close(opened)
+            with _readable(place) as descriptor:
+                os.fsync(descriptor)
         sync_folder(place.parent)
 
 

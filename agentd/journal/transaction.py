@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import Refusal
@@ -14,12 +14,13 @@ from agentd_sandbox import Refusal
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, TooLarge
 from agentd.journal.images import Image
-from agentd.journal.state import keep
+from agentd.journal.state import keep, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from agentd_sandbox import Change
+    from agentd_sandbox.recorder import Operation
 
     from agentd.audit import Event, FileTouched
     from agentd.journal.journal import Journal
@@ -42,7 +43,11 @@ class Transaction:
 
     def before_changes(self, changes: Sequence[Change]) -> frozenset[bytes]:
         """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
-        wanted = {change.path: change.operation in _GOES for change in changes if change.path not in self.images}
+        wanted: dict[bytes, Operation] = {}
+        for change in changes:
+            image = self.images.get(change.path)
+            if image is None or (image.content.length and change.operation != "append"):
+                wanted[change.path] = change.operation
         if not wanted:
             return frozenset()
         try:
@@ -72,11 +77,14 @@ class Taker:
     def __init__(self, contents: Contents, bounds: Keep) -> None:
         self._contents, self._bounds = contents, bounds
 
-    def take(self, transaction: Transaction, path: bytes, *, goes: bool) -> Image:
+    def take(self, transaction: Transaction, path: bytes, operation: Operation) -> Image:
         """Raises JournalError (NOT_UNDOABLE), StoreError."""
         shown = os.fsdecode(path)
+        how = {"goes": operation in _GOES, "grows": operation == "append"}
         try:
-            state, kept = keep(path, self._contents, limit=self._bounds.file_bytes, goes=goes)
+            if path in transaction.images:
+                return self._in_full(transaction.images[path])
+            state, kept = keep(path, self._contents, limit=self._bounds.file_bytes, **how)
         except TooLarge:
             raise self._too_large(path) from None
         except OSError as e:
@@ -100,17 +108,25 @@ class Taker:
             )
         return Image(transaction.call, path, state, kept)
 
-    def at_once(self, paths: Iterable[bytes]) -> dict[bytes, bool]:
+    def _in_full(self, image: Image) -> Image:
+        """Of a file that was only appended to so far: its first bytes, before something else happens to them."""
+        with opened(image.path) as descriptor:
+            kept = self._contents.keep_first(descriptor, image.content.length)
+        if kept.digest != image.before.digest:
+            raise OSError(errno.EIO, "somebody else changed it meanwhile")
+        return replace(image, content=kept)
+
+    def at_once(self, paths: Iterable[bytes]) -> dict[bytes, Operation]:
         """Those of the declared paths whose state is best taken with the intent: large files wait until something happens to
         them, as that says whether they must be copied. Raises JournalError (NOT_UNDOABLE) if one is larger than is kept.
         """
-        small: dict[bytes, bool] = {}
+        small: dict[bytes, Operation] = {}
         for path in paths:
             size = _size(path)
             if size > self._bounds.file_bytes:
                 raise self._too_large(path)
             if size <= INLINE_BYTES:
-                small[path] = False
+                small[path] = "write"
         return small
 
     def foresee(self, paths: Iterable[bytes]) -> str:

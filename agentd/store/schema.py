@@ -79,7 +79,8 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         "0005_rehearsals_and_fewer_writes",
         """
         -- A rehearsed call waits to be applied or dropped. Contents are compressed (zstd) from here on; `result_object` names
-        -- a large result. Without the two indexes a call writes a third less: what they found takes a scan, which is rare.
+        -- a large result. A file of `length` bytes that was only appended to is kept where it is. Without the two indexes a
+        -- call writes a third less: what they found takes a scan, which is rare.
         CREATE TABLE undoable (
             call TEXT PRIMARY KEY, begun INTEGER NOT NULL, time_ns INTEGER NOT NULL, run TEXT NOT NULL, session TEXT NOT NULL,
             principal TEXT NOT NULL, effect TEXT NOT NULL, undoes TEXT NOT NULL DEFAULT '[]', pinned INTEGER NOT NULL DEFAULT 0,
@@ -90,7 +91,7 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
             SELECT call, begun, time_ns, run, session, principal, effect, undoes, pinned, state FROM journal;
         CREATE TABLE former (
             call TEXT NOT NULL REFERENCES undoable (call), n INTEGER NOT NULL, path BLOB NOT NULL, before TEXT NOT NULL,
-            content BLOB, object TEXT, after TEXT, result BLOB, result_object TEXT,
+            content BLOB, object TEXT, length INTEGER NOT NULL DEFAULT 0, after TEXT, result BLOB, result_object TEXT,
             PRIMARY KEY (call, n)
         ) STRICT, WITHOUT ROWID;
         INSERT INTO former (call, n, path, before, content, object, after)

@@ -168,6 +168,11 @@ class Broker:
         finally:
             os.close(opened)
 
+    def change_otherwise(self, call: Notification) -> int | None:
+        """ftruncate(2), and fcntl(2) that takes O_APPEND away: of whichever descriptor has this number by then."""
+        self.files.stop_appending()
+        return self.let_through(call)
+
     def status(self, call: Notification, place: bytes, buffer: int, *, follow: bool) -> int:
         self.poke(call, buffer, self.files.status(place, follow=follow))
         return 0

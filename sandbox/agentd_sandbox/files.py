@@ -35,6 +35,9 @@ class Files(Reach):
 
     recorder: Recorder
     made_up: Mapping[bytes, bytes] = field(default_factory=dict)
+    appends: bool = True
+    """Whether what is opened to be appended to can't be changed otherwise without the broker's knowing."""
+    _appended: list[bytes] = field(default_factory=list)
 
     def _record(self, *changes: tuple[Operation, bytes]) -> frozenset[bytes]:
         """The paths whose file is kept as it is, and must not be written to."""
@@ -81,14 +84,29 @@ class Files(Reach):
         if flags & os.O_CREAT and flags & os.O_EXCL:
             raise OSError(errno.EEXIST, "exists")
         self._fit_to_open(target, changes=changes)
-        anew = flags & os.O_TRUNC and target.real not in DEVICES
-        if changes and target.real in self._record(("replace" if anew else "write", target.real)):
+        anew = bool(flags & os.O_TRUNC) and target.real not in DEVICES
+        if changes and target.real in self._record((self._manner(target, flags, anew=anew), target.real)):
             with self._named(target.real) as place:
                 return renewed(target, place, flags & _KEPT_FLAGS)
         opened = reopen(target.descriptor, flags & _KEPT_FLAGS)
         if anew:
             os.ftruncate(opened, 0)
         return opened
+
+    def _manner(self, target: Resolved, flags: int, *, anew: bool) -> Operation:
+        if anew:
+            return "replace"
+        if not (self.appends and flags & os.O_APPEND and flags & os.O_ACCMODE == os.O_WRONLY):  # or mmap(2) would do
+            return "write"
+        self._appended.append(target.real)
+        return "append"
+
+    def stop_appending(self) -> None:
+        """What was opened to be appended to is about to be open to other changes, from here to the end of the call."""
+        self.appends = False
+        if self._appended:
+            self._record(*(("write", path) for path in self._appended))
+            self._appended.clear()
 
     def _fit_to_open(self, target: Resolved, *, changes: bool) -> None:
         """Files and folders only: a FIFO would block the broker, a device reaches beyond files."""

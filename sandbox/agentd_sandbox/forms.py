@@ -144,6 +144,8 @@ FORMS: dict[str, Form] = {
     "fremovexattr": lambda b, c, number, name, *_: _done(
         b.files.set_attribute(b.place_of(c, number), b.string(c, name), None, 0, follow=False)
     ),
+    "ftruncate": lambda b, c, *_: b.change_otherwise(c),
+    "fcntl": lambda b, c, *_: b.change_otherwise(c),
     "rt_sigaction": lambda b, c, _signal, action, *__: b.handle_signal(c, action),
     "socketpair": lambda b, c, *_: b.socket_pair(c),
     "chdir": lambda b, c, path, *_: b.change_folder(c, path),
@@ -157,5 +159,6 @@ FORMS: dict[str, Form] = {
     "connect": lambda b, c, number, address, size, *_: b.connections.connect(c, number, address, size),
 }
 # The same forms under the names that 32-bit arm has for calls with 64-bit structures and 32-bit ids.
-_SAME = "stat64:stat lstat64:lstat fstatat64:newfstatat chown32:chown lchown32:lchown fchown32:fchown"
+_SAME = "stat64:stat lstat64:lstat fstatat64:newfstatat chown32:chown lchown32:lchown fchown32:fchown "
+_SAME += "ftruncate64:ftruncate fcntl64:fcntl"
 FORMS |= {name: FORMS[same] for name, same in (pair.split(":") for pair in _SAME.split())}

@@ -147,7 +147,8 @@ class Sandbox:
         peers = network.Network(access.connect, deadline, stopped, self.resolve)
         rules = self._python + (program_rules() if access.execute else ())
         reach = replace(access, read=access.read + rules)
-        files = Files(reach, recorder, peers.made_up_files() if access.connect else {}, revoked=revoked)
+        made_up = peers.made_up_files() if access.connect else {}
+        files = Files(reach, recorder, made_up, appends=not worker.questions, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
         proxy = Proxy(peers, credentials, files.deny, stopped, self.trust)
         folder = os.fsencode(os.path.realpath(self.folder))

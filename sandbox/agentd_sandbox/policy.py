@@ -51,6 +51,7 @@ _NEW_NAMESPACES = 0x7E02_0080  # every CLONE_NEW* flag of clone(2)
 _THREAD = 0x0001_0000
 _SIGCHLD = 17  # on all three: signal(7)
 _VM, _VFORK = 0x100, 0x4000
+_F_SETFL, _APPEND = 4, 0x400
 # What a new process may be given beside its exit signal: settid and cleartid addresses, TLS, a pidfd. Not: a share of
 # memory (but for vfork, whose parent waits), of descriptors or of the working folder; another parent; a namespace.
 _PROCESS = _LOW & ~(0xFF | 0x0100_0000 | 0x0020_0000 | 0x0010_0000 | 0x0008_0000 | 0x1000)
@@ -74,12 +75,34 @@ TABLE: tuple[Rule, ...] = (
         Action.ALLOW,
         "input and output on descriptors the broker handed out",
         tuple(
-            """read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek _llseek close close_range fstat
+            """read write readv writev pread64 pwrite64 preadv pwritev preadv2 lseek _llseek close close_range fstat
             fstat64 fstatfs fstatfs64 getdents getdents64 fsync fdatasync sync_file_range arm_sync_file_range flock fadvise64
-            arm_fadvise64_64 sendfile sendfile64 splice tee copy_file_range ftruncate ftruncate64 dup dup2 dup3 pipe
+            arm_fadvise64_64 sendfile sendfile64 splice tee copy_file_range dup dup2 dup3 pipe
             pipe2 eventfd eventfd2 poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create
             epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2""".split()
         ),
+    ),
+    Rule(
+        Action.ALLOW,
+        "not with RWF_NOAPPEND (Linux 6.9), which writes elsewhere into what was opened to be appended to",
+        ("pwritev2",),
+        ((Check(5, 0, 0x20),),),
+    ),
+    Rule(
+        Action.MEDIATE,
+        "what was opened to be appended to is recorded in full before it may be changed otherwise; then let through",
+        ("ftruncate", "ftruncate64"),
+        free_alone=True,
+    ),
+    Rule(
+        Action.MEDIATE,
+        "F_SETFL without O_APPEND, in the same way",
+        ("fcntl", "fcntl64"),
+        ((Check(1, _F_SETFL, _LOW), Check(2, 0, _APPEND)),),
+        free_alone=True,
+    ),
+    Rule(
+        Action.ALLOW, "F_SETFL with O_APPEND", ("fcntl", "fcntl64"), ((Check(1, _F_SETFL, _LOW), Check(2, _APPEND, _APPEND)),)
     ),
     Rule(
         Action.ALLOW,
@@ -169,7 +192,7 @@ TABLE: tuple[Rule, ...] = (
         Action.ALLOW,
         "own descriptors: no signal owner, no leases, no notification",
         ("fcntl", "fcntl64"),
-        _any_of(1, (0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 36, 37, 38, 1030, 1031, 1032, 1034)),
+        _any_of(1, (0, 1, 2, 3, 5, 6, 7, 12, 13, 14, 36, 37, 38, 1030, 1031, 1032, 1034)),
     ),
     Rule(
         Action.ALLOW,

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-Operation = Literal["create", "write", "move", "remove", "replace"]
+Operation = Literal["create", "write", "append", "move", "remove", "replace"]
 
 
 class Refusal(Exception):
@@ -24,8 +24,9 @@ class Refusal(Exception):
 class Change:
     """A change about to be made to a real path.
 
-    What is there is written to or changed in place (`write`), gets another name (`move`), or goes for good: `remove`, or
-    `replace` by something new. With `create` nothing is there.
+    What is there is written to or changed in place (`write`), or at its end only (`append`), gets another name (`move`), or
+    goes for good: `remove`, or `replace` by something new. With `create` nothing is there. Another change of a path may
+    follow: what was appended to may be written to later.
     """
 
     operation: Operation

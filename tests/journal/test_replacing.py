@@ -12,7 +12,8 @@ from agentd_sandbox import Access, PathRule
 from agentd_sandbox.files import Files
 
 from agentd.audit import AuditLog, Event
-from agentd.journal import Journal, Keep
+from agentd.errors import JournalError
+from agentd.journal import Journal, Keep, Selection, Ways
 from agentd.store import Store, new_id
 
 if TYPE_CHECKING:
@@ -199,3 +200,77 @@ def test_a_folder_of_100000_entries(tmp_path: Path):
     assert len(desk.journal.recover()) == 1
     assert ((folder / "5").read_bytes(), (folder / "7").exists(), (folder / "new").exists()) == (b"", True, False)
     desk.store.close()
+
+
+# -- what is only appended to is kept where it is
+
+
+def append(desk: Desk, files: Files, content: bytes = b"more") -> None:
+    desk.rewrite(files, content, os.O_WRONLY | os.O_APPEND)
+
+
+def test_what_is_only_appended_to_is_not_copied(desk: Desk):
+    """However often: its length is enough."""
+    before = desk.file.read_bytes()
+
+    def change(files: Files) -> None:
+        append(desk, files)
+        append(desk, files)
+
+    calls = [desk.call(change), desk.call(change)]
+    assert desk.file.read_bytes() == before + b"more" * 4
+    assert desk.inodes() == set()
+    for call in reversed(calls):
+        desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+
+
+OTHERWISE: dict[str, Callable[[Desk, Files], Any]] = {
+    "written to": lambda desk, files: desk.rewrite(files, b"X", os.O_WRONLY),
+    "opened to read and append": lambda desk, files: desk.rewrite(files, b"X", os.O_RDWR | os.O_APPEND),
+    "rewritten": lambda desk, files: desk.rewrite(files, b"X"),
+    "cut": lambda desk, files: files.truncate(os.fsencode(desk.file), 3),
+    "removed": lambda desk, files: files.remove(os.fsencode(desk.file), folder=False),
+    "moved": lambda desk, files: files.rename(os.fsencode(desk.file), os.fsencode(desk.home / "moved"), replace=False),
+    "told to stop": lambda desk, files: (files.stop_appending(), os.truncate(desk.file, 3)),
+}
+
+
+@pytest.mark.parametrize("way", OTHERWISE)
+@pytest.mark.parametrize("ends", ["well", "badly", "never"])
+def test_what_is_changed_otherwise_later_is_kept_in_full_before_that(desk: Desk, way: str, ends: str):
+    before = desk.file.read_bytes()
+    transaction, files = desk.begin()
+    append(desk, files)
+    OTHERWISE[way](desk, files)
+    if ends == "well":
+        transaction.finish(Event(kind="call.end", call=transaction.call))
+        desk.journal.undo(transaction.call, "p")
+    elif ends == "badly":
+        transaction.roll_back(Event(kind="call.abort", call=transaction.call))
+    else:
+        desk.journal.recover()
+    assert desk.file.read_bytes() == before
+    assert not (desk.home / "moved").exists()
+
+
+@pytest.mark.parametrize("later", ["written to", "rewritten", "removed"])
+def test_what_a_later_call_has_changed_comes_from_what_that_one_kept(desk: Desk, later: str):
+    """Both are taken back at once; the first had only the length."""
+    before = desk.file.read_bytes()
+    first = desk.call(lambda files: append(desk, files))
+    second = desk.call(lambda files: OTHERWISE[later](desk, files))
+    rollbacks = desk.journal.rollbacks
+    rollbacks.apply(rollbacks.plan(Selection(calls=(first, second)), Ways()), "p")
+    assert desk.file.read_bytes() == before
+
+
+def test_what_it_began_with_is_never_taken_from_something_else(desk: Desk):
+    """Somebody has changed the beginning and kept the length: a conflict, and even by force nothing wrong is put back."""
+    call = desk.call(lambda files: append(desk, files))
+    text = desk.file.read_bytes()
+    desk.file.write_bytes(b"\0" + text[1:])
+    for ways in (Ways(), Ways(force=True)):
+        with pytest.raises(JournalError):
+            desk.journal.rollbacks.apply(desk.journal.rollbacks.plan(Selection(calls=(call,)), ways), "p")
+    assert desk.file.read_bytes() == b"\0" + text[1:]
