@@ -151,6 +151,24 @@ def test_a_role_opens_its_services_and_no_other(owner: Client, port: int, role: 
     assert opened == expected
 
 
+def test_whoever_made_a_rehearsal_needs_another_role_to_apply_it(daemon: DaemonProcess, owner: Client, port: int):
+    """Or a grant that wants calls rehearsed would bind nobody. Others' rehearsals are not there for a mere user."""
+    mine = owner.call("files.write", {"path": "mine.txt", "text": "x"}, rehearse=True).name
+    with holder(owner, port, "rehearser", "user") as client:
+        theirs = client.call("files.write", {"path": "rehearsed.txt", "text": "x"}, rehearse=True).name
+        assert [each.name for each in client.rehearsals()] == [theirs]
+        request = journal_pb2.PlanRollbackRequest(selection=journal_pb2.ChangeSelection(calls=[theirs], rehearsed=True))
+        plan = client.plan_rollback(request)
+        assert refused(lambda: client.apply_rollback(request, plan.digest)) is Reason.ROLE_REQUIRED
+        assert refused(lambda: client.drop_rehearsal(mine)) is Reason.CALL_NOT_FOUND
+    with holder(owner, port, "approving", "user", "approver") as client:
+        assert {each.name for each in client.rehearsals()} == {mine, theirs}
+        client.apply_rollback(request, client.plan_rollback(request).digest)
+        client.drop_rehearsal(mine)
+    assert (daemon.home / "rehearsed.txt").exists()
+    assert not (daemon.home / "mine.txt").exists()
+
+
 def test_a_user_sees_and_undoes_only_what_is_its_own(daemon: DaemonProcess, owner: Client, port: int):
     """Others' runs are not there, and neither are their sessions' words."""
     list(owner.run("what time is it", session="shared"))

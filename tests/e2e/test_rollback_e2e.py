@@ -102,6 +102,58 @@ def test_a_run_is_put_back_and_shown(tmp_path: Path):
         assert running.stop() == 0
 
 
+def test_a_rehearsed_shell_command_is_looked_at_and_applied(daemon: DaemonProcess, work: Path):
+    """Nothing is changed before somebody says so; then all of it is, and can be undone."""
+    before = tree(work)
+    with Client(daemon.socket) as client:
+        done = client.call("shell.run", {"command": COMMAND, "folder": str(work)}, rehearse=True)
+    call = done.name.removeprefix("calls/")
+    assert (done.rehearsed, done.undoable) == (True, False)
+    assert tree(work) == before
+    assert call in daemon.command("rehearsals", "list").stdout
+    shown = daemon.command("rehearsals", "show", call).stdout
+    for word in ("create", "delete", "change", "-two", "+2"):
+        assert word in shown
+    assert "was rehearsed and put back" in daemon.command("undo", call, check=False).stderr
+    (applied,) = daemon.json("rehearsals", "apply", call, "--yes")
+    assert (work / "renamed.txt").exists()
+    assert "nothing waits" in daemon.command("rehearsals", "list").stdout
+    daemon.command("undo", applied["name"].removeprefix("calls/"))
+    assert tree(work) == before
+
+
+def test_what_has_changed_since_it_was_rehearsed_is_not_overwritten(daemon: DaemonProcess, work: Path):
+    with Client(daemon.socket) as client:
+        call = client.call("shell.run", {"command": "echo theirs > b.txt", "folder": str(work)}, rehearse=True).name
+    (work / "b.txt").write_text("mine\n")
+    refused = daemon.command("rehearsals", "apply", call, "--yes", check=False)
+    assert refused.returncode == 1
+    assert "conflict" in refused.stdout
+    assert (work / "b.txt").read_text() == "mine\n"
+    assert daemon.json("rehearsals", "drop", call)[0]["dropped"]
+    assert daemon.command("rehearsals", "apply", call, "--yes", check=False).returncode == 1
+
+
+def test_a_whole_run_is_rehearsed_and_applied_under_its_name(tmp_path: Path):
+    """The model is told; what is applied later belongs to the run, and goes back with it."""
+    running = DaemonProcess(tmp_path / "d").start()
+    (running.home / "notes").mkdir()
+    file = running.home / "notes" / "shopping.txt"
+    file.write_text("bread\n")
+    try:
+        with Client(running.socket) as client:
+            events = list(client.run('add "buy milk" to notes/shopping.txt', rehearse=True))
+        (call,) = [event.call for event in events if event.WhichOneof("event") == "call"]
+        assert "nothing is changed yet" in call.output_json
+        assert file.read_text() == "bread\n"
+        running.command("rehearsals", "apply", call.name, "--yes")
+        assert "buy milk" in file.read_text()
+        running.command("rollback", "--run", events[-1].run.name, "--yes")
+        assert file.read_text() == "bread\n"
+    finally:
+        assert running.stop() == 0
+
+
 def test_what_a_person_has_edited_since_is_theirs(daemon: DaemonProcess, work: Path):
     """Refused with the way out; merged, both changes are there; by force, theirs is kept as a pre-image."""
     with Client(daemon.socket) as client:
