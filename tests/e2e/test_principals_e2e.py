@@ -21,7 +21,7 @@ from grpc_status import rpc_status
 
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
-from agentd.v1 import grant_pb2, run_pb2, system_pb2, system_pb2_grpc, token_pb2
+from agentd.v1 import grant_pb2, journal_pb2, run_pb2, system_pb2, system_pb2_grpc, token_pb2
 from tests.e2e.conftest import DaemonProcess
 
 if TYPE_CHECKING:
