@@ -17,43 +17,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import pytest
 from agentd_sandbox import Access, PathRule, Refusal
 from agentd_sandbox.files import Files
 
 from agentd.audit import Event
+from tests.journal.conftest import mount
 from tests.journal.test_faults import NAMES, Op, grow, opened, tree
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 KINDS = "write grow append overwrite sparse truncate unlink rmtree mkdir rename symlink chmod".split()
 ROUNDS = 6
-SIZE = 96 << 20
-
-
-def mount(image: Path, at: Path) -> None:
-    at.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", image, at], check=True, capture_output=True)
-
-
-@pytest.fixture
-def device(tmp_path: Path) -> Iterator[Path]:
-    """A new file system, mounted; the image is beside it."""
-    if os.geteuid() != 0 or not shutil.which("mkfs.ext4"):
-        pytest.skip("only root can mount a file system, and mkfs.ext4 must be there")
-    image, at = tmp_path / "image", tmp_path / "device"
-    with image.open("wb") as file:
-        file.truncate(SIZE)
-    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
-    try:
-        mount(image, at)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("no loop device can be mounted here")
-    yield at
-    subprocess.run(["umount", "-l", at], check=False, capture_output=True)
 
 
 def shape(home: Path) -> str:

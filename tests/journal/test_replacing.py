@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -27,8 +29,8 @@ REWRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 class Desk:
-    def __init__(self, root: Path) -> None:
-        self.home, self.objects = root / "home", root / "state" / "objects"
+    def __init__(self, root: Path, home: Path | None = None) -> None:
+        self.home, self.objects = home or root / "home", root / "state" / "objects"
         self.home.mkdir()
         self.store = Store(root / "state")
         self.audit = AuditLog(self.store)
@@ -274,3 +276,63 @@ def test_what_it_began_with_is_never_taken_from_something_else(desk: Desk):
         with pytest.raises(JournalError):
             desk.journal.rollbacks.apply(desk.journal.rollbacks.plan(Selection(calls=(call,)), ways), "p")
     assert desk.file.read_bytes() == b"\0" + text[1:]
+
+
+# -- the store on one file system, the files on another
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_files_on_another_file_system_come_back(device: Path, tmp_path: Path, way: str):
+    """There they are copied."""
+    desk = Desk(tmp_path.resolve(), device.resolve() / "home")
+    (desk.home / "other").write_bytes(b"other")
+    before, inode = desk.file.read_bytes(), desk.file.stat().st_ino
+    call = desk.call(lambda files: WAYS[way](desk, files))
+    assert inode not in desk.inodes()
+    desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+    desk.store.close()
+
+
+def test_a_file_system_that_becomes_read_only_in_the_middle(device: Path, tmp_path: Path):
+    """What can't be put back then is put back by the start after it can be written to again."""
+    desk = Desk(tmp_path.resolve(), device.resolve() / "home")
+    before = desk.file.read_bytes()
+    transaction, files = desk.begin()
+    desk.rewrite(files)
+    subprocess.run(["mount", "-o", "remount,ro", device], check=True)
+    with pytest.raises(JournalError, match="could not be put back"):
+        transaction.roll_back(Event(kind="call.abort", call=transaction.call))
+    assert len(desk.journal.recover()) == 1  # logged, and left open
+    subprocess.run(["mount", "-o", "remount,rw", device], check=True)
+    desk.journal.recover()
+    assert desk.file.read_bytes() == before
+    assert desk.journal.recover() == []
+    desk.store.close()
+
+
+def test_an_undo_on_a_read_only_file_system_says_so_and_changes_nothing(device: Path, tmp_path: Path):
+    desk = Desk(tmp_path.resolve(), device.resolve() / "home")
+    before = desk.file.read_bytes()
+    call = desk.call(desk.rewrite)
+    subprocess.run(["mount", "-o", "remount,ro", device], check=True)
+    with pytest.raises(JournalError):
+        desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == b"new"
+    subprocess.run(["mount", "-o", "remount,rw", device], check=True)
+    desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+    desk.store.close()
+
+
+def test_a_file_whose_folder_is_gone_is_a_conflict(desk: Desk):
+    """Nobody makes folders anew that somebody has removed."""
+    folder = desk.home / "folder"
+    folder.mkdir()
+    desk.file = desk.file.rename(folder / "large")
+    call = desk.call(desk.rewrite)
+    shutil.rmtree(folder)
+    for ways in (Ways(), Ways(force=True)):
+        with pytest.raises(JournalError):
+            desk.journal.rollbacks.apply(desk.journal.rollbacks.plan(Selection(calls=(call,)), ways), "p")
+    assert not folder.exists()
