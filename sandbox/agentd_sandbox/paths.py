@@ -134,6 +134,9 @@ def _own_descriptors() -> int:
     return os.open("/proc/self/fd", _PATH_FLAGS | os.O_DIRECTORY)
 
 
+os.register_at_fork(after_in_child=_own_descriptors.cache_clear)  # it would go on being the parent's
+
+
 def reopen(descriptor: int, flags: int) -> int:
     """Open the very thing an O_PATH descriptor stands for, whatever its name now leads to."""
     return os.open(b"%d" % descriptor, flags | os.O_CLOEXEC, dir_fd=_own_descriptors())

@@ -18,14 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-from agentd_sandbox import Access, PathRule, Refusal
-from agentd_sandbox.files import Files
+from agentd_sandbox import Refusal
 
 from agentd.audit import Event
 from tests.journal.conftest import mount
-from tests.journal.test_faults import NAMES, Op, grow, opened, tree
+from tests.journal.test_faults import NAMES, Op, files_of, grow, opened, tree
 
-KINDS = "write grow append overwrite sparse truncate unlink rmtree mkdir rename symlink chmod".split()
+KINDS = "write grow append overwrite sparse mmap truncate unlink rmtree mkdir rename symlink link chmod".split()
 ROUNDS = 6
 
 
@@ -39,14 +38,13 @@ def write_until_killed(root: Path, seed: int) -> None:
     chance = random.Random(seed)
     store, _audit, journal = opened(root)
     home = root / "home"
-    scope = (PathRule(os.fsencode(home)),)
     for n in range(1, 10_000):
         ops = [Op(chance.choice(KINDS), chance.choice(NAMES), chance.choice(NAMES)) for _ in range(chance.randint(1, 4))]
         transaction = journal.begin(f"c{n:05}", Event(kind="call.intent", call=f"c{n:05}"), [])
-        files = Files(Access(scope, scope), transaction)
+        files = files_of(home, transaction)
         for op in ops:
             with contextlib.suppress(OSError, Refusal):
-                op.by_the_broker(files, home)
+                op.do(files, home)
         files.close()
         print("then", n, shape(home), flush=True)
         transaction.finish(Event(kind="call.end", call=f"c{n:05}"))
