@@ -213,6 +213,8 @@ class Contents:
                         target.unlink()
                         return None
                     os.fsync(folder)
+            # Nobody will read it soon: its pages are for what replaces it (rewriting 16 MiB here: 70 ms became 37).
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             return Kept(digest, object=digest, as_it_is=True)
 
     def _copy(self, file: IO[bytes], limit: int, bounded: Callable[[Iterable[bytes], int], Iterator[bytes]] = within) -> Kept:
