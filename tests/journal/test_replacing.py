@@ -336,3 +336,24 @@ def test_a_file_whose_folder_is_gone_is_a_conflict(desk: Desk):
         with pytest.raises(JournalError):
             desk.journal.rollbacks.apply(desk.journal.rollbacks.plan(Selection(calls=(call,)), ways), "p")
     assert not folder.exists()
+
+
+def test_where_files_can_share_blocks_nothing_is_copied(cloning_device: Path):
+    """Also of a file that is written to in its place; with store and files on that file system."""
+    desk = Desk(cloning_device.resolve())
+    size = 60 << 20
+    desk.file.write_bytes(os.urandom(size))
+    os.sync()
+    before, free = desk.file.read_bytes(), room(cloning_device)
+    call = desk.call(lambda files: desk.rewrite(files, b"changed", os.O_WRONLY))
+    os.sync()
+    assert free - room(cloning_device) < size / 4
+    assert len(desk.inodes()) == 1
+    desk.journal.undo(call, "p")
+    assert desk.file.read_bytes() == before
+    desk.store.close()
+
+
+def room(at: Path) -> int:
+    space = os.statvfs(at)
+    return space.f_bavail * space.f_frsize
