@@ -16,7 +16,8 @@ from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
 from agentd.api import ApiParts, ApiServer, Tcp
-from agentd.audit import AuditLog, Event
+from agentd.audit import AuditLog, Checkpoints, Event, load_signer
+from agentd.audit.anchors import found, read_notes
 from agentd.calls import Calls, Permission, Places
 from agentd.config import DEVICES
 from agentd.engine.client import Engine, EngineSettings
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
+_LOOK_S = 5.0  # whether a checkpoint is due
 _SWEEP_S = 3600.0
 
 
@@ -51,12 +53,16 @@ class Daemon:
     def __init__(self, config: Config, file: Path | None = None) -> None:
         """Opens the store and reads the tools. `file` is where the configuration is from. Raises StoreError, ConfigError."""
         self._config = config
-        own = (config.state, config.socket, *config.tools.bundles, *([file] if file else []))
+        single = (file, config.audit.anchor_file)
+        own = (config.state, config.socket, *config.tools.bundles, *(path for path in single if path))
         self._own = tuple(dict.fromkeys(path.resolve() for path in own))
         self._toolbox = calls.load(config.tools.bundles, files("agentd.bundled_tools"), config.tools.bundled)
         self._credentials = calls.load_credentials(config.credentials, config.state)
         self._store = Store(config.state)
         self._audit = AuditLog(self._store)
+        signer = load_signer(config.state / "audit.key", config.audit.origin)
+        anchors = found(config.audit.anchor_file, journal=config.audit.journald)
+        self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors)
         self._journal = Journal(self._store, self._audit, config.state / "objects", _keep(config))
         self._records = RunRecords(self._store)
         clock = Clock(self._audit.newest_ns())
@@ -112,20 +118,23 @@ class Daemon:
         self._engine = Engine(_engine_settings(config))
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
         self._runs = Runs(self._records, self._engine, self._calls, _model_settings(config, self._toolbox), limits)
-        self._audit.record(_boot(self._level, self._grants, self._toolbox, self._recovered))
+        self._look_for_lost_events()
+        self._audit.record(_boot(self._level, self._grants, self._toolbox, self._recovered, str(self._checkpoints.verifier)))
         self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, _tcp(config))
         await self._server.start()
         if config.approvals.notify:
             self._notifier.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep the journal")
+        self._signing = asyncio.create_task(self._sign(), name="checkpoints of the log")
 
     async def stop(self) -> None:
         """In reverse order; each step even if the one before failed."""
         if self._preload:
             self._preload.cancel()
             self._sweeping.cancel()
-            await asyncio.wait([self._preload, self._sweeping])
+            self._signing.cancel()
+            await asyncio.wait([self._preload, self._sweeping, self._signing])
             await self._notifier.stop()
             self._approvals.stop()
             await self._runs.stop()
@@ -134,6 +143,7 @@ class Daemon:
             self._calls.close()
             with contextlib.suppress(AgentdError):  # a full disk must not keep the daemon from stopping
                 self._audit.record(Event(kind="stop", principal="agentd"))
+                self._checkpoints.make()
         if hasattr(self, "_sandbox"):
             self._sandbox.stop()
         self._store.close()
@@ -143,9 +153,29 @@ class Daemon:
         tokens = Tokens(self._store, self._audit, self._grants.now_ns)
         roster = Roster(os.getuid(), roles, tokens, self._wrong_token)
         return ApiParts(
-            *(self._runs, self._calls, self._audit, self._grants, self._approvals, tokens, roster),
+            *(self._runs, self._calls, self._audit, self._checkpoints, self._grants, self._approvals, tokens, roster),
             *(self.status, self._propose),
         )
+
+    def _look_for_lost_events(self) -> None:
+        """An end of the log that was cut off fits together; what was kept elsewhere knows better."""
+        file = self._config.audit.anchor_file
+        notes = read_notes(file.read_text(errors="replace")) if file and file.exists() else []
+        if lost := self._checkpoints.lost([*notes, *self._checkpoints.all().values()]):
+            _log.error("%d events of the audit log are lost that were signed once; `agentd audit verify` says more", lost)
+            self._audit.record(Event(kind="gap", principal="agentd", detail={"lost": lost}))
+
+    async def _sign(self) -> None:
+        """A checkpoint at the start, and whenever there is enough new."""
+        with contextlib.suppress(AgentdError):
+            await asyncio.to_thread(self._checkpoints.make)
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            try:
+                if await asyncio.to_thread(self._checkpoints.is_due):
+                    await asyncio.to_thread(self._checkpoints.make)
+            except AgentdError as e:
+                _log.warning("no checkpoint of the log could be made: %s", e)
 
     def _wrong_token(self, peer: str, why: str) -> None:
         """Nobody waits for this to be durable."""
@@ -260,7 +290,7 @@ def _model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
     return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)
 
 
-def _boot(level: Level, grants: Grants, toolbox: Toolbox, recovered: list[str]) -> Event:
+def _boot(level: Level, grants: Grants, toolbox: Toolbox, recovered: list[str], key: str) -> Event:
     detail = {
         "version": __version__,
         "pid": os.getpid(),
@@ -269,5 +299,6 @@ def _boot(level: Level, grants: Grants, toolbox: Toolbox, recovered: list[str]) 
         "grants": [str(grant) for grant in grants.all()],
         "tools": {tool.name: tool.digest for tool in toolbox.tools.values()},
         "recovered": recovered,
+        "key": key,
     }
     return Event(kind="boot", principal="agentd", detail=detail)

@@ -26,7 +26,7 @@ BELOW: dict[str, set[str]] = {
     "runs": {"engine", "calls", "grants", "store", "errors"},
     "api": {"runs", "calls", "grants", "principals", "journal", "audit", "store", "v1", "errors"},
     "client": {"v1", "errors", "config"},
-    "cli": {"client", "v1", "errors", "config", "models", "daemon"},
+    "cli": {"client", "v1", "errors", "config", "models", "daemon", "audit"},
 }
 """For each room, the rooms it may import. `daemon` is the composition root and may import all."""
 

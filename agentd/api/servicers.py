@@ -24,7 +24,7 @@ from agentd.v1 import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from agentd.audit import AuditLog
+    from agentd.audit import AuditLog, Checkpoints
     from agentd.calls import Calls
     from agentd.runs import Run, Runs
 
@@ -99,8 +99,8 @@ class ToolServicer(tool_pb2_grpc.ToolServiceServicer):
 
 
 class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
-    def __init__(self, audit: AuditLog) -> None:
-        self._audit = audit
+    def __init__(self, audit: AuditLog, checkpoints: Checkpoints) -> None:
+        self._audit, self._checkpoints = audit, checkpoints
 
     async def ListAuditEvents(  # noqa: N802
         self, request: audit_pb2.ListAuditEventsRequest, context: Any
@@ -120,10 +120,34 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def VerifyAuditLog(  # noqa: N802
         self, request: audit_pb2.VerifyAuditLogRequest, context: Any
     ) -> audit_pb2.VerifyAuditLogResponse:
-        found = await asyncio.to_thread(self._audit.verify)
+        found = await asyncio.to_thread(self._checkpoints.verify, list(request.anchors))
         return audit_pb2.VerifyAuditLogResponse(
-            valid_events=found.valid, head=found.head, first_bad_sequence=found.bad or 0, why=found.why
+            valid_events=found.valid,
+            head=found.head,
+            first_bad_sequence=found.bad or 0,
+            why=found.why,
+            attested_events=found.attested,
+            anchored_events=found.anchored,
+            lost_events=found.lost,
         )
+
+    async def GetCheckpoint(  # noqa: N802
+        self, request: audit_pb2.GetCheckpointRequest, context: Any
+    ) -> audit_pb2.Checkpoint:
+        note = await asyncio.to_thread(self._checkpoints.latest)
+        return audit_pb2.Checkpoint(note=note, verifier_key=str(self._checkpoints.verifier))
+
+    async def ProveInclusion(  # noqa: N802
+        self, request: audit_pb2.ProveInclusionRequest, context: Any
+    ) -> audit_pb2.InclusionProof:
+        leaf, hashes = await asyncio.to_thread(self._checkpoints.prove_inclusion, request.sequence, request.size)
+        return audit_pb2.InclusionProof(leaf=leaf, hashes=hashes)
+
+    async def ProveConsistency(  # noqa: N802
+        self, request: audit_pb2.ProveConsistencyRequest, context: Any
+    ) -> audit_pb2.ConsistencyProof:
+        hashes = await asyncio.to_thread(self._checkpoints.prove_consistency, request.old_size, request.size)
+        return audit_pb2.ConsistencyProof(hashes=hashes)
 
 
 class SystemServicer(system_pb2_grpc.SystemServiceServicer):

@@ -1,6 +1,20 @@
 """The audit log: what was asked, decided, run, touched and refused, chained so that no row can change unseen."""
 
+from agentd.audit.checkpoints import Checkpoints
 from agentd.audit.events import Event, FileTouched, SandboxUse, ToolIdentity, Verdict
-from agentd.audit.log import AuditLog, Entry, Verification
+from agentd.audit.log import AuditLog, Entry
+from agentd.audit.notes import load_signer
+from agentd.audit.verify import Verification
 
-__all__ = ["AuditLog", "Entry", "Event", "FileTouched", "SandboxUse", "ToolIdentity", "Verdict", "Verification"]
+__all__ = [
+    "AuditLog",
+    "Checkpoints",
+    "Entry",
+    "Event",
+    "FileTouched",
+    "SandboxUse",
+    "ToolIdentity",
+    "Verdict",
+    "Verification",
+    "load_signer",
+]

@@ -13,14 +13,17 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agentd.audit.tree import leaf
+from agentd.audit.verify import Verification, verify
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import apsw
 
     from agentd.audit.events import Event
+    from agentd.audit.notes import Verifier
     from agentd.store import Store
 
 _START = bytes(32)
@@ -34,16 +37,6 @@ class Entry:
     seq: int
     body: dict[str, Any]
     chain: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """`bad` is the first row that is not what was written, or None; `valid` counts the rows before it."""
-
-    valid: int
-    head: bytes
-    bad: int | None
-    why: str = ""
 
 
 class AuditLog:
@@ -85,9 +78,24 @@ class AuditLog:
         newest = self.entries(limit=_PAGE, newest_first=True)
         return max((int(entry.body.get("time_ns", 0)) for entry in newest), default=0)
 
-    def verify(self) -> Verification:
-        """Recompute the whole chain from the stored bytes."""
-        return self._store.read(_verify)
+    def size(self) -> int:
+        """How many events there are: their numbers have no gaps."""
+        return int(self._store.read(lambda db: db.execute("SELECT coalesce(max(seq), 0) FROM event").get))
+
+    def rows(self, *, after: int = 0) -> Iterator[tuple[int, bytes, bytes]]:
+        """(number, body, chain) as stored, in order; a page at a time, so that others can read meanwhile."""
+        query = "SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq > ? ORDER BY seq LIMIT ?"
+        while page := self._store.read(lambda db, after=after: list(db.execute(query, (after, _PAGE)))):  # type: ignore[misc]
+            yield from page
+            after = page[-1][0]
+
+    def bodies(self, *, after: int = 0) -> Iterator[tuple[int, bytes]]:
+        """(number, body) as stored, in order."""
+        return ((seq, body) for seq, body, _ in self.rows(after=after))
+
+    def verify(self, verifier: Verifier | None = None, kept: Iterable[str] = (), anchors: Iterable[str] = ()) -> Verification:
+        """Recompute the whole chain from the stored bytes; with the log's public key also what checkpoints say of it."""
+        return verify(self.rows(), _link, _START, verifier, kept, anchors)
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
@@ -100,17 +108,4 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 
 def _link(chain: bytes, body: bytes) -> bytes:
-    leaf = hashlib.sha256(b"\0" + body).digest()
-    return hashlib.sha256(chain + leaf).digest()
-
-
-def _verify(db: apsw.Connection) -> Verification:
-    chain, expected = _START, 1
-    for seq, body, stored in db.execute("SELECT seq, CAST(body AS BLOB), chain FROM event ORDER BY seq"):
-        if seq != expected:
-            return Verification(expected - 1, chain, expected, f"event {expected} is missing")
-        computed = _link(chain, body)
-        if computed != stored:
-            return Verification(expected - 1, chain, seq, f"event {seq} does not continue the chain")
-        chain, expected = computed, expected + 1
-    return Verification(expected - 1, chain, None)
+    return hashlib.sha256(chain + leaf(body)).digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -13,11 +14,9 @@ from agentd.cli.output import as_dict, console, json_option, print_json, shown
 from agentd.client import Client
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from agentd.v1 import audit_pb2
 
-TAMPERED = 3  # exit status
+TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
 
 
 @click.group()
@@ -56,20 +55,104 @@ def show(socket: Path | None, call: str, *, as_json: bool) -> None:
             console.print(f"  [dim]{key:14}[/] {shown(str(body[key]))}")
 
 
-@audit.command(epilog="Example: agentd audit verify && echo fine")
+@audit.command(epilog="Example: agentd audit verify --anchor /mnt/usb/agentd-anchor")
+@click.option(
+    "--anchor",
+    "anchors",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file with checkpoints that was kept elsewhere.",
+)
 @json_option
 @click.pass_obj
-def verify(socket: Path | None, *, as_json: bool) -> None:
-    """Recompute the hash chain of the whole log. Exit status: 0 if it is whole, 3 if not."""
+def verify(socket: Path | None, anchors: tuple[Path, ...], *, as_json: bool) -> None:
+    """Recompute the hash chain of the whole log, and what checkpoints have signed.
+
+    Exit status: 0 if it is whole; 3 if something was changed; 4 if the end is missing; 5 if it is whole, but some events are
+    newer than the newest checkpoint in the anchors given.
+    """
+    from agentd.audit.anchors import read_notes  # noqa: PLC0415 - the other commands must start fast
+
+    notes = [note for file in anchors for note in read_notes(file.read_text(errors="replace"))]
     with Client(socket) as client:
-        found = client.verify()
+        found = client.verify(notes)
     if as_json:
         print_json(as_dict(found) | {"head": found.head.hex()})
-    elif found.first_bad_sequence:
+    else:
+        _print_verification(found, with_anchors=bool(anchors))
+    if found.first_bad_sequence or found.lost_events:
+        sys.exit(TAMPERED if found.first_bad_sequence else TRUNCATED)
+    sys.exit(UNATTESTED if anchors and found.anchored_events < found.valid_events else 0)
+
+
+def _print_verification(found: audit_pb2.VerifyAuditLogResponse, *, with_anchors: bool) -> None:
+    if found.first_bad_sequence:
         console.print(f"[red bold]damaged:[/] {found.why}; the {found.valid_events} events before it are as written")
+    elif found.lost_events:
+        console.print(f"[red bold]cut off:[/] {found.lost_events} events are missing at the end; {found.valid_events} are left")
     else:
         console.print(f"[green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
-    sys.exit(TAMPERED if found.first_bad_sequence else 0)
+    console.print(f"[dim]signed: the first {found.attested_events} events are covered by checkpoints[/]")
+    if with_anchors:
+        newer = found.valid_events - found.anchored_events
+        console.print(f"[dim]anchored: the first {found.anchored_events}; {newer} are newer than what was kept elsewhere[/]")
+
+
+@audit.command(epilog="Example: agentd audit checkpoint > /mnt/usb/agentd-anchor")
+@json_option
+@click.pass_obj
+def checkpoint(socket: Path | None, *, as_json: bool) -> None:
+    """Print the newest signed checkpoint. Kept elsewhere, it shows later whether anything before it was changed or cut off."""
+    with Client(socket) as client:
+        found = client.checkpoint()
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(found.note, nl=False)
+
+
+@audit.command(epilog="Example: agentd audit key > agentd.pub")
+@json_option
+@click.pass_obj
+def key(socket: Path | None, *, as_json: bool) -> None:
+    """Print the public key that checkpoints are signed with, as c2sp.org/signed-note writes it."""
+    with Client(socket) as client:
+        found = client.checkpoint().verifier_key
+    if as_json:
+        print_json({"verifier_key": found})
+    else:
+        click.echo(found)
+
+
+@audit.command(epilog="Example: agentd audit prove 17")
+@click.argument("sequence", type=click.IntRange(min=1))
+@json_option
+@click.pass_obj
+def prove(socket: Path | None, sequence: int, *, as_json: bool) -> None:
+    """Prove that event SEQUENCE is in the log of the newest checkpoint. The proof is checked here.
+
+    Exit status: 0, or 3 if the proof does not hold.
+    """
+    from agentd.audit.notes import Verifier  # noqa: PLC0415 - the other commands must start fast
+    from agentd.audit.tree import includes  # noqa: PLC0415
+
+    with Client(socket) as client:
+        newest = client.checkpoint()
+        point = Verifier.parse(newest.verifier_key).open(newest.note)
+        if sequence > point.size:
+            raise click.ClickException(f"Event {sequence} is newer than the newest checkpoint, which covers {point.size}.")
+        proof = client.prove_inclusion(sequence, point.size)
+    holds = includes(proof.leaf, sequence - 1, point.size, list(proof.hashes), point.root)
+    if as_json:
+        hashes = [each.hex() for each in proof.hashes]
+        print_json({"note": newest.note, "leaf": proof.leaf.hex(), "hashes": hashes, "holds": holds})
+    else:
+        console.print(f"[dim]leaf[/]  {proof.leaf.hex()}")
+        for each in proof.hashes:
+            console.print(f"[dim]hash[/]  {each.hex()}")
+        word = "[green]proved[/]" if holds else "[red bold]not proved[/]"
+        console.print(f"{word}: event {sequence} is one of {point.size}, root {point.root.hex()}")
+    sys.exit(0 if holds else TAMPERED)
 
 
 def _print_events(events: list[audit_pb2.AuditEvent], *, as_json: bool) -> None:

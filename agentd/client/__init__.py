@@ -42,7 +42,7 @@ from agentd.v1 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
 __all__ = ["Client"]
@@ -152,8 +152,21 @@ class Client:
             if not (token := page.next_page_token):
                 return
 
-    def verify(self) -> audit_pb2.VerifyAuditLogResponse:
-        return self._call(self._audit.VerifyAuditLog, audit_pb2.VerifyAuditLogRequest(), deadline_s=None)
+    def verify(self, anchors: Iterable[str] = ()) -> audit_pb2.VerifyAuditLogResponse:
+        """Recompute the whole log; `anchors` are checkpoints that were kept elsewhere."""
+        return self._call(self._audit.VerifyAuditLog, audit_pb2.VerifyAuditLogRequest(anchors=anchors), deadline_s=None)
+
+    def checkpoint(self) -> audit_pb2.Checkpoint:
+        """The newest signed checkpoint of the log, and the key to check it with."""
+        return self._call(self._audit.GetCheckpoint, audit_pb2.GetCheckpointRequest())
+
+    def prove_inclusion(self, sequence: int, size: int) -> audit_pb2.InclusionProof:
+        request = audit_pb2.ProveInclusionRequest(sequence=sequence, size=size)
+        return self._call(self._audit.ProveInclusion, request, deadline_s=None)
+
+    def prove_consistency(self, old_size: int, size: int) -> audit_pb2.ConsistencyProof:
+        request = audit_pb2.ProveConsistencyRequest(old_size=old_size, size=size)
+        return self._call(self._audit.ProveConsistency, request, deadline_s=None)
 
     def undo(self, call: str) -> journal_pb2.UndoCallResponse:
         """Put back what a call (`calls/{call}`) has changed."""

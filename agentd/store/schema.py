@@ -102,6 +102,13 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ALTER TABLE former RENAME TO pre_image;
         """,
     ),
+    (
+        "0006_checkpoints",
+        """
+        -- Signed notes over the first `size` events; `peaks` are the roots of the perfect trees that these make.
+        CREATE TABLE checkpoint (size INTEGER PRIMARY KEY, peaks BLOB NOT NULL, note TEXT NOT NULL) STRICT;
+        """,
+    ),
 )
 
 

@@ -45,6 +45,21 @@ class AuditServiceStub:
                 request_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.FromString,
                 _registered_method=True)
+        self.GetCheckpoint = channel.unary_unary(
+                '/agentd.v1.AuditService/GetCheckpoint',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.GetCheckpointRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.Checkpoint.FromString,
+                _registered_method=True)
+        self.ProveInclusion = channel.unary_unary(
+                '/agentd.v1.AuditService/ProveInclusion',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.ProveInclusionRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.InclusionProof.FromString,
+                _registered_method=True)
+        self.ProveConsistency = channel.unary_unary(
+                '/agentd.v1.AuditService/ProveConsistency',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.ProveConsistencyRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.ConsistencyProof.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer:
@@ -60,8 +75,31 @@ class AuditServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def VerifyAuditLog(self, request, context):
-        """Recomputes the hash chain over the whole log.
-        A damaged log is a result, not an error: see `first_bad_sequence`.
+        """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
+        A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCheckpoint(self, request, context):
+        """Returns the newest checkpoint: what the log was when it was signed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProveInclusion(self, request, context):
+        """Proves that an event is in the log of a given size, RFC 6962 section 2.1.1.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProveConsistency(self, request, context):
+        """Proves that the log of one size begins with that of a smaller one, RFC 6962 section 2.1.2.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +117,21 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.VerifyAuditLog,
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.SerializeToString,
+            ),
+            'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCheckpoint,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.GetCheckpointRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.Checkpoint.SerializeToString,
+            ),
+            'ProveInclusion': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProveInclusion,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.ProveInclusionRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.InclusionProof.SerializeToString,
+            ),
+            'ProveConsistency': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProveConsistency,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.ProveConsistencyRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.ConsistencyProof.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +189,87 @@ class AuditService:
             '/agentd.v1.AuditService/VerifyAuditLog',
             agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
             agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.AuditService/GetCheckpoint',
+            agentd_dot_v1_dot_audit__pb2.GetCheckpointRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.Checkpoint.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProveInclusion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.AuditService/ProveInclusion',
+            agentd_dot_v1_dot_audit__pb2.ProveInclusionRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.InclusionProof.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProveConsistency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.AuditService/ProveConsistency',
+            agentd_dot_v1_dot_audit__pb2.ProveConsistencyRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.ConsistencyProof.FromString,
             options,
             channel_credentials,
             insecure,

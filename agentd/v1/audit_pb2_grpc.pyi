@@ -38,8 +38,18 @@ class AuditServiceStub:
     Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
     """
     VerifyAuditLog: _grpc.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]
-    """Recomputes the hash chain over the whole log.
-    A damaged log is a result, not an error: see `first_bad_sequence`.
+    """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
+    A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+    """
+    GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_audit_pb2.GetCheckpointRequest, _audit_pb2.Checkpoint]
+    """Returns the newest checkpoint: what the log was when it was signed."""
+    ProveInclusion: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ProveInclusionRequest, _audit_pb2.InclusionProof]
+    """Proves that an event is in the log of a given size, RFC 6962 section 2.1.1.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    ProveConsistency: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ProveConsistencyRequest, _audit_pb2.ConsistencyProof]
+    """Proves that the log of one size begins with that of a smaller one, RFC 6962 section 2.1.2.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
     """
 
 @_typing.type_check_only
@@ -52,8 +62,18 @@ class AuditServiceAsyncStub(AuditServiceStub):
     Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
     """
     VerifyAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
-    """Recomputes the hash chain over the whole log.
-    A damaged log is a result, not an error: see `first_bad_sequence`.
+    """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
+    A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+    """
+    GetCheckpoint: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetCheckpointRequest, _audit_pb2.Checkpoint]  # type: ignore[assignment]
+    """Returns the newest checkpoint: what the log was when it was signed."""
+    ProveInclusion: _aio.UnaryUnaryMultiCallable[_audit_pb2.ProveInclusionRequest, _audit_pb2.InclusionProof]  # type: ignore[assignment]
+    """Proves that an event is in the log of a given size, RFC 6962 section 2.1.1.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    ProveConsistency: _aio.UnaryUnaryMultiCallable[_audit_pb2.ProveConsistencyRequest, _audit_pb2.ConsistencyProof]  # type: ignore[assignment]
+    """Proves that the log of one size begins with that of a smaller one, RFC 6962 section 2.1.2.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -75,8 +95,36 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_pb2.VerifyAuditLogRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.VerifyAuditLogResponse, _abc.Awaitable[_audit_pb2.VerifyAuditLogResponse]]:
-        """Recomputes the hash chain over the whole log.
-        A damaged log is a result, not an error: see `first_bad_sequence`.
+        """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
+        A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+        """
+
+    @_abc_1.abstractmethod
+    def GetCheckpoint(
+        self,
+        request: _audit_pb2.GetCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.Checkpoint, _abc.Awaitable[_audit_pb2.Checkpoint]]:
+        """Returns the newest checkpoint: what the log was when it was signed."""
+
+    @_abc_1.abstractmethod
+    def ProveInclusion(
+        self,
+        request: _audit_pb2.ProveInclusionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.InclusionProof, _abc.Awaitable[_audit_pb2.InclusionProof]]:
+        """Proves that an event is in the log of a given size, RFC 6962 section 2.1.1.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+
+    @_abc_1.abstractmethod
+    def ProveConsistency(
+        self,
+        request: _audit_pb2.ProveConsistencyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.ConsistencyProof, _abc.Awaitable[_audit_pb2.ConsistencyProof]]:
+        """Proves that the log of one size begins with that of a smaller one, RFC 6962 section 2.1.2.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

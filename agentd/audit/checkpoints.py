@@ -1,0 +1,133 @@
+"""Checkpoints of the log: made when there is enough new, kept beside it, and given to anchors elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from agentd.audit.notes import BadNote, Checkpoint
+from agentd.audit.tree import Tree, consistency, inclusion, leaf, proved
+from agentd.errors import Reason, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from agentd.audit.anchors import Anchor
+    from agentd.audit.log import AuditLog
+    from agentd.audit.notes import Signer, Verifier
+    from agentd.audit.verify import Verification
+    from agentd.store import Store
+
+EVERY_EVENTS = 256
+EVERY_S = 3600.0
+_HASH = 32
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """`signer` has the log's key; its name is the log's origin."""
+
+    def __init__(self, store: Store, audit: AuditLog, signer: Signer, anchors: Sequence[Anchor] = ()) -> None:
+        self._store, self._audit, self._signer, self._anchors = store, audit, signer, tuple(anchors)
+        self._making = threading.Lock()
+        self._made_s = time.monotonic()
+        self._unpublished: dict[str, str] = {}
+
+    @property
+    def verifier(self) -> Verifier:
+        return self._signer.verifier
+
+    def latest(self) -> str:
+        """The newest note; empty if there is none yet."""
+        query = "SELECT note FROM checkpoint ORDER BY size DESC LIMIT 1"
+        return str(self._store.read(lambda db: db.execute(query).get) or "")
+
+    def is_due(self) -> bool:
+        """Whether there are many new events, or some and the last checkpoint was long ago."""
+        new = self._audit.size() - self._last()[0]
+        return new >= EVERY_EVENTS or (new > 0 and time.monotonic() - self._made_s >= EVERY_S)
+
+    def make(self) -> str:
+        """A checkpoint of all events there are, durable and with the anchors when it returns; the newest one if nothing is new.
+
+        An anchor that can't be reached gets the newest note the next time. Raises StoreError.
+        """
+        with self._making:
+            size, peaks = self._last()
+            tree = Tree(size, peaks)
+            for _, body in self._audit.bodies(after=size):
+                tree.push(leaf(body))
+            if tree.size > size or not size:
+                note = self._signer.sign(Checkpoint(self.verifier.name, tree.size, tree.root))
+                row = (tree.size, b"".join(tree.peaks), note)
+                self._store.write(lambda db: db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", row))
+                self._unpublished |= {anchor.name: note for anchor in self._anchors}
+            self._made_s = time.monotonic()
+            self._publish()
+            return self.latest()
+
+    def _publish(self) -> None:
+        for anchor in self._anchors:
+            if note := self._unpublished.get(anchor.name):
+                try:
+                    anchor.publish(note)
+                except OSError as e:
+                    _log.warning("the checkpoint could not be given to %s: %s", anchor.name, e)
+                else:
+                    del self._unpublished[anchor.name]
+
+    def _last(self) -> tuple[int, list[bytes]]:
+        query = "SELECT size, peaks FROM checkpoint ORDER BY size DESC LIMIT 1"
+        row = self._store.read(lambda db: db.execute(query).get)
+        if row is None:
+            return 0, []
+        size, peaks = row
+        return int(size), [peaks[at : at + _HASH] for at in range(0, len(peaks), _HASH)]
+
+    def all(self) -> dict[int, str]:
+        """Notes by size."""
+        return self._store.read(lambda db: {int(s): str(n) for s, n in db.execute("SELECT size, note FROM checkpoint")})
+
+    def verify(self, anchors: Iterable[str] = ()) -> Verification:
+        """All that can be said of the log; `anchors` are notes that somebody has kept elsewhere."""
+        return self._audit.verify(self.verifier, self.all().values(), anchors)
+
+    # -- proofs
+
+    def prove_inclusion(self, seq: int, size: int) -> tuple[bytes, tuple[bytes, ...]]:
+        """The leaf of event `seq`, and the hashes that lead from it to the root of the first `size` events.
+
+        Raises RequestError (BAD_FIELD).
+        """
+        if not 1 <= seq <= size or size > self._audit.size():
+            raise _out_of_range("sequence", f"there is no event {seq} among the first {size}")
+        (own,) = self._leaves(seq - 1, seq)
+        return own, proved(inclusion(seq - 1, size), self._leaves)
+
+    def prove_consistency(self, old: int, size: int) -> tuple[bytes, ...]:
+        """The hashes that show that the first `old` of `size` events were the same then. Raises RequestError (BAD_FIELD)."""
+        if not 1 <= old <= size or size > self._audit.size():
+            raise _out_of_range("size", f"{old} and {size} are no two sizes that this log had, one after the other")
+        return proved(consistency(old, size), self._leaves)
+
+    def _leaves(self, first: int, end: int) -> Iterator[bytes]:
+        for seq, body in self._audit.bodies(after=first):
+            if seq > end:
+                return
+            yield leaf(body)
+
+    def lost(self, notes: Iterable[str]) -> int:
+        """How many events anchors have seen that are not here any more: 0 is good. Others' notes do not count."""
+        seen = 0
+        for note in notes:
+            try:
+                seen = max(seen, self.verifier.open(note).size)
+            except BadNote:
+                continue
+        return max(0, seen - self._audit.size())
+
+
+def _out_of_range(field: str, why: str) -> RequestError:
+    return RequestError(Reason.BAD_FIELD, f"{why[0].upper()}{why[1:]}.", field=field, metadata={"field": field})

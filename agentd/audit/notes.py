@@ -1,0 +1,166 @@
+"""Signed notes and checkpoints of a log, as https://c2sp.org/signed-note and https://c2sp.org/tlog-checkpoint say.
+
+A checkpoint is three lines, who, how many events, and the root of the tree over them, and a signature below. Anybody who has
+the public key can check one; whoever has kept one can prove that the log was cut or changed since.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+from agentd.errors import Reason, StoreError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_ED25519 = b"\x01"
+_KEY_BYTES = 32
+_LONGEST_NOTE = 64 << 10
+
+
+class BadNote(Exception):
+    """It is no checkpoint, or not signed by the key; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """`size` events of the log `origin` have this root."""
+
+    origin: str
+    size: int
+    root: bytes
+
+    @property
+    def text(self) -> str:
+        return f"{self.origin}\n{self.size}\n{base64.b64encode(self.root).decode()}\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises BadNote."""
+        lines = text.split("\n")
+        try:
+            origin, size, root = lines[0], lines[1], base64.b64decode(lines[2], validate=True)
+        except (IndexError, ValueError):
+            raise BadNote("it is no checkpoint") from None
+        if lines[-1] or not origin or not size.isascii() or not size.isdigit() or (size != "0" and size[0] == "0"):
+            raise BadNote("it is no checkpoint")
+        if len(root) != hashlib.sha256().digest_size:
+            raise BadNote("its root is no SHA-256")
+        return cls(origin, int(size), root)
+
+
+@dataclass(frozen=True, slots=True)
+class Verifier:
+    """A public key and whose it is."""
+
+    name: str
+    public: bytes
+
+    @property
+    def hash(self) -> bytes:
+        """Which of several keys of the same name made a signature."""
+        return hashlib.sha256(f"{self.name}\n".encode() + _ED25519 + self.public).digest()[:4]
+
+    def __str__(self) -> str:
+        """As `parse` reads it: name, hash and key in one line."""
+        return f"{self.name}+{self.hash.hex()}+{base64.b64encode(_ED25519 + self.public).decode()}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises BadNote."""
+        try:
+            name, given, key = text.strip().split("+", 2)  # base64 may have more of them
+            decoded = base64.b64decode(key, validate=True)
+        except ValueError:
+            raise BadNote("it is no verifier key (NAME+HASH+KEY)") from None
+        made = cls(name, decoded[1:])
+        if decoded[:1] != _ED25519 or len(made.public) != _KEY_BYTES or made.hash.hex() != given:
+            raise BadNote("it is no Ed25519 verifier key, or one with a typing mistake")
+        return made
+
+    def open(self, note: str) -> Checkpoint:
+        """The checkpoint of a note that this key has signed. Raises BadNote."""
+        if len(note) > _LONGEST_NOTE:
+            raise BadNote("it is too long")
+        text, gap, signatures = note.rpartition("\n\n")
+        if not gap or not signatures.endswith("\n"):
+            raise BadNote("it has no signature")
+        text += "\n"
+        for line in signatures.splitlines():
+            dash, _, rest = line.partition(" ")
+            name, _, encoded = rest.partition(" ")
+            if dash != "\u2014" or name != self.name:
+                continue
+            try:
+                blob = base64.b64decode(encoded, validate=True)
+            except ValueError:
+                raise BadNote("a signature of it is damaged") from None
+            if blob[:4] != self.hash:
+                continue
+            try:
+                Ed25519PublicKey.from_public_bytes(self.public).verify(blob[4:], text.encode())
+            except InvalidSignature:
+                raise BadNote("its signature is not by this key, or it was changed") from None
+            return Checkpoint.parse(text)
+        raise BadNote(f"it is not signed by {self.name}")
+
+
+class Signer:
+    """The log's own key."""
+
+    def __init__(self, name: str, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.verifier = Verifier(name, key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw))
+
+    def sign(self, checkpoint: Checkpoint) -> str:
+        """The note."""
+        signature = self.verifier.hash + self._key.sign(checkpoint.text.encode())
+        return f"{checkpoint.text}\n\u2014 {self.verifier.name} {base64.b64encode(signature).decode()}\n"
+
+
+def load_signer(file: Path, name: str) -> Signer:
+    """The key in `file`, which only its owner may read; a new one if there is none. Raises StoreError."""
+    try:
+        try:
+            secret = file.read_bytes()
+        except FileNotFoundError:
+            secret = _new_key(file)
+        if len(secret) != _KEY_BYTES:
+            raise OSError(0, f"it has {len(secret)} bytes instead of {_KEY_BYTES}")
+    except OSError as e:
+        raise StoreError(
+            Reason.AUDIT_UNAVAILABLE,
+            f"The key of the audit log, {file}, can't be used: {e.strerror}.",
+            hint="Put the key back from a copy. Without it a new one can be made by moving the file away: old checkpoints "
+            "then need the old public key.",
+            metadata={"path": str(file)},
+        ) from None
+    return Signer(name, Ed25519PrivateKey.from_private_bytes(secret))
+
+
+def _new_key(file: Path) -> bytes:
+    """Made beside and renamed: a kill leaves none or a whole one."""
+    secret = Ed25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    arriving = file.with_suffix(".new")
+    arriving.unlink(missing_ok=True)
+    descriptor = os.open(arriving, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(descriptor, secret)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    arriving.rename(file)
+    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return secret
