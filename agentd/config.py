@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import socket
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -131,15 +129,10 @@ class ApprovalsConfig(_Strict):
     notify: bool = True
 
 
-def _origin() -> str:
-    """A name for this device's log: signatures carry it."""
-    return f"agentd.local/{re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname()) or 'device'}"
-
-
 class AuditConfig(_Strict):
-    """`origin` names the log in its checkpoints, which also go to `anchor_file` and to journald where it is."""
+    """`origin` names the log in its checkpoints, from its first one on; they also go to `anchor_file` and to journald."""
 
-    origin: Annotated[str, Field(pattern=r"^[!-*,-~]{1,128}$")] = Field(default_factory=_origin)
+    origin: Annotated[str, Field(pattern=r"^[!-*,-~]{0,128}$")] = ""
     anchor_file: Folder | None = None
     journald: bool = True
 
@@ -199,7 +192,7 @@ class Config(_Strict):
     tools: ToolsConfig = ToolsConfig()
     sandbox: SandboxConfig = SandboxConfig()
     approvals: ApprovalsConfig = ApprovalsConfig()
-    audit: AuditConfig = Field(default_factory=AuditConfig)
+    audit: AuditConfig = AuditConfig()
     taint: TaintConfig = TaintConfig()
     listen: ListenConfig | None = None
     socket_mode: Literal["0600", "0660", "0666"] = "0600"

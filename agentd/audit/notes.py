@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -126,34 +128,44 @@ class Signer:
         return f"{checkpoint.text}\n\u2014 {self.verifier.name} {base64.b64encode(signature).decode()}\n"
 
 
-def load_signer(file: Path, name: str) -> Signer:
-    """The key in `file`, which only its owner may read; a new one if there is none. Raises StoreError."""
+def load_signer(file: Path, origin: str = "") -> Signer:
+    """The key in `file`, which only its owner may read, with the name of its log; a new one if there is none.
+
+    A log keeps the name it had first: `origin`, or one made from the host's. Raises StoreError.
+    """
     try:
-        try:
-            secret = file.read_bytes()
-        except FileNotFoundError:
-            secret = _new_key(file)
-        if len(secret) != _KEY_BYTES:
-            raise OSError(0, f"it has {len(secret)} bytes instead of {_KEY_BYTES}")
+        kept = file.read_bytes() if file.exists() else _new_key(file, origin or _default_origin())
     except OSError as e:
-        raise StoreError(
-            Reason.AUDIT_UNAVAILABLE,
-            f"The key of the audit log, {file}, can't be used: {e.strerror}.",
-            hint="Put the key back from a copy. Without it a new one can be made by moving the file away: old checkpoints "
-            "then need the old public key.",
-            metadata={"path": str(file)},
-        ) from None
+        raise _unusable(file, str(e.strerror)) from None
+    secret, name = kept[:_KEY_BYTES], kept[_KEY_BYTES:].decode("ascii", "replace").strip()
+    if len(secret) != _KEY_BYTES or not name:
+        raise _unusable(file, "it is damaged")
+    if origin not in ("", name):
+        raise _unusable(file, f"it is that of the log {name}, and audit.origin in agentd.toml says {origin}")
     return Signer(name, Ed25519PrivateKey.from_private_bytes(secret))
 
 
-def _new_key(file: Path) -> bytes:
+def _default_origin() -> str:
+    return f"agentd.local/{re.sub('[^A-Za-z0-9.-]', '-', socket.gethostname()) or 'device'}"
+
+
+def _unusable(file: Path, why: str) -> StoreError:
+    return StoreError(
+        Reason.AUDIT_UNAVAILABLE,
+        f"The key of the audit log, {file}, can't be used: {why}.",
+        hint="Put it back from a copy. If it is moved away a new one is made, and what was signed before can't be checked here.",
+        metadata={"path": str(file)},
+    )
+
+
+def _new_key(file: Path, name: str) -> bytes:
     """Made beside and renamed: a kill leaves none or a whole one."""
-    secret = Ed25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    kept = Ed25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()) + name.encode() + b"\n"
     arriving = file.with_suffix(".new")
     arriving.unlink(missing_ok=True)
     descriptor = os.open(arriving, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, secret)
+        os.write(descriptor, kept)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -163,4 +175,4 @@ def _new_key(file: Path) -> bytes:
         os.fsync(folder)
     finally:
         os.close(folder)
-    return secret
+    return kept

@@ -112,6 +112,16 @@ def test_a_key_is_made_once_and_is_its_owners(tmp_path: Path):
     assert os.listdir(tmp_path) == ["audit.key"]
 
 
+def test_a_log_keeps_its_name(tmp_path: Path):
+    """Whatever the host is called later; another name in the configuration is an error and no new log."""
+    first = load_signer(tmp_path / "audit.key")
+    assert load_signer(tmp_path / "audit.key").verifier == first.verifier
+    named = load_signer(tmp_path / "other.key", "example.org/kitchen")
+    assert load_signer(tmp_path / "other.key").verifier == named.verifier
+    with pytest.raises(AgentdError, match=r"example\.org/kitchen"):
+        load_signer(tmp_path / "other.key", "example.org/cellar")
+
+
 def test_a_damaged_key_is_a_named_error_and_not_a_new_one(tmp_path: Path):
     (tmp_path / "audit.key").write_bytes(b"short")
     with pytest.raises(AgentdError) as caught:
