@@ -16,7 +16,7 @@ from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
 from agentd.api import ApiParts, ApiServer, Tcp
-from agentd.audit import AuditLog, Checkpoints, Event, load_signer
+from agentd.audit import AuditLog, Checkpoints, Event, Index, load_signer
 from agentd.audit.anchors import found, read_notes
 from agentd.calls import Calls, Permission, Places
 from agentd.config import DEVICES
@@ -62,6 +62,7 @@ class Daemon:
         self._audit = AuditLog(self._store)
         signer = load_signer(config.state / "audit.key", config.audit.origin)
         anchors = found(config.audit.anchor_file, journal=config.audit.journald)
+        self._index = Index(config.state / "index.db", self._audit)
         self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors)
         self._journal = Journal(self._store, self._audit, config.state / "objects", _keep(config))
         self._records = RunRecords(self._store)
@@ -137,6 +138,7 @@ class Daemon:
             await asyncio.wait([self._preload, self._sweeping, self._signing])
             await self._notifier.stop()
             self._approvals.stop()
+            self._audit.end()
             await self._runs.stop()
             await self._server.stop(_GRACE_S)
             await self._engine.stop()
@@ -146,6 +148,7 @@ class Daemon:
                 self._checkpoints.make()
         if hasattr(self, "_sandbox"):
             self._sandbox.stop()
+        self._index.close()
         self._store.close()
 
     def _parts(self) -> ApiParts:
@@ -153,7 +156,8 @@ class Daemon:
         tokens = Tokens(self._store, self._audit, self._grants.now_ns)
         roster = Roster(os.getuid(), roles, tokens, self._wrong_token)
         return ApiParts(
-            *(self._runs, self._calls, self._audit, self._checkpoints, self._grants, self._approvals, tokens, roster),
+            *(self._runs, self._calls, self._audit, self._checkpoints, self._index, self._grants, self._approvals),
+            *(tokens, roster),
             *(self.status, self._propose),
         )
 
@@ -172,10 +176,11 @@ class Daemon:
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
+                await asyncio.to_thread(self._index.catch_up)  # so that no query has much to catch up with
                 if await asyncio.to_thread(self._checkpoints.is_due):
                     await asyncio.to_thread(self._checkpoints.make)
             except AgentdError as e:
-                _log.warning("no checkpoint of the log could be made: %s", e)
+                _log.warning("the log could not be indexed or signed: %s", e)
 
     def _wrong_token(self, peer: str, why: str) -> None:
         """Nobody waits for this to be durable."""

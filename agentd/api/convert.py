@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from agentd.api.status import to_status
+from agentd.audit import Wanted
 from agentd.errors import AgentdError, Reason, RequestError
 from agentd.runs import Run, State, StopReason
 from agentd.v1 import approval_pb2, audit_pb2, run_pb2, tool_pb2
@@ -192,6 +194,25 @@ def tool_message(tool: Tool) -> tool_pb2.Tool:
         version=tool.version,
         digest=tool.digest,
         needs=[f"{kind}:{template}" for kind, template in tool.manifest.needs.templates()],
+    )
+
+
+def wanted_events(message: audit_pb2.AuditFilter, *, call: str = "", after: int = 0, newest_first: bool = False) -> Wanted:
+    """Raises RequestError (BAD_FIELD)."""
+    fields: dict[str, tuple[str, ...]] = {"call": (call,)} if call else {}
+    for match in message.matches:
+        name, equals, value = match.partition("=")
+        if not equals:
+            raise RequestError(Reason.BAD_FIELD, f"{match!r} is not FIELD=VALUE.", field="filter.matches")
+        fields[name] = (*fields.get(name, ()), value)
+    return Wanted(
+        fields,
+        message.words,
+        os.fsencode(message.path),
+        message.since.ToNanoseconds() if message.HasField("since") else 0,
+        message.until.ToNanoseconds() if message.HasField("until") else 0,
+        after,
+        newest_first,
     )
 
 

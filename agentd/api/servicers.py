@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from agentd.api import convert
@@ -24,9 +25,12 @@ from agentd.v1 import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from agentd.audit import AuditLog, Checkpoints
+    from agentd.audit import AuditLog, Checkpoints, Entry, Index, Wanted
     from agentd.calls import Calls
     from agentd.runs import Run, Runs
+
+
+_FOLLOWED = 200  # events of one page of a stream
 
 
 class RunServicer(run_pb2_grpc.RunServiceServicer):
@@ -99,23 +103,41 @@ class ToolServicer(tool_pb2_grpc.ToolServiceServicer):
 
 
 class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
-    def __init__(self, audit: AuditLog, checkpoints: Checkpoints) -> None:
-        self._audit, self._checkpoints = audit, checkpoints
+    def __init__(self, audit: AuditLog, checkpoints: Checkpoints, index: Index) -> None:
+        self._audit, self._checkpoints, self._index = audit, checkpoints, index
 
     async def ListAuditEvents(  # noqa: N802
         self, request: audit_pb2.ListAuditEventsRequest, context: Any
     ) -> audit_pb2.ListAuditEventsResponse:
         size, after = convert.page_size(request.page_size), convert.page_number(request.page_token)
-        entries = await asyncio.to_thread(
-            self._audit.entries,
-            after=after,
-            limit=size + 1,
-            newest_first=request.newest_first,
-            call=convert.identifier(request.call, "calls") if request.call else "",
-        )
+        call = convert.identifier(request.call, "calls") if request.call else ""
+        wanted = convert.wanted_events(request.filter, call=call, after=after, newest_first=request.newest_first)
+        entries = await asyncio.to_thread(self._entries, wanted, size + 1)
         token = convert.page_token(str(entries[size - 1].seq)) if len(entries) > size else ""
         events = map(convert.audit_message, entries[:size])
         return audit_pb2.ListAuditEventsResponse(audit_events=events, next_page_token=token)
+
+    async def FollowAuditEvents(  # noqa: N802
+        self, request: audit_pb2.FollowAuditEventsRequest, context: Any
+    ) -> AsyncIterator[audit_pb2.AuditEvent]:
+        if request.after_sequence < 0:
+            raise RequestError(Reason.BAD_FIELD, "after_sequence is negative.", field="after_sequence")
+        wanted = convert.wanted_events(request.filter, after=request.after_sequence)
+        with self._audit.announcements() as more:
+            while not self._audit.ended:
+                more.clear()
+                size = await asyncio.to_thread(self._audit.size)
+                while entries := await asyncio.to_thread(self._entries, wanted, _FOLLOWED):
+                    for entry in entries:
+                        yield convert.audit_message(entry)
+                    wanted = replace(wanted, after=entries[-1].seq)
+                wanted = replace(wanted, after=max(wanted.after, size))
+                await more.wait()
+
+    def _entries(self, wanted: Wanted, limit: int) -> list[Entry]:
+        if wanted.anything:
+            return self._audit.entries(after=wanted.after, limit=limit, newest_first=wanted.newest_first)
+        return self._audit.numbered(self._index.find(wanted, limit))
 
     async def VerifyAuditLog(  # noqa: N802
         self, request: audit_pb2.VerifyAuditLogRequest, context: Any

@@ -2,6 +2,7 @@
 
 from agentd.audit.checkpoints import Checkpoints
 from agentd.audit.events import Event, FileTouched, SandboxUse, ToolIdentity, Verdict
+from agentd.audit.index import Index, Wanted
 from agentd.audit.log import AuditLog, Entry
 from agentd.audit.notes import load_signer
 from agentd.audit.verify import Verification
@@ -12,9 +13,11 @@ __all__ = [
     "Entry",
     "Event",
     "FileTouched",
+    "Index",
     "SandboxUse",
     "ToolIdentity",
     "Verdict",
     "Verification",
+    "Wanted",
     "load_signer",
 ]

@@ -7,6 +7,8 @@ end cannot be seen by any chain: that needs an anchor outside the store.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import time
@@ -18,7 +20,7 @@ from agentd.audit.verify import Verification, verify
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import apsw
 
@@ -43,6 +45,9 @@ class AuditLog:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.boot = new_id()
+        self.ended = False
+        """Whether nobody is to wait for more events."""
+        self._waiting: list[Callable[[], None]] = []
 
     def append(self, db: apsw.Connection, event: Event) -> int:
         """Add an event inside a transaction of the store's writer; returns its number."""
@@ -55,6 +60,37 @@ class AuditLog:
     def record(self, event: Event) -> int:
         """Add an event and wait until it is durable. Not for the event loop."""
         return self._store.write(lambda db: self.append(db, event))
+
+    @contextlib.contextmanager
+    def announcements(self) -> Iterator[asyncio.Event]:
+        """A flag of the running event loop that is set whenever there may be more events."""
+        loop, more = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed by now
+                loop.call_soon_threadsafe(more.set)
+
+        self._store.on_commit.append(tell)
+        self._waiting.append(tell)
+        try:
+            yield more
+        finally:
+            self._store.on_commit.remove(tell)
+            self._waiting.remove(tell)
+
+    def end(self) -> None:
+        """Let go of everybody who waits for more events."""
+        self.ended = True
+        for tell in tuple(self._waiting):
+            tell()
+
+    def numbered(self, numbers: Sequence[int]) -> list[Entry]:
+        """The entries of these numbers, in their order."""
+        marks = ", ".join("?" * len(numbers))
+        query = f"SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq IN ({marks})"  # noqa: S608
+        rows = self._store.read(lambda db: list(db.execute(query, numbers)))
+        found = {seq: Entry(seq, _parsed(body), chain) for seq, body, chain in rows}
+        return [found[seq] for seq in numbers if seq in found]
 
     def entries(self, *, after: int = 0, limit: int = 100, newest_first: bool = False, call: str = "") -> list[Entry]:
         """Up to `limit` entries past number `after` (before it, if newest first), optionally of one call."""

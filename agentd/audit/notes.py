@@ -153,7 +153,7 @@ def _unusable(file: Path, why: str) -> StoreError:
     return StoreError(
         Reason.AUDIT_UNAVAILABLE,
         f"The key of the audit log, {file}, can't be used: {why}.",
-        hint="Put it back from a copy. If it is moved away a new one is made, and what was signed before can't be checked here.",
+        hint="Put it back from a copy. If it is moved away a new one is made, which can't check what was signed before.",
         metadata={"path": str(file)},
     )
 

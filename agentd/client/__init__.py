@@ -142,15 +142,30 @@ class Client:
         request = tool_pb2.CallToolRequest(name=f"tools/{tool}", arguments=struct, rehearse=rehearse)
         return self._call(self._tools.CallTool, request, deadline_s=None)
 
-    def audit_events(self, *, call: str = "", newest_first: bool = False) -> Iterator[audit_pb2.AuditEvent]:
+    def audit_events(
+        self, *, call: str = "", newest_first: bool = False, which: audit_pb2.AuditFilter | None = None
+    ) -> Iterator[audit_pb2.AuditEvent]:
         """The audit log, oldest first unless said otherwise; `call` is `calls/{call}`."""
         token = ""
         while True:
-            request = audit_pb2.ListAuditEventsRequest(call=call, newest_first=newest_first, page_token=token)
+            request = audit_pb2.ListAuditEventsRequest(
+                call=call, newest_first=newest_first, page_token=token, filter=which or audit_pb2.AuditFilter()
+            )
             page = self._call(self._audit.ListAuditEvents, request)
             yield from page.audit_events
             if not (token := page.next_page_token):
                 return
+
+    def follow_audit_events(
+        self, *, after: int = 0, which: audit_pb2.AuditFilter | None = None
+    ) -> Iterator[audit_pb2.AuditEvent]:
+        """Events past number `after`, and those to come, until the iterator is closed or the daemon stops."""
+        request = audit_pb2.FollowAuditEventsRequest(after_sequence=after, filter=which or audit_pb2.AuditFilter())
+        stream = self._audit.FollowAuditEvents(request)
+        try:
+            yield from self._read(stream)
+        finally:
+            stream.cancel()
 
     def verify(self, anchors: Iterable[str] = ()) -> audit_pb2.VerifyAuditLogResponse:
         """Recompute the whole log; `anchors` are checkpoints that were kept elsewhere."""

@@ -61,6 +61,8 @@ class Store:
         self._reader = apsw.Connection(self._path, flags=apsw.SQLITE_OPEN_READONLY)
         self._reader.set_busy_timeout(_BUSY_MS)
         self._reading = threading.Lock()
+        self.on_commit: list[Callable[[], None]] = []
+        """Called on the writer's thread after each commit: to be quick, and to raise nothing."""
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         self._thread.start()
@@ -132,6 +134,8 @@ class Store:
                         break
                     group.append(more)
             self._commit(group)
+            for tell in tuple(self.on_commit):
+                tell()
             if stop:
                 return
 

@@ -76,6 +76,7 @@ class ListAuditEventsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
     NEWEST_FIRST_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 means 50, more than 500 means 500."""
     page_token: _builtins.str
@@ -84,6 +85,10 @@ class ListAuditEventsRequest(_message.Message):
     """Only events of this call, `calls/{call}`."""
     newest_first: _builtins.bool
     """Newest instead of oldest first."""
+    @_builtins.property
+    def filter(self) -> Global___AuditFilter:
+        """Which events; all of them if it is not set."""
+
     def __init__(
         self,
         *,
@@ -91,14 +96,89 @@ class ListAuditEventsRequest(_message.Message):
         page_token: _builtins.str = ...,
         call: _builtins.str = ...,
         newest_first: _builtins.bool = ...,
+        filter: Global___AuditFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "filter", b"filter", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAuditEventsRequest: _TypeAlias = ListAuditEventsRequest  # noqa: Y015
+
+@_typing.final
+class AuditFilter(_message.Message):
+    """Which events: all that is set must hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATCHES_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    words: _builtins.str
+    """Words that all occur in the event, in any order."""
+    path: _builtins.str
+    """A path that the call changed. Absolute and real."""
+    @_builtins.property
+    def matches(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`FIELD=VALUE` with a field of kind, principal, session, run, call, tool, decision, boot. Of several values of one
+        field any may be.
+        """
+
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Recorded then or later."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Recorded before then."""
+
+    def __init__(
+        self,
+        *,
+        matches: _abc.Iterable[_builtins.str] | None = ...,
+        words: _builtins.str = ...,
+        path: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["matches", b"matches", "path", b"path", "since", b"since", "until", b"until", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditFilter: _TypeAlias = AuditFilter  # noqa: Y015
+
+@_typing.final
+class FollowAuditEventsRequest(_message.Message):
+    """Request of FollowAuditEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    after_sequence: _builtins.int
+    """Only events past this number; all there are and will be if it is 0."""
+    @_builtins.property
+    def filter(self) -> Global___AuditFilter:
+        """Which events; all of them if it is not set."""
+
+    def __init__(
+        self,
+        *,
+        after_sequence: _builtins.int = ...,
+        filter: Global___AuditFilter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "filter", b"filter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowAuditEventsRequest: _TypeAlias = FollowAuditEventsRequest  # noqa: Y015
 
 @_typing.final
 class ListAuditEventsResponse(_message.Message):

@@ -40,6 +40,11 @@ class AuditServiceStub:
                 request_serializer=agentd_dot_v1_dot_audit__pb2.ListAuditEventsRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_audit__pb2.ListAuditEventsResponse.FromString,
                 _registered_method=True)
+        self.FollowAuditEvents = channel.unary_stream(
+                '/agentd.v1.AuditService/FollowAuditEvents',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.FollowAuditEventsRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.AuditEvent.FromString,
+                _registered_method=True)
         self.VerifyAuditLog = channel.unary_unary(
                 '/agentd.v1.AuditService/VerifyAuditLog',
                 request_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
@@ -69,6 +74,14 @@ class AuditServiceServicer:
     def ListAuditEvents(self, request, context):
         """Lists events.
         Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowAuditEvents(self, request, context):
+        """Streams events as they are recorded, after those that there are already past a given one.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +125,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ListAuditEvents,
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.ListAuditEventsRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_audit__pb2.ListAuditEventsResponse.SerializeToString,
+            ),
+            'FollowAuditEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowAuditEvents,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.FollowAuditEventsRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.AuditEvent.SerializeToString,
             ),
             'VerifyAuditLog': grpc.unary_unary_rpc_method_handler(
                     servicer.VerifyAuditLog,
@@ -162,6 +180,33 @@ class AuditService:
             '/agentd.v1.AuditService/ListAuditEvents',
             agentd_dot_v1_dot_audit__pb2.ListAuditEventsRequest.SerializeToString,
             agentd_dot_v1_dot_audit__pb2.ListAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowAuditEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agentd.v1.AuditService/FollowAuditEvents',
+            agentd_dot_v1_dot_audit__pb2.FollowAuditEventsRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.AuditEvent.FromString,
             options,
             channel_credentials,
             insecure,

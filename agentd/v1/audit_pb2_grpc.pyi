@@ -37,6 +37,10 @@ class AuditServiceStub:
     """Lists events.
     Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
     """
+    FollowAuditEvents: _grpc.UnaryStreamMultiCallable[_audit_pb2.FollowAuditEventsRequest, _audit_pb2.AuditEvent]
+    """Streams events as they are recorded, after those that there are already past a given one.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
     VerifyAuditLog: _grpc.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]
     """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
     A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
@@ -60,6 +64,10 @@ class AuditServiceAsyncStub(AuditServiceStub):
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEventsRequest, _audit_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
     """Lists events.
     Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
+    """
+    FollowAuditEvents: _aio.UnaryStreamMultiCallable[_audit_pb2.FollowAuditEventsRequest, _audit_pb2.AuditEvent]  # type: ignore[assignment]
+    """Streams events as they are recorded, after those that there are already past a given one.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
     """
     VerifyAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
     """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
@@ -87,6 +95,16 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_audit_pb2.ListAuditEventsResponse, _abc.Awaitable[_audit_pb2.ListAuditEventsResponse]]:
         """Lists events.
         Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
+        """
+
+    @_abc_1.abstractmethod
+    def FollowAuditEvents(
+        self,
+        request: _audit_pb2.FollowAuditEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_audit_pb2.AuditEvent], _abc.AsyncIterator[_audit_pb2.AuditEvent]]:
+        """Streams events as they are recorded, after those that there are already past a given one.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
 
     @_abc_1.abstractmethod
