@@ -109,7 +109,9 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def ListAuditEvents(  # noqa: N802
         self, request: audit_pb2.ListAuditEventsRequest, context: Any
     ) -> audit_pb2.ListAuditEventsResponse:
-        size, after = convert.page_size(request.page_size), convert.page_number(request.page_token)
+        size, after = convert.page_size(request.page_size), convert.page_number(request.page_token) or request.after_sequence
+        if after < 0:
+            raise RequestError(Reason.BAD_FIELD, "after_sequence is negative.", field="after_sequence")
         call = convert.identifier(request.call, "calls") if request.call else ""
         wanted = convert.wanted_events(request.filter, call=call, after=after, newest_first=request.newest_first)
         entries = await asyncio.to_thread(self._entries, wanted, size + 1)

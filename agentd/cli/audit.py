@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import sys
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from google.protobuf import json_format
+from rich.table import Table
 
+from agentd.cli.approvals import duration_ns
 from agentd.cli.output import as_dict, console, json_option, print_json, shown
+from agentd.cli.rollback import absolute, print_difference
 from agentd.client import Client
+from agentd.errors import AgentdError
+from agentd.v1 import audit_pb2, journal_pb2
 
 if TYPE_CHECKING:
-    from agentd.v1 import audit_pb2
+    from collections.abc import Callable
 
 TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
 
@@ -24,15 +33,116 @@ def audit() -> None:
     """Read and verify the audit log."""
 
 
-@audit.command("list", epilog="Example: agentd audit list -n 20")
-@click.option("-n", "--lines", default=20, show_default=True, help="How many events, counted from the newest.")
+def _selecting(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = (
+        click.argument("matches", nargs=-1, metavar="[FIELD=VALUE]..."),
+        click.option(
+            "--since", metavar="WHEN", help="Recorded then or later: 2h (ago), today, 2026-11-20, '2026-11-20 18:00'."
+        ),
+        click.option("--until", metavar="WHEN", help="Recorded before then."),
+        click.option("--grep", "words", default="", metavar="WORDS", help="Words that all occur in the event."),
+        click.option("--path", default="", metavar="PATH", help="The call changed this path."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _filter(matches: tuple[str, ...], since: str | None, until: str | None, words: str, path: str) -> audit_pb2.AuditFilter:
+    which = audit_pb2.AuditFilter(matches=matches, words=words, path=absolute(path) if path else "")
+    if since:
+        which.since.FromNanoseconds(_when(since))
+    if until:
+        which.until.FromNanoseconds(_when(until))
+    return which
+
+
+def _when(text: str) -> int:
+    """Nanoseconds since 1970. Raises BadParameter."""
+    now = datetime.now().astimezone()
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    named = {"now": now, "today": midnight, "yesterday": midnight - timedelta(days=1)}
+    if text in named:
+        return int(named[text].timestamp() * 1e9)
+    try:
+        return int(datetime.fromisoformat(text).astimezone().timestamp() * 1e9)
+    except ValueError:
+        with contextlib.suppress(click.BadParameter):
+            return time.time_ns() - duration_ns(text)
+    raise click.BadParameter(f"{text!r} is no time: write 2h (ago), today, yesterday or '2026-11-20 18:00'")
+
+
+@audit.command("list", epilog="Example: agentd audit list -f tool=files.write principal=unix:pi --since 2h")
+@_selecting
+@click.option("-n", "--lines", type=click.IntRange(min=1), help="How many events at most.  [default: 20, or all with --after]")
+@click.option("-r", "--reverse", is_flag=True, help="Newest first.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is recorded from now on, until Ctrl-C.")
+@click.option(
+    "--after", "after", type=click.IntRange(min=0), metavar="NUMBER", help="Only events past this number, oldest first."
+)
+@click.option(
+    "-o", "--output", default="short", show_default=True, type=click.Choice(["short", "json", "json-pretty", "table"])
+)
 @json_option
 @click.pass_obj
-def list_(socket: Path | None, lines: int, *, as_json: bool) -> None:
-    """List the newest events, oldest of them first."""
+def list_(
+    socket: Path | None,
+    /,
+    *,
+    lines: int | None,
+    reverse: bool,
+    follow: bool,
+    after: int | None,
+    output: str,
+    as_json: bool,
+    **chosen: Any,
+) -> None:
+    """List events: the newest 20, oldest of them first.
+
+    FIELD is kind, principal, session, run, call, tool, decision or boot. Of several values of one field any may be.
+    """
+    which, shape = _filter(**chosen), "json" if as_json else output
     with Client(socket) as client:
-        events = list(itertools.islice(client.audit_events(newest_first=True), lines))
-    _print_events(list(reversed(events)), as_json=as_json)
+        if after is not None:
+            events = list(itertools.islice(client.audit_events(after=after, which=which), lines))
+        else:
+            events = list(itertools.islice(client.audit_events(newest_first=True, which=which), lines or 20))[::-1]
+        last = max((event.sequence for event in events), default=after or 0)
+        _print_events(events[::-1] if reverse else events, shape)
+        if follow:
+            for event in client.follow_audit_events(after=last or _newest(client), which=which):
+                _print_events([event], shape)
+
+
+def _newest(client: Client) -> int:
+    return next((event.sequence for event in client.audit_events(newest_first=True)), 0)
+
+
+@audit.command(epilog="Example: agentd audit who ~/notes/todo.txt")
+@click.argument("path")
+@click.option("-n", "--lines", default=20, show_default=True, type=click.IntRange(min=1), help="How many calls, the newest.")
+@json_option
+@click.pass_obj
+def who(socket: Path | None, path: str, lines: int, *, as_json: bool) -> None:
+    """List the calls that changed PATH, newest first: who, with which tool, and whether it can be undone."""
+    which = audit_pb2.AuditFilter(path=absolute(path))
+    with Client(socket) as client:
+        events = list(itertools.islice(client.audit_events(newest_first=True, which=which), lines))
+    if as_json:
+        _print_events(events, "json")
+        return
+    if not events:
+        console.print(f"[dim]no call on record has changed {shown(absolute(path))}[/]")
+        return
+    table = Table(box=None, header_style="bold")
+    for title in ("when", "who", "tool", "call", "undo"):
+        table.add_column(title, no_wrap=title in ("when", "call", "undo"), overflow="fold")
+    for event in events:
+        body = json_format.MessageToDict(event.body)
+        undoable = "[green]yes[/]" if body.get("undoable") else "[dim]no[/]"
+        tool = body.get("tool", {}).get("name", event.kind)
+        table.add_row(_time(event, day=True), shown(body.get("principal", "")), shown(tool), body.get("call", ""), undoable)
+    console.print(table)
 
 
 @audit.command(epilog="Example: agentd audit show 01kz5t3q8m0v9r6w2e4y7x1abc")
@@ -40,19 +150,25 @@ def list_(socket: Path | None, lines: int, *, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def show(socket: Path | None, call: str, *, as_json: bool) -> None:
-    """Show everything recorded about CALL."""
+    """Show the whole story of CALL: who wanted what, who allowed it, what it did, and what became of the files."""
+    name = f"calls/{call.removeprefix('calls/')}"
     with Client(socket) as client:
-        events = list(client.audit_events(call=f"calls/{call.removeprefix('calls/')}"))
-    if not events:
-        raise click.ClickException(f"No event names the call {call}; `agentd audit list` shows those that there are.")
-    for event in events:
+        events = list(client.audit_events(call=name))
+        if not events:
+            raise click.ClickException(f"No event names the call {call}; `agentd audit list` shows those that there are.")
         if as_json:
-            print_json(event)
-            continue
-        console.print(f"[bold]{event.sequence} {event.kind}[/]  {_time(event)}  [dim]chain {event.chain.hex()[:16]}[/]")
-        body = json_format.MessageToDict(event.body)
-        for key in sorted(body.keys() - {"kind", "seq", "time_ns", "v", "boot", "call"}):
-            console.print(f"  [dim]{key:14}[/] {shown(str(body[key]))}")
+            _print_events(events, "json")
+            return
+        for event in events:
+            console.print(
+                f"[bold]{event.sequence} {event.kind}[/]  {_time(event, day=True)}  [dim]chain {event.chain.hex()[:16]}[/]"
+            )
+            body = json_format.MessageToDict(event.body)
+            for key in sorted(body.keys() - {"kind", "seq", "time_ns", "v", "boot", "call"}):
+                console.print(f"  [dim]{key:14}[/] {shown(str(body[key]))}")
+        with contextlib.suppress(AgentdError):  # a call that changed nothing, or of somebody else's
+            for each in client.differences(journal_pb2.ChangeSelection(calls=[name])):
+                print_difference(each, stat=False)
 
 
 @audit.command(epilog="Example: agentd audit verify --anchor /mnt/usb/agentd-anchor")
@@ -155,24 +271,40 @@ def prove(socket: Path | None, sequence: int, *, as_json: bool) -> None:
     sys.exit(0 if holds else TAMPERED)
 
 
-def _print_events(events: list[audit_pb2.AuditEvent], *, as_json: bool) -> None:
-    if as_json:
+def _print_events(events: list[audit_pb2.AuditEvent], shape: str) -> None:
+    if shape == "table":
+        table = Table(box=None, header_style="bold")
+        for title in ("no.", "when", "kind", "who", "tool", "call"):
+            table.add_column(title, no_wrap=title in ("no.", "when", "call"), overflow="fold")
         for event in events:
-            print_json(event)
+            body = json_format.MessageToDict(event.body)
+            tool, principal = body.get("tool", {}).get("name", ""), body.get("principal", "")
+            table.add_row(str(event.sequence), _time(event, day=True), event.kind, shown(principal), tool, body.get("call", ""))
+        console.print(table)
         return
     for event in events:
-        body = json_format.MessageToDict(event.body)
-        decision = body.get("decision", {})
-        denied = f"{decision.get('verdict')}: {decision.get('reason')}" if event.kind == "call.deny" else ""
-        what = body.get("error") or denied or ", ".join(body.get("scopes", []))
-        colour = {"call.deny": "red", "call.abort": "red", "call.end": "green"}.get(event.kind, "default")
-        tool = body.get("tool", {}).get("name", "")
-        call = body.get("call", "")
-        line = f"[bold]{event.sequence:5}[/] [dim]{_time(event)}[/] [{colour}]{event.kind:14}[/]"
-        console.print(f"{line} {call:26} [cyan]{shown(tool)}[/]")
-        if what:
-            console.print(f"{'':20}{shown(what)}", style="dim")
+        if shape == "json":
+            print_json(event)
+        elif shape == "json-pretty":
+            console.print_json(json.dumps(as_dict(event)))
+        else:
+            _print_short(event)
 
 
-def _time(event: audit_pb2.AuditEvent) -> str:
-    return event.event_time.ToDatetime().strftime("%H:%M:%S")
+def _print_short(event: audit_pb2.AuditEvent) -> None:
+    body = json_format.MessageToDict(event.body)
+    decision = body.get("decision", {})
+    denied = f"{decision.get('verdict')}: {decision.get('reason')}" if event.kind == "call.deny" else ""
+    what = body.get("error") or denied or ", ".join(body.get("scopes", []))
+    colour = {"call.deny": "red", "call.abort": "red", "gap": "red", "call.end": "green"}.get(event.kind, "default")
+    tool = body.get("tool", {}).get("name", "")
+    call = body.get("call", "")
+    line = f"[bold]{event.sequence:5}[/] [dim]{_time(event)}[/] [{colour}]{event.kind:14}[/]"
+    console.print(f"{line} {call:26} [cyan]{shown(tool)}[/]")
+    if what:
+        console.print(f"{'':20}{shown(what)}", style="dim")
+
+
+def _time(event: audit_pb2.AuditEvent, *, day: bool = False) -> str:
+    local = datetime.fromtimestamp(event.event_time.seconds).astimezone()
+    return local.strftime("%m-%d %H:%M:%S" if day else "%H:%M:%S")

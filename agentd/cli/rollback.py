@@ -53,14 +53,14 @@ def _selection(
         calls=[f"calls/{call.removeprefix('calls/')}" for call in calls],
         run=f"runs/{run.removeprefix('runs/')}" if run else "",
         session=session,
-        paths=[_absolute(path) for path in paths],
+        paths=[absolute(path) for path in paths],
     )
     if since:
         selection.since.FromNanoseconds(time.time_ns() - duration_ns(since))
     return selection
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """As the journal knows it: links on the way resolved, a link itself not."""
     folder, name = os.path.split(os.path.abspath(os.path.expanduser(path)))
     return os.path.join(os.path.realpath(folder), name)
@@ -111,7 +111,7 @@ def diff(socket: Path | None, /, *, stat: bool, as_json: bool, **chosen: Any) ->
         if as_json:
             print_json(each)
             continue
-        _print_difference(each, stat=stat)
+        print_difference(each, stat=stat)
     if not as_json:
         total = f"{sum(each.added for each in found)} lines added, {sum(each.removed for each in found)} removed"
         console.print(f"[bold]{len(found)} paths[/], {total}")
@@ -148,7 +148,7 @@ def print_plan(plan: journal_pb2.RollbackPlan, *, rehearsed: bool = False) -> No
     console.print(f"[dim]{len(plan.calls)} calls, {sum(path.does for path in plan.paths)} paths to {what}[/]")
 
 
-def _print_difference(each: journal_pb2.PathDifference, *, stat: bool) -> None:
+def print_difference(each: journal_pb2.PathDifference, *, stat: bool) -> None:
     counts = f"  [green]+{each.added}[/] [red]-{each.removed}[/]" if each.diff else ""
     console.print(f"[bold]{shown(each.path)}[/]  [dim]{shown(each.summary)}[/]{counts}")
     if not stat:

@@ -143,13 +143,17 @@ class Client:
         return self._call(self._tools.CallTool, request, deadline_s=None)
 
     def audit_events(
-        self, *, call: str = "", newest_first: bool = False, which: audit_pb2.AuditFilter | None = None
+        self, *, call: str = "", newest_first: bool = False, after: int = 0, which: audit_pb2.AuditFilter | None = None
     ) -> Iterator[audit_pb2.AuditEvent]:
-        """The audit log, oldest first unless said otherwise; `call` is `calls/{call}`."""
+        """The audit log past number `after`, oldest first unless said otherwise; `call` is `calls/{call}`."""
         token = ""
         while True:
             request = audit_pb2.ListAuditEventsRequest(
-                call=call, newest_first=newest_first, page_token=token, filter=which or audit_pb2.AuditFilter()
+                call=call,
+                newest_first=newest_first,
+                page_token=token,
+                filter=which or audit_pb2.AuditFilter(),
+                after_sequence=after,
             )
             page = self._call(self._audit.ListAuditEvents, request)
             yield from page.audit_events

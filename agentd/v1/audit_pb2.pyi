@@ -77,6 +77,7 @@ class ListAuditEventsRequest(_message.Message):
     CALL_FIELD_NUMBER: _builtins.int
     NEWEST_FIRST_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 means 50, more than 500 means 500."""
     page_token: _builtins.str
@@ -85,6 +86,8 @@ class ListAuditEventsRequest(_message.Message):
     """Only events of this call, `calls/{call}`."""
     newest_first: _builtins.bool
     """Newest instead of oldest first."""
+    after_sequence: _builtins.int
+    """Only events past this number; before it, if the newest come first. A page token goes on from where its page ended."""
     @_builtins.property
     def filter(self) -> Global___AuditFilter:
         """Which events; all of them if it is not set."""
@@ -97,10 +100,11 @@ class ListAuditEventsRequest(_message.Message):
         call: _builtins.str = ...,
         newest_first: _builtins.bool = ...,
         filter: Global___AuditFilter | None = ...,
+        after_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "filter", b"filter", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "call", b"call", "filter", b"filter", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
