@@ -129,10 +129,19 @@ class ApprovalsConfig(_Strict):
     notify: bool = True
 
 
+class ShipConfig(_Strict):
+    """A receiver of events: `to` is file:///PATH, tcp://HOST:PORT, tls://, udp://, or http(s):// for otlp."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    to: str
+    format: Literal["jsonl", "csv", "syslog", "cef", "ocsf", "otlp"] = "jsonl"
+
+
 class AuditConfig(_Strict):
     """`origin` names the log in its checkpoints, from its first one on; they also go to `anchor_file` and to journald."""
 
     origin: Annotated[str, Field(pattern=r"^[!-*,-~]{0,128}$")] = ""
+    ship: tuple[ShipConfig, ...] = ()
     anchor_file: Folder | None = None
     journald: bool = True
 

@@ -18,6 +18,7 @@ from agentd import __version__, calls, models
 from agentd.api import ApiParts, ApiServer, Tcp
 from agentd.audit import AuditLog, Checkpoints, Event, Index, load_signer
 from agentd.audit.anchors import found, read_notes
+from agentd.audit.ship import Shipper, receiver
 from agentd.calls import Calls, Permission, Places
 from agentd.config import DEVICES
 from agentd.engine.client import Engine, EngineSettings
@@ -70,6 +71,7 @@ class Daemon:
         self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs), self._own)
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
+        self._shippers = _shippers(config, self._store, self._audit)
         self._recovered: list[str] = []
         self._model_error = ""
         self._preload: asyncio.Task[None] | None = None
@@ -126,6 +128,8 @@ class Daemon:
         if config.approvals.notify:
             self._notifier.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
+        for shipper in self._shippers:
+            shipper.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep the journal")
         self._signing = asyncio.create_task(self._sign(), name="checkpoints of the log")
 
@@ -146,6 +150,8 @@ class Daemon:
             with contextlib.suppress(AgentdError):  # a full disk must not keep the daemon from stopping
                 self._audit.record(Event(kind="stop", principal="agentd"))
                 self._checkpoints.make()
+            for shipper in self._shippers:
+                await asyncio.to_thread(shipper.stop)
         if hasattr(self, "_sandbox"):
             self._sandbox.stop()
         self._index.close()
@@ -261,6 +267,18 @@ def _rules(config: Config) -> list[Grant]:
         expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
         rules.append(replace(made, conditions=conditions, expire_ns=expire, rehearse=grant.rehearse))
     return rules
+
+
+def _shippers(config: Config, store: Store, audit: AuditLog) -> tuple[Shipper, ...]:
+    """Raises ConfigError."""
+    made = []
+    for ship in config.audit.ship:
+        try:
+            made.append(Shipper(ship.name, ship.format, receiver(ship.to, ship.format), store, audit))
+        except ValueError as e:
+            message = f"In [[audit.ship]] {ship.name!r} of agentd.toml: {e}."
+            raise ConfigError(Reason.CONFIG_INVALID, message, hint="docs/audit.md shows receivers of every kind.") from None
+    return tuple(made)
 
 
 def _keep(config: Config) -> Keep:

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agentd.audit.formats import Record
 from agentd.audit.tree import leaf
 from agentd.audit.verify import Verification, verify
 from agentd.store import new_id
@@ -128,6 +129,12 @@ class AuditLog:
     def bodies(self, *, after: int = 0) -> Iterator[tuple[int, bytes]]:
         """(number, body) as stored, in order."""
         return ((seq, body) for seq, body, _ in self.rows(after=after))
+
+    def records(self, *, after: int, limit: int) -> list[Record]:
+        """As they are stored, for other programs."""
+        query = "SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq > ? ORDER BY seq LIMIT ?"
+        rows = self._store.read(lambda db: list(db.execute(query, (after, limit))))
+        return [Record(seq, body.decode("utf-8", "replace"), chain) for seq, body, chain in rows]
 
     def verify(self, verifier: Verifier | None = None, kept: Iterable[str] = (), anchors: Iterable[str] = ()) -> Verification:
         """Recompute the whole chain from the stored bytes; with the log's public key also what checkpoints say of it."""

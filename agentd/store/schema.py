@@ -109,6 +109,13 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         CREATE TABLE checkpoint (size INTEGER PRIMARY KEY, peaks BLOB NOT NULL, note TEXT NOT NULL) STRICT;
         """,
     ),
+    (
+        "0007_what_was_shipped",
+        """
+        -- Up to which event each receiver has got the log.
+        CREATE TABLE shipped (name TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+        """,
+    ),
 )
 
 
