@@ -216,6 +216,15 @@ def wanted_events(message: audit_pb2.AuditFilter, *, call: str = "", after: int 
     )
 
 
+def cells(row: tuple[Any, ...]) -> struct_pb2.ListValue:
+    """Of a table; numbers that JSON would round are text."""
+    values = struct_pb2.ListValue()
+    for cell in row:
+        exact = not isinstance(cell, int) or abs(cell) < 1 << 53
+        values.append(cell.hex() if isinstance(cell, bytes) else valid(cell) if exact else str(cell))
+    return values
+
+
 def audit_message(entry: Entry) -> audit_pb2.AuditEvent:
     return audit_pb2.AuditEvent(
         name=f"auditEvents/{entry.seq}",
@@ -224,4 +233,5 @@ def audit_message(entry: Entry) -> audit_pb2.AuditEvent:
         kind=entry.body["kind"],
         body=struct(entry.body),
         chain=entry.chain,
+        text=entry.text,
     )

@@ -141,6 +141,13 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
             return self._audit.entries(after=wanted.after, limit=limit, newest_first=wanted.newest_first)
         return self._audit.numbered(self._index.find(wanted, limit))
 
+    async def QueryAuditSql(  # noqa: N802
+        self, request: audit_pb2.QueryAuditSqlRequest, context: Any
+    ) -> audit_pb2.QueryAuditSqlResponse:
+        answer = await asyncio.to_thread(self._index.ask, request.sql)
+        rows = [convert.cells(row) for row in answer.rows]
+        return audit_pb2.QueryAuditSqlResponse(columns=convert.valid(answer.columns), rows=rows, more=answer.more)
+
     async def VerifyAuditLog(  # noqa: N802
         self, request: audit_pb2.VerifyAuditLogRequest, context: Any
     ) -> audit_pb2.VerifyAuditLogResponse:

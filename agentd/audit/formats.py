@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from agentd import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -101,7 +103,7 @@ def _syslog_value(text: str) -> str:
     return _one_line(text)
 
 
-def cef(record: Record, version: str = "") -> str:
+def cef(record: Record, version: str = __version__) -> str:
     """ArcSight's Common Event Format, version 0."""
     body = record.body
     severity = 8 if body.get("kind") in _FAILED else 6 if body.get("kind") in _REFUSED else 3
@@ -134,7 +136,7 @@ def _cef_value(text: str) -> str:
     return _one_line(text.replace("\\", "\\\\").replace("=", "\\=").replace("\n", "\\n").replace("\r", "\\r"))
 
 
-def ocsf(record: Record, version: str = "") -> str:
+def ocsf(record: Record, version: str = __version__) -> str:
     """The Open Cybersecurity Schema Framework: API Activity (6003), a line of JSON. What has no place there is `unmapped`."""
     body = record.body
     main, failed = _main(body), bool(body.get("error")) or body.get("kind") in _REFUSED
@@ -193,7 +195,7 @@ def span(record: Record) -> dict[str, Any] | None:
     }
 
 
-def otlp(records: Iterable[Record], version: str = "") -> str:
+def otlp(records: Iterable[Record], version: str = __version__) -> str:
     """The body of a POST to /v1/traces, OTLP over HTTP with JSON. Empty if none of the events is a call that has ended."""
     spans = [made for record in records if (made := span(record))]
     if not spans:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import apsw
 
+from agentd.audit.ask import Answer, ask
 from agentd.errors import Reason, RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class Index:
         """Take in what is new. Raises StoreError."""
         with self._up_to_date():
             pass
+
+    def ask(self, sql: str) -> Answer:
+        """A question in SQL. Raises RequestError (BAD_FIELD), StoreError."""
+        return ask(self, self._file, self._audit.file, sql)
 
     def close(self) -> None:
         with self._using:

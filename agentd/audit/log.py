@@ -22,6 +22,7 @@ from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
 
     import apsw
 
@@ -35,11 +36,12 @@ _PAGE = 500
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A stored event: its number, the body as parsed JSON, and the chain value that covers it."""
+    """A stored event: its number, the body as parsed JSON, the chain value that covers it, and the body as it is stored."""
 
     seq: int
     body: dict[str, Any]
     chain: bytes
+    text: str
 
 
 class AuditLog:
@@ -90,7 +92,7 @@ class AuditLog:
         marks = ", ".join("?" * len(numbers))
         query = f"SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq IN ({marks})"  # noqa: S608
         rows = self._store.read(lambda db: list(db.execute(query, numbers)))
-        found = {seq: Entry(seq, _parsed(body), chain) for seq, body, chain in rows}
+        found = {seq: _entry(seq, body, chain) for seq, body, chain in rows}
         return [found[seq] for seq in numbers if seq in found]
 
     def entries(self, *, after: int = 0, limit: int = 100, newest_first: bool = False, call: str = "") -> list[Entry]:
@@ -101,7 +103,7 @@ class AuditLog:
         query = f"SELECT seq, CAST(body AS BLOB), chain FROM event WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608
         values = (start, call, limit) if call else (start, limit)
         rows = self._store.read(lambda db: list(db.execute(query, values)))
-        return [Entry(seq, _parsed(body), chain) for seq, body, chain in rows]
+        return [_entry(seq, body, chain) for seq, body, chain in rows]
 
     def since(self, time_ns: int) -> Iterator[Entry]:
         """All entries from the first one that is not older, oldest first."""
@@ -114,6 +116,11 @@ class AuditLog:
         """The latest time among the newest entries: the clock may have been set back before the last of them."""
         newest = self.entries(limit=_PAGE, newest_first=True)
         return max((int(entry.body.get("time_ns", 0)) for entry in newest), default=0)
+
+    @property
+    def file(self) -> Path:
+        """That of the store."""
+        return self._store.file
 
     def size(self) -> int:
         """How many events there are: their numbers have no gaps."""
@@ -139,6 +146,10 @@ class AuditLog:
     def verify(self, verifier: Verifier | None = None, kept: Iterable[str] = (), anchors: Iterable[str] = ()) -> Verification:
         """Recompute the whole chain from the stored bytes; with the log's public key also what checkpoints say of it."""
         return verify(self.rows(), _link, _START, verifier, kept, anchors)
+
+
+def _entry(seq: int, body: bytes, chain: bytes) -> Entry:
+    return Entry(seq, _parsed(body), chain, body.decode("utf-8", "replace"))
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
-from agentd import __version__
 from agentd.audit.formats import LINES, otlp
 from agentd.errors import AgentdError
 
@@ -224,6 +223,6 @@ class Shipper:
 
 def _messages(form: str, records: Sequence[Record]) -> list[str]:
     if form == "otlp":
-        whole = otlp(records, __version__)
+        whole = otlp(records)
         return [whole] if whole else []
     return [LINES[form](record) for record in records]

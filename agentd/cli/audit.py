@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import sys
 import time
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +22,7 @@ from agentd.v1 import audit_pb2, journal_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
 
@@ -33,7 +32,7 @@ def audit() -> None:
     """Read and verify the audit log."""
 
 
-def _selecting(command: Callable[..., Any]) -> Callable[..., Any]:
+def selecting(command: Callable[..., Any]) -> Callable[..., Any]:
     options = (
         click.argument("matches", nargs=-1, metavar="[FIELD=VALUE]..."),
         click.option(
@@ -48,7 +47,9 @@ def _selecting(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _filter(matches: tuple[str, ...], since: str | None, until: str | None, words: str, path: str) -> audit_pb2.AuditFilter:
+def event_filter(
+    matches: tuple[str, ...], since: str | None, until: str | None, words: str, path: str
+) -> audit_pb2.AuditFilter:
     which = audit_pb2.AuditFilter(matches=matches, words=words, path=absolute(path) if path else "")
     if since:
         which.since.FromNanoseconds(_when(since))
@@ -73,7 +74,7 @@ def _when(text: str) -> int:
 
 
 @audit.command("list", epilog="Example: agentd audit list -f tool=files.write principal=unix:pi --since 2h")
-@_selecting
+@selecting
 @click.option("-n", "--lines", type=click.IntRange(min=1), help="How many events at most.  [default: 20, or all with --after]")
 @click.option("-r", "--reverse", is_flag=True, help="Newest first.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is recorded from now on, until Ctrl-C.")
@@ -101,7 +102,7 @@ def list_(
 
     FIELD is kind, principal, session, run, call, tool, decision or boot. Of several values of one field any may be.
     """
-    which, shape = _filter(**chosen), "json" if as_json else output
+    which, shape = event_filter(**chosen), "json" if as_json else output
     with Client(socket) as client:
         if after is not None:
             events = list(itertools.islice(client.audit_events(after=after, which=which), lines))
@@ -171,104 +172,29 @@ def show(socket: Path | None, call: str, *, as_json: bool) -> None:
                 print_difference(each, stat=False)
 
 
-@audit.command(epilog="Example: agentd audit verify --anchor /mnt/usb/agentd-anchor")
-@click.option(
-    "--anchor",
-    "anchors",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A file with checkpoints that was kept elsewhere.",
-)
+@audit.command(epilog="Example: agentd audit sql \"SELECT tool, count(*) FROM events WHERE kind = 'call.end' GROUP BY tool\"")
+@click.argument("statement")
 @json_option
 @click.pass_obj
-def verify(socket: Path | None, anchors: tuple[Path, ...], *, as_json: bool) -> None:
-    """Recompute the hash chain of the whole log, and what checkpoints have signed.
-
-    Exit status: 0 if it is whole; 3 if something was changed; 4 if the end is missing; 5 if it is whole, but some events are
-    newer than the newest checkpoint in the anchors given.
+def sql(socket: Path | None, statement: str, *, as_json: bool) -> None:
+    """Answer one SELECT over the views events (seq, time, time_ns, kind, principal, session, run, call, tool, decision, boot,
+    body as JSON) and paths (path, seq).
     """
-    from agentd.audit.anchors import read_notes  # noqa: PLC0415 - the other commands must start fast
-
-    notes = [note for file in anchors for note in read_notes(file.read_text(errors="replace"))]
     with Client(socket) as client:
-        found = client.verify(notes)
+        answer = client.audit_sql(statement)
+    rows = [[None if cell is None else cell for cell in row] for row in answer.rows]
     if as_json:
-        print_json(as_dict(found) | {"head": found.head.hex()})
-    else:
-        _print_verification(found, with_anchors=bool(anchors))
-    if found.first_bad_sequence or found.lost_events:
-        sys.exit(TAMPERED if found.first_bad_sequence else TRUNCATED)
-    sys.exit(UNATTESTED if anchors and found.anchored_events < found.valid_events else 0)
-
-
-def _print_verification(found: audit_pb2.VerifyAuditLogResponse, *, with_anchors: bool) -> None:
-    if found.first_bad_sequence:
-        console.print(f"[red bold]damaged:[/] {found.why}; the {found.valid_events} events before it are as written")
-    elif found.lost_events:
-        console.print(f"[red bold]cut off:[/] {found.lost_events} events are missing at the end; {found.valid_events} are left")
-    else:
-        console.print(f"[green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
-    console.print(f"[dim]signed: the first {found.attested_events} events are covered by checkpoints[/]")
-    if with_anchors:
-        newer = found.valid_events - found.anchored_events
-        console.print(f"[dim]anchored: the first {found.anchored_events}; {newer} are newer than what was kept elsewhere[/]")
-
-
-@audit.command(epilog="Example: agentd audit checkpoint > /mnt/usb/agentd-anchor")
-@json_option
-@click.pass_obj
-def checkpoint(socket: Path | None, *, as_json: bool) -> None:
-    """Print the newest signed checkpoint. Kept elsewhere, it shows later whether anything before it was changed or cut off."""
-    with Client(socket) as client:
-        found = client.checkpoint()
-    if as_json:
-        print_json(found)
-    else:
-        click.echo(found.note, nl=False)
-
-
-@audit.command(epilog="Example: agentd audit key > agentd.pub")
-@json_option
-@click.pass_obj
-def key(socket: Path | None, *, as_json: bool) -> None:
-    """Print the public key that checkpoints are signed with, as c2sp.org/signed-note writes it."""
-    with Client(socket) as client:
-        found = client.checkpoint().verifier_key
-    if as_json:
-        print_json({"verifier_key": found})
-    else:
-        click.echo(found)
-
-
-@audit.command(epilog="Example: agentd audit prove 17")
-@click.argument("sequence", type=click.IntRange(min=1))
-@json_option
-@click.pass_obj
-def prove(socket: Path | None, sequence: int, *, as_json: bool) -> None:
-    """Prove that event SEQUENCE is in the log of the newest checkpoint. The proof is checked here.
-
-    Exit status: 0, or 3 if the proof does not hold.
-    """
-    from agentd.audit.notes import Verifier  # noqa: PLC0415 - the other commands must start fast
-    from agentd.audit.tree import includes  # noqa: PLC0415
-
-    with Client(socket) as client:
-        newest = client.checkpoint()
-        point = Verifier.parse(newest.verifier_key).open(newest.note)
-        if sequence > point.size:
-            raise click.ClickException(f"Event {sequence} is newer than the newest checkpoint, which covers {point.size}.")
-        proof = client.prove_inclusion(sequence, point.size)
-    holds = includes(proof.leaf, sequence - 1, point.size, list(proof.hashes), point.root)
-    if as_json:
-        hashes = [each.hex() for each in proof.hashes]
-        print_json({"note": newest.note, "leaf": proof.leaf.hex(), "hashes": hashes, "holds": holds})
-    else:
-        console.print(f"[dim]leaf[/]  {proof.leaf.hex()}")
-        for each in proof.hashes:
-            console.print(f"[dim]hash[/]  {each.hex()}")
-        word = "[green]proved[/]" if holds else "[red bold]not proved[/]"
-        console.print(f"{word}: event {sequence} is one of {point.size}, root {point.root.hex()}")
-    sys.exit(0 if holds else TAMPERED)
+        for row in rows:
+            print_json(dict(zip(answer.columns, row, strict=True)))
+        return
+    table = Table(box=None, header_style="bold")
+    for title in answer.columns:
+        table.add_column(shown(title), overflow="fold")
+    for row in rows:
+        table.add_row(*(shown("" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell)) for cell in row))
+    console.print(table)
+    if answer.more:
+        console.print("[yellow]and more: give it a LIMIT, or an OFFSET[/]")
 
 
 def _print_events(events: list[audit_pb2.AuditEvent], shape: str) -> None:

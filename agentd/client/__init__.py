@@ -171,6 +171,10 @@ class Client:
         finally:
             stream.cancel()
 
+    def audit_sql(self, sql: str) -> audit_pb2.QueryAuditSqlResponse:
+        """One SELECT over the views `events` and `paths`."""
+        return self._call(self._audit.QueryAuditSql, audit_pb2.QueryAuditSqlRequest(sql=sql))
+
     def verify(self, anchors: Iterable[str] = ()) -> audit_pb2.VerifyAuditLogResponse:
         """Recompute the whole log; `anchors` are checkpoints that were kept elsewhere."""
         return self._call(self._audit.VerifyAuditLog, audit_pb2.VerifyAuditLogRequest(anchors=anchors), deadline_s=None)

@@ -14,6 +14,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import apsw
@@ -23,7 +24,6 @@ from agentd.store.schema import migrate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 T = TypeVar("T")
 _BUSY_MS = 5000
@@ -95,6 +95,10 @@ class Store:
                     self._reader.execute("ROLLBACK")
             except apsw.Error as e:
                 raise _unusable(e, self._path) from e
+
+    @property
+    def file(self) -> Path:
+        return Path(self._path)
 
     @property
     def lock_descriptor(self) -> int:

@@ -32,6 +32,7 @@ class AuditEvent(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
     CHAIN_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`auditEvents/{sequence}`."""
     sequence: _builtins.int
@@ -40,6 +41,8 @@ class AuditEvent(_message.Message):
     """What it is, such as `call.intent`."""
     chain: _builtins.bytes
     """The chain value that covers it and all events before it."""
+    text: _builtins.str
+    """The event as it is stored and hashed: SHA-256(0x00 || text) is its leaf."""
     @_builtins.property
     def event_time(self) -> _timestamp_pb2.Timestamp:
         """When it was recorded."""
@@ -57,10 +60,11 @@ class AuditEvent(_message.Message):
         kind: _builtins.str = ...,
         body: _struct_pb2.Struct | None = ...,
         chain: _builtins.bytes = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chain", b"chain", "event_time", b"event_time", "kind", b"kind", "name", b"name", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chain", b"chain", "event_time", b"event_time", "kind", b"kind", "name", b"name", "sequence", b"sequence", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -211,6 +215,62 @@ class ListAuditEventsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListAuditEventsResponse: _TypeAlias = ListAuditEventsResponse  # noqa: Y015
+
+@_typing.final
+class QueryAuditSqlRequest(_message.Message):
+    """Request of QueryAuditSql."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SQL_FIELD_NUMBER: _builtins.int
+    sql: _builtins.str
+    """One SELECT."""
+    def __init__(
+        self,
+        *,
+        sql: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sql", b"sql"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryAuditSqlRequest: _TypeAlias = QueryAuditSqlRequest  # noqa: Y015
+
+@_typing.final
+class QueryAuditSqlResponse(_message.Message):
+    """Response of QueryAuditSql."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """Whether there were more rows than 10,000."""
+    @_builtins.property
+    def columns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the columns; empty if there is no row."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[_struct_pb2.ListValue]:
+        """Values of each row, in the columns' order. Bytes are hexadecimal."""
+
+    def __init__(
+        self,
+        *,
+        columns: _abc.Iterable[_builtins.str] | None = ...,
+        rows: _abc.Iterable[_struct_pb2.ListValue] | None = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "more", b"more", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryAuditSqlResponse: _TypeAlias = QueryAuditSqlResponse  # noqa: Y015
 
 @_typing.final
 class VerifyAuditLogRequest(_message.Message):

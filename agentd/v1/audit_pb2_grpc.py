@@ -45,6 +45,11 @@ class AuditServiceStub:
                 request_serializer=agentd_dot_v1_dot_audit__pb2.FollowAuditEventsRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_audit__pb2.AuditEvent.FromString,
                 _registered_method=True)
+        self.QueryAuditSql = channel.unary_unary(
+                '/agentd.v1.AuditService/QueryAuditSql',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlResponse.FromString,
+                _registered_method=True)
         self.VerifyAuditLog = channel.unary_unary(
                 '/agentd.v1.AuditService/VerifyAuditLog',
                 request_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
@@ -81,6 +86,14 @@ class AuditServiceServicer:
 
     def FollowAuditEvents(self, request, context):
         """Streams events as they are recorded, after those that there are already past a given one.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QueryAuditSql(self, request, context):
+        """Answers a question in SQL, over the views `events` and `paths`. Reads nothing else.
         Errors: INVALID_ARGUMENT BAD_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -130,6 +143,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.FollowAuditEvents,
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.FollowAuditEventsRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_audit__pb2.AuditEvent.SerializeToString,
+            ),
+            'QueryAuditSql': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryAuditSql,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlResponse.SerializeToString,
             ),
             'VerifyAuditLog': grpc.unary_unary_rpc_method_handler(
                     servicer.VerifyAuditLog,
@@ -207,6 +225,33 @@ class AuditService:
             '/agentd.v1.AuditService/FollowAuditEvents',
             agentd_dot_v1_dot_audit__pb2.FollowAuditEventsRequest.SerializeToString,
             agentd_dot_v1_dot_audit__pb2.AuditEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryAuditSql(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.AuditService/QueryAuditSql',
+            agentd_dot_v1_dot_audit__pb2.QueryAuditSqlRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.QueryAuditSqlResponse.FromString,
             options,
             channel_credentials,
             insecure,

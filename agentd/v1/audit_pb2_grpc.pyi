@@ -41,6 +41,10 @@ class AuditServiceStub:
     """Streams events as they are recorded, after those that there are already past a given one.
     Errors: INVALID_ARGUMENT BAD_FIELD.
     """
+    QueryAuditSql: _grpc.UnaryUnaryMultiCallable[_audit_pb2.QueryAuditSqlRequest, _audit_pb2.QueryAuditSqlResponse]
+    """Answers a question in SQL, over the views `events` and `paths`. Reads nothing else.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
     VerifyAuditLog: _grpc.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]
     """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
     A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
@@ -67,6 +71,10 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """
     FollowAuditEvents: _aio.UnaryStreamMultiCallable[_audit_pb2.FollowAuditEventsRequest, _audit_pb2.AuditEvent]  # type: ignore[assignment]
     """Streams events as they are recorded, after those that there are already past a given one.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    QueryAuditSql: _aio.UnaryUnaryMultiCallable[_audit_pb2.QueryAuditSqlRequest, _audit_pb2.QueryAuditSqlResponse]  # type: ignore[assignment]
+    """Answers a question in SQL, over the views `events` and `paths`. Reads nothing else.
     Errors: INVALID_ARGUMENT BAD_FIELD.
     """
     VerifyAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
@@ -104,6 +112,16 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_audit_pb2.AuditEvent], _abc.AsyncIterator[_audit_pb2.AuditEvent]]:
         """Streams events as they are recorded, after those that there are already past a given one.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+
+    @_abc_1.abstractmethod
+    def QueryAuditSql(
+        self,
+        request: _audit_pb2.QueryAuditSqlRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.QueryAuditSqlResponse, _abc.Awaitable[_audit_pb2.QueryAuditSqlResponse]]:
+        """Answers a question in SQL, over the views `events` and `paths`. Reads nothing else.
         Errors: INVALID_ARGUMENT BAD_FIELD.
         """
 
