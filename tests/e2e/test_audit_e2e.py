@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -157,3 +159,70 @@ def test_no_tool_gets_to_the_key_or_the_anchor(tmp_path: Path):
                 assert caught.value.reason is Reason.GRANT_REQUIRED
     finally:
         running.stop()
+
+
+def test_events_are_exported_as_they_were_hashed(daemon: DaemonProcess, tmp_path: Path):
+    """Each line of jsonl has its leaf and continues the chain; the other formats have as many lines."""
+    with Client(daemon.socket) as client:
+        wrote(client, "exported.txt", "=1+1")
+    lines = daemon.command("audit", "export").stdout.splitlines()
+    chain = bytes(32)
+    for line in lines:
+        text = line[line.index('"event":') + len('"event":') : -1]
+        chain = hashlib.sha256(chain + hashlib.sha256(b"\0" + text.encode()).digest()).digest()
+        assert json.loads(line)["chain"] == chain.hex()
+    for output, extra in (("csv", 1), ("syslog", 0), ("cef", 0), ("ocsf", 0)):
+        said = daemon.command("audit", "export", "-o", output, "--until", "now").stdout.splitlines()
+        assert len(said) == len(lines) + extra, output
+    spans = json.loads(daemon.command("audit", "export", "-o", "otlp", "tool=files.write").stdout.splitlines()[0])
+    assert spans["resourceSpans"]
+    file = tmp_path / "events.csv"
+    daemon.command("audit", "export", "-o", "csv", "--to", str(file), "--grep", "exported")
+    assert "exported.txt" in file.read_text()
+    assert daemon.command("audit", "export", "-o", "parquet", check=False).returncode == 2
+
+
+def test_parquet_where_it_is_installed(daemon: DaemonProcess, tmp_path: Path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    daemon.command("audit", "export", "-o", "parquet", "--to", str(tmp_path / "events.parquet"))
+    assert parquet.read_table(tmp_path / "events.parquet").column("kind")[0].as_py() == "boot"
+
+
+def test_a_question_in_sql(daemon: DaemonProcess):
+    with Client(daemon.socket) as client:
+        wrote(client, "asked.txt")
+    path = daemon.home / "asked.txt"
+    found = daemon.json("audit", "sql", f"SELECT principal, tool FROM events JOIN paths USING (seq) WHERE path = '{path}'")
+    assert found[0]["tool"] == "files.write"
+    assert "files.write" in daemon.command("audit", "sql", "SELECT DISTINCT tool FROM events").stdout
+    refused = daemon.command("audit", "sql", "SELECT * FROM token", check=False)
+    assert refused.returncode == 1
+    assert "events" in refused.stderr
+
+
+def test_events_are_shipped_over_a_kill(tmp_path: Path):
+    """At least once: nothing is missing after the daemon was killed and started again."""
+    file = tmp_path / "shipped"
+    extra = f'[[audit.ship]]\nname = "lines"\nto = "file://{file}"\n'
+    running = DaemonProcess(tmp_path / "d", extra=extra).start()
+    with Client(running.socket) as client:
+        for n in range(3):
+            wrote(client, f"f{n}.txt")
+    running.kill()
+    running.start()
+    with Client(running.socket) as client:
+        wrote(client, "last.txt")
+        newest = max(event.sequence for event in client.audit_events())
+    deadline = time.monotonic() + 20
+    while newest not in (got := {json.loads(line)["event"]["seq"] for line in file.read_text().splitlines()}):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert got >= set(range(1, newest + 1))
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("line", ['to = "ftp://x:1"', 'to = "tcp://x"', 'to = "tcp://x:1"\nformat = "otlp"'])
+def test_a_receiver_that_is_none_is_said_at_the_start(tmp_path: Path, line: str):
+    running = DaemonProcess(tmp_path / "d", extra=f'[[audit.ship]]\nname = "r"\n{line}\n')
+    assert running.start(wait=False).ended() == 1
+    assert "audit.ship" in running.log
