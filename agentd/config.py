@@ -142,6 +142,7 @@ class AuditConfig(_Strict):
 
     origin: Annotated[str, Field(pattern=r"^[!-*,-~]{0,128}$")] = ""
     ship: tuple[ShipConfig, ...] = ()
+    keep_events: int = Field(default=1_000_000, ge=1000)
     anchor_file: Folder | None = None
     journald: bool = True
 

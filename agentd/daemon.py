@@ -16,7 +16,7 @@ from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
 from agentd.api import ApiParts, ApiServer, Tcp
-from agentd.audit import AuditLog, Checkpoints, Event, Index, load_signer
+from agentd.audit import Archive, AuditLog, Checkpoints, Event, Index, load_signer
 from agentd.audit.anchors import found, read_notes
 from agentd.audit.ship import Shipper, receiver
 from agentd.calls import Calls, Permission, Places
@@ -71,6 +71,7 @@ class Daemon:
         self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs), self._own)
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
+        self._archive = Archive(self._store, self._audit, self._checkpoints, config.state / "archive")
         self._shippers = _shippers(config, self._store, self._audit)
         self._recovered: list[str] = []
         self._model_error = ""
@@ -162,7 +163,16 @@ class Daemon:
         tokens = Tokens(self._store, self._audit, self._grants.now_ns)
         roster = Roster(os.getuid(), roles, tokens, self._wrong_token)
         return ApiParts(
-            *(self._runs, self._calls, self._audit, self._checkpoints, self._index, self._grants, self._approvals),
+            *(
+                self._runs,
+                self._calls,
+                self._audit,
+                self._checkpoints,
+                self._index,
+                self._archive,
+                self._grants,
+                self._approvals,
+            ),
             *(tokens, roster),
             *(self.status, self._propose),
         )
@@ -233,6 +243,8 @@ class Daemon:
         while True:
             with contextlib.suppress(AgentdError, OSError):
                 await asyncio.to_thread(self._journal.retention.sweep)
+                if moved := await asyncio.to_thread(self._archive.prune, self._config.audit.keep_events, "agentd"):
+                    await asyncio.to_thread(self._index.forget, moved.last)
             await asyncio.sleep(_SWEEP_S)
 
     async def _load_model(self) -> None:

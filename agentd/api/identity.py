@@ -23,7 +23,10 @@ _NEEDED: dict[str, Role | None] = {
     "agentd.v1.SystemService": None,
 }
 """The role that the methods of a service need; None: any. A service that is not here needs the role admin."""
-_NEEDED_BY_METHOD: dict[str, Role | None] = {"/agentd.v1.GrantService/CheckCall": "user"}
+_NEEDED_BY_METHOD: dict[str, Role | None] = {
+    "/agentd.v1.GrantService/CheckCall": "user",
+    "/agentd.v1.AuditService/PruneAuditLog": "admin",
+}
 _OPEN = "grpc.health.v1.Health"  # whether it lives is nobody's secret
 _BEARER = "bearer "
 _caller: ContextVar[Principal] = ContextVar("caller")

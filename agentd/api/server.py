@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from agentd.audit import AuditLog, Checkpoints, Index
+    from agentd.audit import Archive, AuditLog, Checkpoints, Index
     from agentd.calls import Calls
     from agentd.grants import Approvals, Grant, Grants
     from agentd.principals import Roster, Tokens
@@ -67,6 +67,7 @@ class ApiParts:
     audit: AuditLog
     checkpoints: Checkpoints
     index: Index
+    archive: Archive
     grants: Grants
     approvals: Approvals
     tokens: Tokens
@@ -132,7 +133,9 @@ class ApiServer:
         parts = self._parts
         run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(parts.runs), server)
         tool_pb2_grpc.add_ToolServiceServicer_to_server(ToolServicer(parts.calls), server)
-        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(parts.audit, parts.checkpoints, parts.index), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(
+            AuditServicer(parts.audit, parts.checkpoints, parts.index, parts.archive), server
+        )
         journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalServicer(parts.calls), server)
         grants = GrantServicer(parts.grants, parts.calls, parts.propose)
         grant_pb2_grpc.add_GrantServiceServicer_to_server(grants, server)

@@ -25,7 +25,7 @@ from agentd.v1 import (
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from agentd.audit import AuditLog, Checkpoints, Entry, Index, Wanted
+    from agentd.audit import Archive, AuditLog, Checkpoints, Entry, Index, Wanted
     from agentd.calls import Calls
     from agentd.runs import Run, Runs
 
@@ -103,8 +103,8 @@ class ToolServicer(tool_pb2_grpc.ToolServiceServicer):
 
 
 class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
-    def __init__(self, audit: AuditLog, checkpoints: Checkpoints, index: Index) -> None:
-        self._audit, self._checkpoints, self._index = audit, checkpoints, index
+    def __init__(self, audit: AuditLog, checkpoints: Checkpoints, index: Index, archive: Archive) -> None:
+        self._audit, self._checkpoints, self._index, self._archive = audit, checkpoints, index, archive
 
     async def ListAuditEvents(  # noqa: N802
         self, request: audit_pb2.ListAuditEventsRequest, context: Any
@@ -151,7 +151,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def VerifyAuditLog(  # noqa: N802
         self, request: audit_pb2.VerifyAuditLogRequest, context: Any
     ) -> audit_pb2.VerifyAuditLogResponse:
-        found = await asyncio.to_thread(self._checkpoints.verify, list(request.anchors))
+        found = await asyncio.to_thread(self._checkpoints.verify, list(request.anchors), self._archive.rows())
         return audit_pb2.VerifyAuditLogResponse(
             valid_events=found.valid,
             head=found.head,
@@ -160,7 +160,19 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
             attested_events=found.attested,
             anchored_events=found.anchored,
             lost_events=found.lost,
+            absent_events=found.absent,
         )
+
+    async def PruneAuditLog(  # noqa: N802
+        self, request: audit_pb2.PruneAuditLogRequest, context: Any
+    ) -> audit_pb2.PruneAuditLogResponse:
+        if request.keep_events < 1:
+            raise RequestError(Reason.BAD_FIELD, "keep_events is at least 1.", field="keep_events")
+        moved = await asyncio.to_thread(self._archive.prune, request.keep_events, caller().name, 1)
+        if moved is None:
+            return audit_pb2.PruneAuditLogResponse()
+        await asyncio.to_thread(self._index.forget, moved.last)
+        return audit_pb2.PruneAuditLogResponse(first_sequence=moved.first, last_sequence=moved.last, archive=moved.name)
 
     async def GetCheckpoint(  # noqa: N802
         self, request: audit_pb2.GetCheckpointRequest, context: Any
@@ -171,13 +183,17 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def ProveInclusion(  # noqa: N802
         self, request: audit_pb2.ProveInclusionRequest, context: Any
     ) -> audit_pb2.InclusionProof:
-        leaf, hashes = await asyncio.to_thread(self._checkpoints.prove_inclusion, request.sequence, request.size)
+        leaf, hashes = await asyncio.to_thread(
+            self._checkpoints.prove_inclusion, request.sequence, request.size, self._archive.rows()
+        )
         return audit_pb2.InclusionProof(leaf=leaf, hashes=hashes)
 
     async def ProveConsistency(  # noqa: N802
         self, request: audit_pb2.ProveConsistencyRequest, context: Any
     ) -> audit_pb2.ConsistencyProof:
-        hashes = await asyncio.to_thread(self._checkpoints.prove_consistency, request.old_size, request.size)
+        hashes = await asyncio.to_thread(
+            self._checkpoints.prove_consistency, request.old_size, request.size, self._archive.rows()
+        )
         return audit_pb2.ConsistencyProof(hashes=hashes)
 
 

@@ -1,5 +1,6 @@
 """The audit log: what was asked, decided, run, touched and refused, chained so that no row can change unseen."""
 
+from agentd.audit.archive import Archive
 from agentd.audit.checkpoints import Checkpoints
 from agentd.audit.events import Event, FileTouched, SandboxUse, ToolIdentity, Verdict
 from agentd.audit.index import Index, Wanted
@@ -8,6 +9,7 @@ from agentd.audit.notes import load_signer
 from agentd.audit.verify import Verification
 
 __all__ = [
+    "Archive",
     "AuditLog",
     "Checkpoints",
     "Entry",

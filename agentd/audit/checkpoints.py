@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 from agentd.audit.notes import BadNote, Checkpoint
 from agentd.audit.tree import Tree, consistency, inclusion, leaf, proved
+from agentd.audit.verify import Jump
 from agentd.errors import Reason, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from agentd.audit.anchors import Anchor
     from agentd.audit.log import AuditLog
     from agentd.audit.notes import Signer, Verifier
-    from agentd.audit.verify import Verification
+    from agentd.audit.verify import Row, Verification
     from agentd.store import Store
 
 EVERY_EVENTS = 256
@@ -90,33 +91,39 @@ class Checkpoints:
         """Notes by size."""
         return self._store.read(lambda db: {int(s): str(n) for s, n in db.execute("SELECT size, note FROM checkpoint")})
 
-    def verify(self, anchors: Iterable[str] = ()) -> Verification:
-        """All that can be said of the log; `anchors` are notes that somebody has kept elsewhere."""
-        return self._audit.verify(self.verifier, self.all().values(), anchors)
+    def verify(self, anchors: Iterable[str] = (), rows: Iterable[Row | Jump] | None = None) -> Verification:
+        """All that can be said of the log; `anchors` are notes that somebody has kept elsewhere.
+
+        `rows` are those of the log and of its archives, if some of it is there.
+        """
+        return self._audit.verify(self.verifier, self.all().values(), anchors, rows)
 
     # -- proofs
 
-    def prove_inclusion(self, seq: int, size: int) -> tuple[bytes, tuple[bytes, ...]]:
+    def prove_inclusion(self, seq: int, size: int, rows: Iterable[Row | Jump] | None = None) -> tuple[bytes, tuple[bytes, ...]]:
         """The leaf of event `seq`, and the hashes that lead from it to the root of the first `size` events.
 
-        Raises RequestError (BAD_FIELD).
+        `rows` as in `verify`. Raises RequestError (BAD_FIELD).
         """
         if not 1 <= seq <= size or size > self._audit.size():
             raise _out_of_range("sequence", f"there is no event {seq} among the first {size}")
-        (own,) = self._leaves(seq - 1, seq)
-        return own, proved(inclusion(seq - 1, size), self._leaves)
+        own, *hashes = self._proved([(seq - 1, seq), *inclusion(seq - 1, size)], rows)
+        return own, tuple(hashes)
 
-    def prove_consistency(self, old: int, size: int) -> tuple[bytes, ...]:
+    def prove_consistency(self, old: int, size: int, rows: Iterable[Row | Jump] | None = None) -> tuple[bytes, ...]:
         """The hashes that show that the first `old` of `size` events were the same then. Raises RequestError (BAD_FIELD)."""
         if not 1 <= old <= size or size > self._audit.size():
             raise _out_of_range("size", f"{old} and {size} are no two sizes that this log had, one after the other")
-        return proved(consistency(old, size), self._leaves)
+        return self._proved(consistency(old, size), rows)
 
-    def _leaves(self, first: int, end: int) -> Iterator[bytes]:
-        for seq, body in self._audit.bodies(after=first):
-            if seq > end:
-                return
-            yield leaf(body)
+    def _proved(self, spans: Sequence[tuple[int, int]], rows: Iterable[Row | Jump] | None) -> tuple[bytes, ...]:
+        there = (row for row in rows or self._audit.rows() if not isinstance(row, Jump))
+        try:
+            return proved(spans, ((seq - 1, leaf(body)) for seq, body, _ in there))
+        except LookupError:
+            raise _out_of_range(
+                "sequence", "some of the events that the proof needs are in an archive that is not there"
+            ) from None
 
     def lost(self, notes: Iterable[str]) -> int:
         """How many events anchors have seen that are not here any more: 0 is good. Others' notes do not count."""

@@ -83,6 +83,12 @@ class Index:
         with self._up_to_date():
             pass
 
+    def forget(self, last: int) -> None:
+        """Events up to this one are in an archive now. Raises StoreError."""
+        with self._up_to_date() as db, db:
+            db.execute("DELETE FROM found WHERE seq <= ?", (last,))
+            db.execute("DELETE FROM touched WHERE seq <= ?", (last,))
+
     def ask(self, sql: str) -> Answer:
         """A question in SQL. Raises RequestError (BAD_FIELD), StoreError."""
         return ask(self, self._file, self._audit.file, sql)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentd.audit.formats import Record
 from agentd.audit.tree import leaf
-from agentd.audit.verify import Verification, verify
+from agentd.audit.verify import verify
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from agentd.audit.events import Event
     from agentd.audit.notes import Verifier
+    from agentd.audit.verify import Jump, Row, Verification
     from agentd.store import Store
 
 _START = bytes(32)
@@ -51,6 +52,8 @@ class AuditLog:
         self.ended = False
         """Whether nobody is to wait for more events."""
         self._waiting: list[Callable[[], None]] = []
+        self.start = _START
+        """The chain value before the first event."""
 
     def append(self, db: apsw.Connection, event: Event) -> int:
         """Add an event inside a transaction of the store's writer; returns its number."""
@@ -117,6 +120,11 @@ class AuditLog:
         newest = self.entries(limit=_PAGE, newest_first=True)
         return max((int(entry.body.get("time_ns", 0)) for entry in newest), default=0)
 
+    @staticmethod
+    def link(chain: bytes, body: bytes) -> bytes:
+        """The chain value that covers an event and all before it."""
+        return _link(chain, body)
+
     @property
     def file(self) -> Path:
         """That of the store."""
@@ -143,9 +151,18 @@ class AuditLog:
         rows = self._store.read(lambda db: list(db.execute(query, (after, limit))))
         return [Record(seq, body.decode("utf-8", "replace"), chain) for seq, body, chain in rows]
 
-    def verify(self, verifier: Verifier | None = None, kept: Iterable[str] = (), anchors: Iterable[str] = ()) -> Verification:
-        """Recompute the whole chain from the stored bytes; with the log's public key also what checkpoints say of it."""
-        return verify(self.rows(), _link, _START, verifier, kept, anchors)
+    def verify(
+        self,
+        verifier: Verifier | None = None,
+        kept: Iterable[str] = (),
+        anchors: Iterable[str] = (),
+        rows: Iterable[Row | Jump] | None = None,
+    ) -> Verification:
+        """Recompute the whole chain from the stored bytes; with the log's public key also what checkpoints say of it.
+
+        `rows` are those of the log and of its archives, if some of it is there.
+        """
+        return verify(rows or self.rows(), self.link, self.start, verifier, kept, anchors)
 
 
 def _entry(seq: int, body: bytes, chain: bytes) -> Entry:

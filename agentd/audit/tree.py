@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     Span = tuple[int, int]
 
@@ -135,6 +135,23 @@ def is_consistent(old: int, old_root: bytes, size: int, root: bytes, proof: Sequ
     return last == 0 and before == old_root and after == root
 
 
-def proved(spans: Sequence[Span], leaves: Callable[[int, int], Iterable[bytes]]) -> tuple[bytes, ...]:
-    """The hashes of a proof; `leaves` gives those of a span."""
-    return tuple(root_of(leaves(first, end)) for first, end in spans)
+def proved(spans: Sequence[Span], leaves: Iterable[tuple[int, bytes]]) -> tuple[bytes, ...]:
+    """The hashes of a proof; `leaves` are (index, hash) from the first one on, gone through once.
+
+    Raises LookupError if some that are needed are not among them.
+    """
+    trees = {span: Tree() for span in sorted(spans)}
+    waiting = iter(trees.items())
+    span, tree = next(waiting, ((0, 0), Tree()))
+    for index, hashed in leaves:
+        while index >= span[1]:
+            if tree.size != span[1] - span[0]:
+                raise LookupError(span)
+            if (following := next(waiting, None)) is None:
+                return tuple(trees[each].root for each in spans)
+            span, tree = following
+        if index >= span[0]:
+            tree.push(hashed)
+    if any(tree.size != end - first for (first, end), tree in trees.items()):
+        raise LookupError(spans)
+    return tuple(trees[each].root for each in spans)

@@ -25,7 +25,8 @@ class Verification:
     """`bad` is the first row that is not what was written, or None; `valid` counts the rows before it.
 
     `attested` of them are covered by a signed checkpoint, `anchored` by one that was kept elsewhere. `lost` are events that
-    a checkpoint speaks of and that are not there any more.
+    a checkpoint speaks of and that are not there any more. `absent` are in an archive that is not there, or damaged; that they
+    were what was signed is known all the same.
     """
 
     valid: int
@@ -35,6 +36,16 @@ class Verification:
     attested: int = 0
     anchored: int = 0
     lost: int = 0
+    absent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Jump:
+    """In the place of events up to `last` that are not at hand: the chain value and the tree's peaks after them."""
+
+    last: int
+    chain: bytes
+    peaks: tuple[bytes, ...]
 
 
 @dataclass(slots=True)
@@ -60,7 +71,7 @@ class _Claims:
 
 
 def verify(
-    rows: Iterable[Row],
+    rows: Iterable[Row | Jump],
     link: Link,
     start: bytes,
     verifier: Verifier | None = None,
@@ -74,20 +85,22 @@ def verify(
             claims.add(verifier, note, anchored=False)
         for note in anchors:
             claims.add(verifier, note, anchored=True)
-    chain, tree, attested, anchored = start, Tree(), 0, 0
+    chain, tree, attested, anchored, absent = start, Tree(), 0, 0, 0
     bad, why = None, ""
-    for seq, body, stored in rows:
-        expected = tree.size + 1
-        computed = link(chain, body) if seq == expected else b""
-        if computed != stored:
-            bad = min(seq, expected)
-            why = f"event {expected} is missing" if seq != expected else f"event {seq} does not continue the chain"
-            break
-        chain = computed
-        if not verifier:
-            tree.size += 1
-            continue
-        tree.push(leaf(body))
+    for row in rows:
+        if isinstance(row, Jump):
+            absent += row.last - tree.size
+            chain, tree = row.chain, Tree(row.last, list(row.peaks))
+        else:
+            seq, body, stored = row
+            expected = tree.size + 1
+            computed = link(chain, body) if seq == expected else b""
+            if computed != stored:
+                bad = min(seq, expected)
+                why = f"event {expected} is missing" if seq != expected else f"event {seq} does not continue the chain"
+                break
+            chain = computed
+            tree.push(leaf(body))
         if roots := claims.roots.get(tree.size):
             if roots != {tree.root}:
                 bad = attested + 1
@@ -99,4 +112,4 @@ def verify(
         bad, why = attested + 1, claims.broken
     valid = tree.size if bad is None else bad - 1
     lost = max([0, *(size - tree.size for size in claims.roots)]) if bad is None else 0
-    return Verification(valid, chain, bad, why, attested, anchored, lost)
+    return Verification(valid, chain, bad, why, attested, anchored, lost, absent)

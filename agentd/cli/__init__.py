@@ -14,7 +14,7 @@ from agentd.cli.audit import audit
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
 from agentd.cli.grants import grants
-from agentd.cli.proofs import checkpoint, export, key, prove, verify
+from agentd.cli.proofs import checkpoint, export, key, prove, prune, verify
 from agentd.cli.rehearsals import rehearsals
 from agentd.cli.rollback import diff, pin, rollback, undo
 from agentd.cli.run import chat, run
@@ -47,7 +47,7 @@ def cli(context: click.Context, socket: Path | None) -> None:
 
 for command in (serve, run, chat, tools, approvals, grants, token, audit, diff, undo, rollback, rehearsals, pin, doctor, demo):
     cli.add_command(command)
-for command in (verify, checkpoint, key, prove, export):
+for command in (verify, checkpoint, key, prove, export, prune):
     audit.add_command(command)
 
 

@@ -60,6 +60,8 @@ def _print_verification(found: audit_pb2.VerifyAuditLogResponse, *, with_anchors
         console.print(f"[red bold]cut off:[/] {found.lost_events} events are missing at the end; {found.valid_events} are left")
     else:
         console.print(f"[green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
+    if found.absent_events:
+        console.print(f"[yellow]not looked at:[/] {found.absent_events} events are in archives that are missing or damaged")
     console.print(f"[dim]signed: the first {found.attested_events} events are covered by checkpoints[/]")
     if with_anchors:
         newer = found.valid_events - found.anchored_events
@@ -121,6 +123,26 @@ def prove(socket: Path | None, sequence: int, *, as_json: bool) -> None:
         word = "[green]proved[/]" if holds else "[red bold]not proved[/]"
         console.print(f"{word}: event {sequence} is one of {point.size}, root {point.root.hex()}")
     sys.exit(0 if holds else TAMPERED)
+
+
+@click.command(epilog="Example: agentd audit prune --keep 100000")
+@click.option("--keep", required=True, type=click.IntRange(min=1), help="How many of the newest events stay, at least.")
+@json_option
+@click.pass_obj
+def prune(socket: Path | None, keep: int, *, as_json: bool) -> None:
+    """Move the oldest events into a compressed file that still verifies, up to a checkpoint. The daemon does so by itself, too.
+
+    Exit status: 1 if there was nothing to move.
+    """
+    with Client(socket) as client:
+        moved = client.prune_audit_log(keep)
+    if as_json:
+        print_json(moved)
+    elif moved.last_sequence:
+        console.print(f"[green]moved[/] events {moved.first_sequence} to {moved.last_sequence} into archive/{moved.archive}")
+    else:
+        console.print("[dim]nothing to move: no checkpoint covers events that are old enough[/]")
+    sys.exit(0 if moved.last_sequence else 1)
 
 
 @click.command(epilog="Example: agentd audit export -o csv --since 7d > week.csv")

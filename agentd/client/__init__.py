@@ -171,6 +171,10 @@ class Client:
         finally:
             stream.cancel()
 
+    def prune_audit_log(self, keep_events: int) -> audit_pb2.PruneAuditLogResponse:
+        """Move events that are older than the newest ones into an archive."""
+        return self._call(self._audit.PruneAuditLog, audit_pb2.PruneAuditLogRequest(keep_events=keep_events), deadline_s=None)
+
     def audit_sql(self, sql: str) -> audit_pb2.QueryAuditSqlResponse:
         """One SELECT over the views `events` and `paths`."""
         return self._call(self._audit.QueryAuditSql, audit_pb2.QueryAuditSqlRequest(sql=sql))

@@ -116,6 +116,16 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         CREATE TABLE shipped (name TEXT PRIMARY KEY, seq INTEGER NOT NULL) STRICT, WITHOUT ROWID;
         """,
     ),
+    (
+        "0008_archives_of_the_log",
+        """
+        -- The oldest events, moved to files: the chain value and the tree's peaks after the last of each.
+        CREATE TABLE segment (
+            first INTEGER PRIMARY KEY, last INTEGER NOT NULL, chain BLOB NOT NULL, peaks BLOB NOT NULL, name TEXT NOT NULL,
+            digest TEXT NOT NULL
+        ) STRICT;
+        """,
+    ),
 )
 
 

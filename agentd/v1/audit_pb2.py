@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gentd/v1/audit.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\nAuditEvent\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12%\n\x04\x62ody\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05\x63hain\x18\x06 \x01(\x0c\x12\x0c\n\x04text\x18\x07 \x01(\t\"\xa3\x01\n\x16ListAuditEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x03 \x01(\t\x12\x14\n\x0cnewest_first\x18\x04 \x01(\x08\x12&\n\x06\x66ilter\x18\x05 \x01(\x0b\x32\x16.agentd.v1.AuditFilter\x12\x16\n\x0e\x61\x66ter_sequence\x18\x06 \x01(\x03\"\x91\x01\n\x0b\x41uditFilter\x12\x0f\n\x07matches\x18\x01 \x03(\t\x12\r\n\x05words\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x18\x46ollowAuditEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x03\x12&\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x16.agentd.v1.AuditFilter\"_\n\x17ListAuditEventsResponse\x12+\n\x0c\x61udit_events\x18\x01 \x03(\x0b\x32\x15.agentd.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x14QueryAuditSqlRequest\x12\x11\n\x03sql\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"`\n\x15QueryAuditSqlResponse\x12\x0f\n\x07\x63olumns\x18\x01 \x03(\t\x12(\n\x04rows\x18\x02 \x03(\x0b\x32\x1a.google.protobuf.ListValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\"(\n\x15VerifyAuditLogRequest\x12\x0f\n\x07\x61nchors\x18\x01 \x03(\t\"\xac\x01\n\x16VerifyAuditLogResponse\x12\x14\n\x0cvalid_events\x18\x01 \x01(\x03\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x1a\n\x12\x66irst_bad_sequence\x18\x03 \x01(\x03\x12\x0b\n\x03why\x18\x04 \x01(\t\x12\x17\n\x0f\x61ttested_events\x18\x05 \x01(\x03\x12\x17\n\x0f\x61nchored_events\x18\x06 \x01(\x03\x12\x13\n\x0blost_events\x18\x07 \x01(\x03\"\x16\n\x14GetCheckpointRequest\"0\n\nCheckpoint\x12\x0c\n\x04note\x18\x01 \x01(\t\x12\x14\n\x0cverifier_key\x18\x02 \x01(\t\"C\n\x15ProveInclusionRequest\x12\x16\n\x08sequence\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x12\n\x04size\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x02\".\n\x0eInclusionProof\x12\x0c\n\x04leaf\x18\x01 \x01(\x0c\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\"E\n\x17ProveConsistencyRequest\x12\x16\n\x08old_size\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x12\n\x04size\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x02\"\"\n\x10\x43onsistencyProof\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x32\xd3\x04\n\x0c\x41uditService\x12X\n\x0fListAuditEvents\x12!.agentd.v1.ListAuditEventsRequest\x1a\".agentd.v1.ListAuditEventsResponse\x12Q\n\x11\x46ollowAuditEvents\x12#.agentd.v1.FollowAuditEventsRequest\x1a\x15.agentd.v1.AuditEvent0\x01\x12R\n\rQueryAuditSql\x12\x1f.agentd.v1.QueryAuditSqlRequest\x1a .agentd.v1.QueryAuditSqlResponse\x12U\n\x0eVerifyAuditLog\x12 .agentd.v1.VerifyAuditLogRequest\x1a!.agentd.v1.VerifyAuditLogResponse\x12G\n\rGetCheckpoint\x12\x1f.agentd.v1.GetCheckpointRequest\x1a\x15.agentd.v1.Checkpoint\x12M\n\x0eProveInclusion\x12 .agentd.v1.ProveInclusionRequest\x1a\x19.agentd.v1.InclusionProof\x12S\n\x10ProveConsistency\x12\".agentd.v1.ProveConsistencyRequest\x1a\x1b.agentd.v1.ConsistencyProofb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gentd/v1/audit.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x01\n\nAuditEvent\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12.\n\nevent_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12%\n\x04\x62ody\x18\x05 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\r\n\x05\x63hain\x18\x06 \x01(\x0c\x12\x0c\n\x04text\x18\x07 \x01(\t\"\xa3\x01\n\x16ListAuditEventsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0c\n\x04\x63\x61ll\x18\x03 \x01(\t\x12\x14\n\x0cnewest_first\x18\x04 \x01(\x08\x12&\n\x06\x66ilter\x18\x05 \x01(\x0b\x32\x16.agentd.v1.AuditFilter\x12\x16\n\x0e\x61\x66ter_sequence\x18\x06 \x01(\x03\"\x91\x01\n\x0b\x41uditFilter\x12\x0f\n\x07matches\x18\x01 \x03(\t\x12\r\n\x05words\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Z\n\x18\x46ollowAuditEventsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x03\x12&\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x16.agentd.v1.AuditFilter\"_\n\x17ListAuditEventsResponse\x12+\n\x0c\x61udit_events\x18\x01 \x03(\x0b\x32\x15.agentd.v1.AuditEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x14QueryAuditSqlRequest\x12\x11\n\x03sql\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"`\n\x15QueryAuditSqlResponse\x12\x0f\n\x07\x63olumns\x18\x01 \x03(\t\x12(\n\x04rows\x18\x02 \x03(\x0b\x32\x1a.google.protobuf.ListValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\"(\n\x15VerifyAuditLogRequest\x12\x0f\n\x07\x61nchors\x18\x01 \x03(\t\"\xc3\x01\n\x16VerifyAuditLogResponse\x12\x14\n\x0cvalid_events\x18\x01 \x01(\x03\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x1a\n\x12\x66irst_bad_sequence\x18\x03 \x01(\x03\x12\x0b\n\x03why\x18\x04 \x01(\t\x12\x17\n\x0f\x61ttested_events\x18\x05 \x01(\x03\x12\x17\n\x0f\x61nchored_events\x18\x06 \x01(\x03\x12\x13\n\x0blost_events\x18\x07 \x01(\x03\x12\x15\n\rabsent_events\x18\x08 \x01(\x03\"1\n\x14PruneAuditLogRequest\x12\x19\n\x0bkeep_events\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x02\"W\n\x15PruneAuditLogResponse\x12\x16\n\x0e\x66irst_sequence\x18\x01 \x01(\x03\x12\x15\n\rlast_sequence\x18\x02 \x01(\x03\x12\x0f\n\x07\x61rchive\x18\x03 \x01(\t\"\x16\n\x14GetCheckpointRequest\"0\n\nCheckpoint\x12\x0c\n\x04note\x18\x01 \x01(\t\x12\x14\n\x0cverifier_key\x18\x02 \x01(\t\"C\n\x15ProveInclusionRequest\x12\x16\n\x08sequence\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x12\n\x04size\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x02\".\n\x0eInclusionProof\x12\x0c\n\x04leaf\x18\x01 \x01(\x0c\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\"E\n\x17ProveConsistencyRequest\x12\x16\n\x08old_size\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x02\x12\x12\n\x04size\x18\x02 \x01(\x03\x42\x04\xe2\x41\x01\x02\"\"\n\x10\x43onsistencyProof\x12\x0e\n\x06hashes\x18\x01 \x03(\x0c\x32\xa7\x05\n\x0c\x41uditService\x12X\n\x0fListAuditEvents\x12!.agentd.v1.ListAuditEventsRequest\x1a\".agentd.v1.ListAuditEventsResponse\x12Q\n\x11\x46ollowAuditEvents\x12#.agentd.v1.FollowAuditEventsRequest\x1a\x15.agentd.v1.AuditEvent0\x01\x12R\n\rQueryAuditSql\x12\x1f.agentd.v1.QueryAuditSqlRequest\x1a .agentd.v1.QueryAuditSqlResponse\x12U\n\x0eVerifyAuditLog\x12 .agentd.v1.VerifyAuditLogRequest\x1a!.agentd.v1.VerifyAuditLogResponse\x12R\n\rPruneAuditLog\x12\x1f.agentd.v1.PruneAuditLogRequest\x1a .agentd.v1.PruneAuditLogResponse\x12G\n\rGetCheckpoint\x12\x1f.agentd.v1.GetCheckpointRequest\x1a\x15.agentd.v1.Checkpoint\x12M\n\x0eProveInclusion\x12 .agentd.v1.ProveInclusionRequest\x1a\x19.agentd.v1.InclusionProof\x12S\n\x10ProveConsistency\x12\".agentd.v1.ProveConsistencyRequest\x1a\x1b.agentd.v1.ConsistencyProofb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITEVENT'].fields_by_name['name']._serialized_options = b'\342A\001\010'
   _globals['_QUERYAUDITSQLREQUEST'].fields_by_name['sql']._loaded_options = None
   _globals['_QUERYAUDITSQLREQUEST'].fields_by_name['sql']._serialized_options = b'\342A\001\002'
+  _globals['_PRUNEAUDITLOGREQUEST'].fields_by_name['keep_events']._loaded_options = None
+  _globals['_PRUNEAUDITLOGREQUEST'].fields_by_name['keep_events']._serialized_options = b'\342A\001\002'
   _globals['_PROVEINCLUSIONREQUEST'].fields_by_name['sequence']._loaded_options = None
   _globals['_PROVEINCLUSIONREQUEST'].fields_by_name['sequence']._serialized_options = b'\342A\001\002'
   _globals['_PROVEINCLUSIONREQUEST'].fields_by_name['size']._loaded_options = None
@@ -63,19 +65,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERIFYAUDITLOGREQUEST']._serialized_start=959
   _globals['_VERIFYAUDITLOGREQUEST']._serialized_end=999
   _globals['_VERIFYAUDITLOGRESPONSE']._serialized_start=1002
-  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_end=1174
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1176
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1198
-  _globals['_CHECKPOINT']._serialized_start=1200
-  _globals['_CHECKPOINT']._serialized_end=1248
-  _globals['_PROVEINCLUSIONREQUEST']._serialized_start=1250
-  _globals['_PROVEINCLUSIONREQUEST']._serialized_end=1317
-  _globals['_INCLUSIONPROOF']._serialized_start=1319
-  _globals['_INCLUSIONPROOF']._serialized_end=1365
-  _globals['_PROVECONSISTENCYREQUEST']._serialized_start=1367
-  _globals['_PROVECONSISTENCYREQUEST']._serialized_end=1436
-  _globals['_CONSISTENCYPROOF']._serialized_start=1438
-  _globals['_CONSISTENCYPROOF']._serialized_end=1472
-  _globals['_AUDITSERVICE']._serialized_start=1475
-  _globals['_AUDITSERVICE']._serialized_end=2070
+  _globals['_VERIFYAUDITLOGRESPONSE']._serialized_end=1197
+  _globals['_PRUNEAUDITLOGREQUEST']._serialized_start=1199
+  _globals['_PRUNEAUDITLOGREQUEST']._serialized_end=1248
+  _globals['_PRUNEAUDITLOGRESPONSE']._serialized_start=1250
+  _globals['_PRUNEAUDITLOGRESPONSE']._serialized_end=1337
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1339
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1361
+  _globals['_CHECKPOINT']._serialized_start=1363
+  _globals['_CHECKPOINT']._serialized_end=1411
+  _globals['_PROVEINCLUSIONREQUEST']._serialized_start=1413
+  _globals['_PROVEINCLUSIONREQUEST']._serialized_end=1480
+  _globals['_INCLUSIONPROOF']._serialized_start=1482
+  _globals['_INCLUSIONPROOF']._serialized_end=1528
+  _globals['_PROVECONSISTENCYREQUEST']._serialized_start=1530
+  _globals['_PROVECONSISTENCYREQUEST']._serialized_end=1599
+  _globals['_CONSISTENCYPROOF']._serialized_start=1601
+  _globals['_CONSISTENCYPROOF']._serialized_end=1635
+  _globals['_AUDITSERVICE']._serialized_start=1638
+  _globals['_AUDITSERVICE']._serialized_end=2317
 # @@protoc_insertion_point(module_scope)

@@ -309,6 +309,7 @@ class VerifyAuditLogResponse(_message.Message):
     ATTESTED_EVENTS_FIELD_NUMBER: _builtins.int
     ANCHORED_EVENTS_FIELD_NUMBER: _builtins.int
     LOST_EVENTS_FIELD_NUMBER: _builtins.int
+    ABSENT_EVENTS_FIELD_NUMBER: _builtins.int
     valid_events: _builtins.int
     """How many events from the first one on are as they were written."""
     head: _builtins.bytes
@@ -323,6 +324,8 @@ class VerifyAuditLogResponse(_message.Message):
     """How many of them one of the given `anchors` covers."""
     lost_events: _builtins.int
     """How many events a checkpoint speaks of that are not there any more: the end was cut off, or an older store put back."""
+    absent_events: _builtins.int
+    """How many events are in an archive that is not there, or is damaged."""
     def __init__(
         self,
         *,
@@ -333,14 +336,67 @@ class VerifyAuditLogResponse(_message.Message):
         attested_events: _builtins.int = ...,
         anchored_events: _builtins.int = ...,
         lost_events: _builtins.int = ...,
+        absent_events: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["anchored_events", b"anchored_events", "attested_events", b"attested_events", "first_bad_sequence", b"first_bad_sequence", "head", b"head", "lost_events", b"lost_events", "valid_events", b"valid_events", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_events", b"absent_events", "anchored_events", b"anchored_events", "attested_events", b"attested_events", "first_bad_sequence", b"first_bad_sequence", "head", b"head", "lost_events", b"lost_events", "valid_events", b"valid_events", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___VerifyAuditLogResponse: _TypeAlias = VerifyAuditLogResponse  # noqa: Y015
+
+@_typing.final
+class PruneAuditLogRequest(_message.Message):
+    """Request of PruneAuditLog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEEP_EVENTS_FIELD_NUMBER: _builtins.int
+    keep_events: _builtins.int
+    """How many of the newest events stay, at least."""
+    def __init__(
+        self,
+        *,
+        keep_events: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_events", b"keep_events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneAuditLogRequest: _TypeAlias = PruneAuditLogRequest  # noqa: Y015
+
+@_typing.final
+class PruneAuditLogResponse(_message.Message):
+    """Response of PruneAuditLog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
+    first_sequence: _builtins.int
+    """The first event that was moved; 0 if none was."""
+    last_sequence: _builtins.int
+    """The last one."""
+    archive: _builtins.str
+    """The file they are in, in the folder `archive` of the state folder."""
+    def __init__(
+        self,
+        *,
+        first_sequence: _builtins.int = ...,
+        last_sequence: _builtins.int = ...,
+        archive: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PruneAuditLogResponse: _TypeAlias = PruneAuditLogResponse  # noqa: Y015
 
 @_typing.final
 class GetCheckpointRequest(_message.Message):

@@ -55,6 +55,11 @@ class AuditServiceStub:
                 request_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.FromString,
                 _registered_method=True)
+        self.PruneAuditLog = channel.unary_unary(
+                '/agentd.v1.AuditService/PruneAuditLog',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogResponse.FromString,
+                _registered_method=True)
         self.GetCheckpoint = channel.unary_unary(
                 '/agentd.v1.AuditService/GetCheckpoint',
                 request_serializer=agentd_dot_v1_dot_audit__pb2.GetCheckpointRequest.SerializeToString,
@@ -108,6 +113,14 @@ class AuditServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PruneAuditLog(self, request, context):
+        """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
+        Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCheckpoint(self, request, context):
         """Returns the newest checkpoint: what the log was when it was signed.
         """
@@ -153,6 +166,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.VerifyAuditLog,
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.SerializeToString,
+            ),
+            'PruneAuditLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneAuditLog,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogResponse.SerializeToString,
             ),
             'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCheckpoint,
@@ -279,6 +297,33 @@ class AuditService:
             '/agentd.v1.AuditService/VerifyAuditLog',
             agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
             agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneAuditLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.AuditService/PruneAuditLog',
+            agentd_dot_v1_dot_audit__pb2.PruneAuditLogRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.PruneAuditLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,6 +49,10 @@ class AuditServiceStub:
     """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
     A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
     """
+    PruneAuditLog: _grpc.UnaryUnaryMultiCallable[_audit_pb2.PruneAuditLogRequest, _audit_pb2.PruneAuditLogResponse]
+    """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
+    Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
+    """
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_audit_pb2.GetCheckpointRequest, _audit_pb2.Checkpoint]
     """Returns the newest checkpoint: what the log was when it was signed."""
     ProveInclusion: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ProveInclusionRequest, _audit_pb2.InclusionProof]
@@ -80,6 +84,10 @@ class AuditServiceAsyncStub(AuditServiceStub):
     VerifyAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
     """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
     A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+    """
+    PruneAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.PruneAuditLogRequest, _audit_pb2.PruneAuditLogResponse]  # type: ignore[assignment]
+    """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
+    Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
     """
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetCheckpointRequest, _audit_pb2.Checkpoint]  # type: ignore[assignment]
     """Returns the newest checkpoint: what the log was when it was signed."""
@@ -133,6 +141,16 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_audit_pb2.VerifyAuditLogResponse, _abc.Awaitable[_audit_pb2.VerifyAuditLogResponse]]:
         """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
         A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+        """
+
+    @_abc_1.abstractmethod
+    def PruneAuditLog(
+        self,
+        request: _audit_pb2.PruneAuditLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.PruneAuditLogResponse, _abc.Awaitable[_audit_pb2.PruneAuditLogResponse]]:
+        """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
+        Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
         """
 
     @_abc_1.abstractmethod

@@ -51,10 +51,6 @@ def subproof(m: int, leaves: list[bytes], b: bool) -> list[bytes]:
     return [*subproof(m - k, leaves[k:], False), mth(leaves[:k])]
 
 
-def span(first: int, end: int) -> list[bytes]:
-    return LEAVES[first:end]
-
-
 def test_the_known_roots():
     """Of certificate-transparency's own test vectors: the empty tree, and the leaf of nothing."""
     assert EMPTY.hex() == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
@@ -77,7 +73,7 @@ def test_a_tree_that_grows_has_the_root_of_its_leaves(size: int):
 def test_every_leaf_has_its_proof_and_no_other_one_fits(size: int):
     root = mth(LEAVES[:size])
     for index in range(size):
-        proof = proved(inclusion(index, size), span)
+        proof = proved(inclusion(index, size), enumerate(LEAVES))
         assert list(proof) == path(index, LEAVES[:size])
         assert includes(LEAVES[index], index, size, proof, root)
         assert not includes(LEAVES[index + 1], index, size, proof, root)
@@ -91,11 +87,23 @@ def test_every_leaf_has_its_proof_and_no_other_one_fits(size: int):
 def test_every_beginning_has_its_proof(size: int):
     root = mth(LEAVES[:size])
     for old in range(1, size + 1):
-        proof = proved(consistency(old, size), span)
+        proof = proved(consistency(old, size), enumerate(LEAVES[:size]))
         assert list(proof) == ([] if old == size else subproof(old, LEAVES[:size], True))
         assert is_consistent(old, mth(LEAVES[:old]), size, root, proof)
         assert not is_consistent(old, leaf(b"other"), size, root, proof)
         assert not is_consistent(old, mth(LEAVES[:old]), size, leaf(b"other"), proof)
+
+
+def test_a_proof_of_leaves_that_are_not_there_is_none():
+    """At the beginning, in the middle, at the end."""
+    spans = inclusion(20, 30)
+    there = list(enumerate(LEAVES[:30]))
+    for gap in (slice(0, 3), slice(17, 18), slice(28, 30)):
+        kept = [*there]
+        del kept[gap]
+        with pytest.raises(LookupError):
+            proved(spans, kept)
+    assert proved([], []) == ()
 
 
 hashes = st.lists(st.sampled_from(LEAVES[:8]), max_size=8)

@@ -226,3 +226,28 @@ def test_a_receiver_that_is_none_is_said_at_the_start(tmp_path: Path, line: str)
     running = DaemonProcess(tmp_path / "d", extra=f'[[audit.ship]]\nname = "r"\n{line}\n')
     assert running.start(wait=False).ended() == 1
     assert "audit.ship" in running.log
+
+
+def test_the_oldest_events_are_moved_away_and_verify(tmp_path: Path):
+    """Up to a checkpoint; who has only the role auditor may not."""
+    running = DaemonProcess(tmp_path / "d").start()
+    with Client(running.socket) as client:
+        for n in range(3):
+            wrote(client, f"f{n}.txt")
+    running.stop()
+    running.start()
+    with Client(running.socket) as client:
+        for n in range(3):
+            wrote(client, f"g{n}.txt")
+    (moved,) = running.json("audit", "prune", "--keep", "6")
+    assert (running.state / "archive" / moved["archive"]).exists()
+    assert running.command("audit", "prune", "--keep", "6", check=False).returncode == 1
+    left = running.json("audit", "list", "-n", "1000")
+    assert int(left[0]["sequence"]) == int(moved["last_sequence"]) + 1
+    assert "prune" in kinds(left)
+    found = running.json("audit", "verify")[0]
+    assert int(found["valid_events"]) == int(left[-1]["sequence"])
+    assert running.command("audit", "prove", "1").returncode == 0
+    (running.state / "archive" / moved["archive"]).unlink()
+    assert "missing or damaged" in running.command("audit", "verify").stdout
+    assert running.stop() == 0

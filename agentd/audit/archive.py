@@ -1,0 +1,180 @@
+"""The oldest part of the log, moved out of the store into files that still verify: the log must not fill a card.
+
+By numbers, never by the clock; only up to a signed checkpoint, and only what verifies. A file has a line for each event, with
+the event as it was hashed, compressed with zstd: `zstdcat archive/1-4096.jsonl.zst | jq`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import zstandard
+
+from agentd.audit.events import Event
+from agentd.audit.formats import Record, jsonl
+from agentd.audit.notes import BadNote
+from agentd.audit.tree import Tree, leaf
+from agentd.audit.verify import Jump
+from agentd.errors import Reason, RequestError, StoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import apsw
+
+    from agentd.audit.checkpoints import Checkpoints
+    from agentd.audit.log import AuditLog
+    from agentd.audit.verify import Row
+    from agentd.store import Store
+
+LEAST = 4096  # events that are worth a file
+_HASH = 32
+_EVENT = '"event":'
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Events `first` to `last`, in the file `name`; `chain` and `peaks` are what goes on after them."""
+
+    first: int
+    last: int
+    chain: bytes
+    peaks: tuple[bytes, ...]
+    name: str
+    digest: str
+
+
+class Archive:
+    """Files in `folder`, and what the store knows of them."""
+
+    def __init__(self, store: Store, audit: AuditLog, checkpoints: Checkpoints, folder: Path) -> None:
+        self._store, self._audit, self._checkpoints, self._folder = store, audit, checkpoints, folder
+
+    def segments(self) -> list[Segment]:
+        query = "SELECT first, last, chain, peaks, name, digest FROM segment ORDER BY first"
+        rows = self._store.read(lambda db: list(db.execute(query)))
+        return [
+            Segment(first, last, chain, tuple(peaks[at : at + _HASH] for at in range(0, len(peaks), _HASH)), name, digest)
+            for first, last, chain, peaks, name, digest in rows
+        ]
+
+    def rows(self) -> Iterator[Row | Jump]:
+        """All of the log from its first event on; where a file is missing or damaged, what goes on after it."""
+        for segment in self.segments():
+            try:
+                yield from self._read(segment)
+            except (OSError, ValueError, zstandard.ZstdError):
+                yield Jump(segment.last, segment.chain, segment.peaks)
+        yield from self._audit.rows()
+
+    def prune(self, keep: int, principal: str, least: int = LEAST) -> Segment | None:
+        """Move what is older than the newest `keep` events into a file, up to the last checkpoint before that.
+
+        None if that would be fewer than `least`. Raises RequestError (BAD_FIELD) if it does not verify, StoreError.
+        """
+        segments = self.segments()
+        first = segments[-1].last + 1 if segments else 1
+        bound = self._audit.size() - max(keep, 1)
+        sizes = [size for size in self._checkpoints.all() if first + least - 1 <= size <= bound]
+        if not sizes:
+            return None
+        start = segments[-1] if segments else None
+        segment = self._write(first, max(sizes), start)
+
+        def commit(db: apsw.Connection) -> None:
+            row = (segment.first, segment.last, segment.chain, b"".join(segment.peaks), segment.name, segment.digest)
+            db.execute("INSERT INTO segment (first, last, chain, peaks, name, digest) VALUES (?, ?, ?, ?, ?, ?)", row)
+            db.execute("DELETE FROM event WHERE seq <= ?", (segment.last,))
+            detail = {"first": first, "last": segment.last, "archive": segment.name, "sha256": segment.digest}
+            self._audit.append(db, Event(kind="prune", principal=principal, detail=detail))
+
+        self._store.write(commit)
+        return segment
+
+    def _write(self, first: int, last: int, before: Segment | None) -> Segment:
+        """The file, durable, and found to be what was signed."""
+        chain = before.chain if before else self._audit.start
+        tree = Tree(first - 1, list(before.peaks) if before else [])
+        name = f"{first}-{last}.jsonl.zst"
+        with self._arriving(name) as file, zstandard.ZstdCompressor(level=10).stream_writer(file, closefd=False) as packed:
+            for seq, body, stored in self._audit.rows(after=first - 1):
+                if seq > last:
+                    break
+                chain = self._audit.link(chain, body)
+                if chain != stored or seq != tree.size + 1:
+                    raise _unfit(seq)
+                tree.push(leaf(body))
+                packed.write(jsonl(Record(seq, body.decode(), stored)).encode() + b"\n")
+            if not self._was_signed(tree):
+                raise _unfit(last)
+        digest = hashlib.sha256((self._folder / name).read_bytes()).hexdigest()
+        return Segment(first, last, chain, tuple(tree.peaks), name, digest)
+
+    def _was_signed(self, tree: Tree) -> bool:
+        try:
+            point = self._checkpoints.verifier.open(self._checkpoints.all().get(tree.size, ""))
+        except BadNote:
+            return False
+        return point.root == tree.root
+
+    @contextlib.contextmanager
+    def _arriving(self, name: str) -> Iterator[io.BufferedWriter]:
+        """Made beside and renamed: a kill leaves the events where they are."""
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            arriving = self._folder / f"{name}.new"
+            try:
+                with arriving.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(arriving, 0o600)
+                arriving.rename(self._folder / name)
+            finally:
+                arriving.unlink(missing_ok=True)
+            _sync(self._folder)
+        except OSError as e:
+            raise StoreError(
+                Reason.STORE_FULL if e.errno == errno.ENOSPC else Reason.AUDIT_UNAVAILABLE,
+                f"The oldest events can't be moved to {self._folder}: {e.strerror}. They stay where they are.",
+                hint="Check the disk.",
+                metadata={"path": str(self._folder)},
+            ) from e
+
+    def _read(self, segment: Segment) -> Iterator[Row]:
+        """Raises OSError, ValueError, ZstdError."""
+        found = _lines(self._folder / segment.name)
+        for seq, line in zip(range(segment.first, segment.last + 1), found, strict=True):
+            chain = bytes.fromhex(json.loads(line)["chain"])
+            yield seq, line[line.index(_EVENT) + len(_EVENT) : -1].encode(), chain
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with file.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
+        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
+            yield line.removesuffix("\n")
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unfit(seq: int) -> RequestError:
+    return RequestError(
+        Reason.BAD_FIELD,
+        f"The log can't be pruned: event {seq} is not what was written and signed. Nothing was moved.",
+        hint="`agentd audit verify` says more.",
+        metadata={"sequence": str(seq)},
+    )
