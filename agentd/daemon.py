@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import signal
 from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from agentd.calls import Toolbox
     from agentd.config import Config
+    from agentd.runs import Run
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
@@ -75,6 +77,7 @@ class Daemon:
         self._shippers = _shippers(config, self._store, self._audit)
         self._recovered: list[str] = []
         self._model_error = ""
+        self._model_digest = ""
         self._preload: asyncio.Task[None] | None = None
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -121,7 +124,8 @@ class Daemon:
         self._calls = Calls(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places)
         self._engine = Engine(_engine_settings(config))
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
-        self._runs = Runs(self._records, self._engine, self._calls, _model_settings(config, self._toolbox), limits)
+        settings = _model_settings(config, self._toolbox)
+        self._runs = Runs(self._records, self._engine, self._calls, settings, limits, self._record_run)
         self._look_for_lost_events()
         self._audit.record(_boot(self._level, self._grants, self._toolbox, self._recovered, str(self._checkpoints.verifier)))
         self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, _tcp(config))
@@ -198,6 +202,25 @@ class Daemon:
             except AgentdError as e:
                 _log.warning("the log could not be indexed or signed: %s", e)
 
+    def _record_run(self, run: Run) -> None:
+        """What began, from which prompt, with which model; and how it ended."""
+        if run.ended:
+            stop = run.stop_reason.value if run.stop_reason else ""
+            used = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
+            answer = hashlib.sha256(run.answer.encode("utf-8", "replace")).hexdigest()
+            detail: dict[str, Any] = {"state": run.state.value, "stop_reason": stop, "answer_sha256": answer, **used}
+            error = run.error[1] if run.error else ""
+        else:
+            model = self._engine.model
+            prompt = hashlib.sha256(run.prompt.encode("utf-8", "surrogatepass")).hexdigest()
+            engine = self._config.engine
+            sampler = {"seed": engine.seed, "temperature": engine.temperature}
+            named = {"name": model.name if model else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
+            detail, error = {"prompt_sha256": prompt, "model": named, **sampler}, ""
+        kind: Any = "run.end" if run.ended else "run.start"
+        event = Event(kind=kind, principal=run.principal, session=run.session, run=run.id, error=error, detail=detail)
+        self._audit.record(event.model_copy(update={"labels": run.labels.names}))
+
     def _wrong_token(self, peer: str, why: str) -> None:
         """Nobody waits for this to be durable."""
         event = Event(kind="auth.fail", principal=peer, error=why)
@@ -251,6 +274,8 @@ class Daemon:
         """Ahead of the first request; if it fails, that request says why again."""
         try:
             await self._engine.load()
+            path, known = self._engine.settings.path, self._config.state / "model.json"
+            self._model_digest = await asyncio.to_thread(models.digest, path, known)
         except EngineError as e:
             self._model_error = str(e)
             _log.error("%s", e)

@@ -16,7 +16,7 @@ from agentd.runs.run import WAITS, Run, RunEvent, State, StopReason
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
 
     from agentd.grants import Pattern
     from agentd.runs.record import RunRecords
@@ -27,6 +27,10 @@ _log = logging.getLogger(__name__)
 _NONE = Labels()
 LONGEST_PROMPT = 1 << 20
 STOP_TIMEOUT_S = 15.0
+
+
+def _nobody(_: Run) -> None:
+    """Where runs are not recorded."""
 
 
 @dataclass(slots=True)
@@ -63,8 +67,19 @@ class _Live:
 class Runs:
     """Owns the tasks of all runs. Lives on the event loop; the store is asked on other threads."""
 
-    def __init__(self, records: RunRecords, model: Model, caller: Caller, settings: ModelSettings, limits: Limits) -> None:
-        self._records, self._model, self._caller = records, model, caller
+    def __init__(
+        self,
+        records: RunRecords,
+        model: Model,
+        caller: Caller,
+        settings: ModelSettings,
+        limits: Limits,
+        record: Callable[[Run], None] = _nobody,
+    ) -> None:
+        """`record` gets each run when it begins and when it has ended, on a thread of its own; what it raises keeps a run from
+        beginning.
+        """
+        self._records, self._model, self._caller, self._record = records, model, caller, record
         self._settings, self._limits = settings, limits
         self._live: dict[str, _Live] = {}
         self._keeping: set[asyncio.Task[None]] = set()
@@ -102,6 +117,7 @@ class Runs:
                 message = f"The request id {request_id!r} was used for another prompt."
                 raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
             return kept
+        await asyncio.to_thread(self._record, replace(run, labels=labels))
         live = self._live[run.id] = _Live(run)
         loop = Loop(run, self._model, self._caller, self._settings, self._limits, [each.turn() for each in history], live.add)
         loop.labels, loop.within, loop.rehearse = labels, within, rehearse
@@ -191,6 +207,7 @@ class Runs:
         with contextlib.suppress(AgentdError):  # a full disk: the run stays readable while the daemon lives
             await self._records.finish(live.run, live.events)
             self._live.pop(live.run.id, None)
+            await asyncio.to_thread(self._record, live.run)
         with contextlib.suppress(AgentdError):
             await self._caller.end_run(live.run.id)
 

@@ -251,3 +251,19 @@ def test_the_oldest_events_are_moved_away_and_verify(tmp_path: Path):
     (running.state / "archive" / moved["archive"]).unlink()
     assert "missing or damaged" in running.command("audit", "verify").stdout
     assert running.stop() == 0
+
+
+def test_a_run_is_on_record_with_prompt_model_and_end(daemon: DaemonProcess):
+    """By digests: the log is no copy of what people ask. Its calls name the run."""
+    prompt = "what time is it"
+    with Client(daemon.socket) as client:
+        run = list(client.run(prompt))[-1].run.name.removeprefix("runs/")
+    events = daemon.json("audit", "list", f"run={run}")
+    assert (events[0]["kind"], events[-1]["kind"]) == ("run.start", "run.end")
+    start, end = events[0]["body"]["detail"], events[-1]["body"]["detail"]
+    assert start["prompt_sha256"] == hashlib.sha256(prompt.encode()).hexdigest()
+    assert len(start["model"]["sha256"]) == 64
+    assert start["model"]["file"].endswith("pocket.gguf")
+    assert (end["state"], end["stop_reason"]) == ("succeeded", "answered")
+    assert {event["body"]["cause"] for event in events[1:-1]} == {run}
+    assert prompt not in str(events)
