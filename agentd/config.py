@@ -137,11 +137,19 @@ class ShipConfig(_Strict):
     format: Literal["jsonl", "csv", "syslog", "cef", "ocsf", "otlp"] = "jsonl"
 
 
+class WitnessConfig(_Strict):
+    """Somebody who cosigns checkpoints: its key, and where it is asked; without that it only is known."""
+
+    key: str
+    url: str = ""
+
+
 class AuditConfig(_Strict):
     """`origin` names the log in its checkpoints, from its first one on; they also go to `anchor_file` and to journald."""
 
     origin: Annotated[str, Field(pattern=r"^[!-*,-~]{0,128}$")] = ""
     ship: tuple[ShipConfig, ...] = ()
+    witness: tuple[WitnessConfig, ...] = ()
     keep_events: int = Field(default=1_000_000, ge=1000)
     anchor_file: Folder | None = None
     journald: bool = True

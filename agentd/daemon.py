@@ -19,7 +19,9 @@ from agentd import __version__, calls, models
 from agentd.api import ApiParts, ApiServer, Tcp
 from agentd.audit import Archive, AuditLog, Checkpoints, Event, Index, load_signer
 from agentd.audit.anchors import found, read_notes
+from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
+from agentd.audit.witness import Witness
 from agentd.calls import Calls, Permission, Places
 from agentd.config import DEVICES
 from agentd.engine.client import Engine, EngineSettings
@@ -66,7 +68,7 @@ class Daemon:
         signer = load_signer(config.state / "audit.key", config.audit.origin)
         anchors = found(config.audit.anchor_file, journal=config.audit.journald)
         self._index = Index(config.state / "index.db", self._audit)
-        self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors)
+        self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors, _witnesses(config))
         self._journal = Journal(self._store, self._audit, config.state / "objects", _keep(config))
         self._records = RunRecords(self._store)
         clock = Clock(self._audit.newest_ns())
@@ -74,6 +76,7 @@ class Daemon:
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
         self._archive = Archive(self._store, self._audit, self._checkpoints, config.state / "archive")
+        self._checkpoints.rows = self._archive.rows
         self._shippers = _shippers(config, self._store, self._audit)
         self._recovered: list[str] = []
         self._model_error = ""
@@ -192,6 +195,7 @@ class Daemon:
     async def _sign(self) -> None:
         """A checkpoint at the start, and whenever there is enough new."""
         with contextlib.suppress(AgentdError):
+            await asyncio.to_thread(self._index.catch_up)
             await asyncio.to_thread(self._checkpoints.make)
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -304,6 +308,15 @@ def _rules(config: Config) -> list[Grant]:
         expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
         rules.append(replace(made, conditions=conditions, expire_ns=expire, rehearse=grant.rehearse))
     return rules
+
+
+def _witnesses(config: Config) -> tuple[Witness, ...]:
+    """Raises ConfigError."""
+    try:
+        return tuple(Witness.parse(witness.key, witness.url) for witness in config.audit.witness)
+    except BadNote as e:
+        hint = "`agentd witness --key` prints the key of a witness."
+        raise ConfigError(Reason.CONFIG_INVALID, f"In [[audit.witness]] of agentd.toml: {e}.", hint=hint) from None
 
 
 def _shippers(config: Config, store: Store, audit: AuditLog) -> tuple[Shipper, ...]:

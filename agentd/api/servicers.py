@@ -161,6 +161,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
             anchored_events=found.anchored,
             lost_events=found.lost,
             absent_events=found.absent,
+            witnessed_events=found.witnessed,
         )
 
     async def PruneAuditLog(  # noqa: N802

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from agentd.audit.notes import BadNote, Checkpoint
 from agentd.audit.tree import Tree, consistency, inclusion, leaf, proved
 from agentd.audit.verify import Jump
-from agentd.errors import Reason, RequestError
+from agentd.errors import AgentdError, Reason, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from agentd.audit.anchors import Anchor
     from agentd.audit.log import AuditLog
     from agentd.audit.notes import Signer, Verifier
     from agentd.audit.verify import Row, Verification
+    from agentd.audit.witness import Witness
     from agentd.store import Store
 
 EVERY_EVENTS = 256
@@ -30,8 +31,13 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """`signer` has the log's key; its name is the log's origin."""
 
-    def __init__(self, store: Store, audit: AuditLog, signer: Signer, anchors: Sequence[Anchor] = ()) -> None:
+    def __init__(
+        self, store: Store, audit: AuditLog, signer: Signer, anchors: Sequence[Anchor] = (), witnesses: Sequence[Witness] = ()
+    ) -> None:
         self._store, self._audit, self._signer, self._anchors = store, audit, signer, tuple(anchors)
+        self.witnesses = tuple(witnesses)
+        self.rows: Callable[[], Iterable[Row | Jump]] = audit.rows
+        """Those of the log, and of its archives where there are some."""
         self._making = threading.Lock()
         self._made_s = time.monotonic()
         self._unpublished: dict[str, str] = {}
@@ -61,13 +67,23 @@ class Checkpoints:
             for _, body in self._audit.bodies(after=size):
                 tree.push(leaf(body))
             if tree.size > size or not size:
-                note = self._signer.sign(Checkpoint(self.verifier.name, tree.size, tree.root))
+                note = self._cosigned(self._signer.sign(Checkpoint(self.verifier.name, tree.size, tree.root)), tree.size)
                 row = (tree.size, b"".join(tree.peaks), note)
                 self._store.write(lambda db: db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", row))
                 self._unpublished |= {anchor.name: note for anchor in self._anchors}
             self._made_s = time.monotonic()
             self._publish()
             return self.latest()
+
+    def _cosigned(self, note: str, size: int) -> str:
+        """By the witnesses that answer."""
+        for witness in self.witnesses:
+            if witness.url:
+                try:
+                    note = witness.ask(note, size, lambda old: self.prove_consistency(old, size, self.rows()))
+                except (OSError, AgentdError) as e:
+                    _log.warning("the witness %s has not signed the checkpoint: %s", witness.name, e)
+        return note
 
     def _publish(self) -> None:
         for anchor in self._anchors:
@@ -96,7 +112,7 @@ class Checkpoints:
 
         `rows` are those of the log and of its archives, if some of it is there.
         """
-        return self._audit.verify(self.verifier, self.all().values(), anchors, rows)
+        return self._audit.verify(self.verifier, self.all().values(), anchors, rows, self.witnesses)
 
     # -- proofs
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from agentd.audit.events import Event
     from agentd.audit.notes import Verifier
     from agentd.audit.verify import Jump, Row, Verification
+    from agentd.audit.witness import Witness
     from agentd.store import Store
 
 _START = bytes(32)
@@ -157,12 +158,13 @@ class AuditLog:
         kept: Iterable[str] = (),
         anchors: Iterable[str] = (),
         rows: Iterable[Row | Jump] | None = None,
+        witnesses: Sequence[Witness] = (),
     ) -> Verification:
         """Recompute the whole chain from the stored bytes; with the log's public key also what checkpoints say of it.
 
         `rows` are those of the log and of its archives, if some of it is there.
         """
-        return verify(rows or self.rows(), self.link, self.start, verifier, kept, anchors)
+        return verify(rows or self.rows(), self.link, self.start, verifier, kept, anchors, witnesses)
 
 
 def _entry(seq: int, body: bytes, chain: bytes) -> Entry:

@@ -122,6 +122,10 @@ class Signer:
         self._key = key
         self.verifier = Verifier(name, key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw))
 
+    def raw(self, message: bytes) -> bytes:
+        """An Ed25519 signature."""
+        return self._key.sign(message)
+
     def sign(self, checkpoint: Checkpoint) -> str:
         """The note."""
         signature = self.verifier.hash + self._key.sign(checkpoint.text.encode())

@@ -14,7 +14,9 @@ from agentd.audit.notes import BadNote, Verifier
 from agentd.audit.tree import Tree, leaf
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
+
+    from agentd.audit.witness import Witness
 
     Row = tuple[int, bytes, bytes]
     Link = Callable[[bytes, bytes], bytes]
@@ -26,7 +28,7 @@ class Verification:
 
     `attested` of them are covered by a signed checkpoint, `anchored` by one that was kept elsewhere. `lost` are events that
     a checkpoint speaks of and that are not there any more. `absent` are in an archive that is not there, or damaged; that they
-    were what was signed is known all the same.
+    were what was signed is known all the same. `witnessed` are covered by a checkpoint that a known witness has signed, too.
     """
 
     valid: int
@@ -37,6 +39,7 @@ class Verification:
     anchored: int = 0
     lost: int = 0
     absent: int = 0
+    witnessed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,10 @@ class _Claims:
 
     roots: dict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     anchored: set[int] = field(default_factory=set)
+    witnessed: set[int] = field(default_factory=set)
     broken: str = ""
 
-    def add(self, verifier: Verifier, note: str, *, anchored: bool) -> None:
+    def add(self, verifier: Verifier, note: str, witnesses: Sequence[Witness], *, anchored: bool) -> None:
         try:
             point = verifier.open(note)
         except BadNote as e:
@@ -68,6 +72,8 @@ class _Claims:
         self.roots[point.size].add(point.root)
         if anchored:
             self.anchored.add(point.size)
+        if any(witness.has_signed(note) for witness in witnesses):
+            self.witnessed.add(point.size)
 
 
 def verify(
@@ -77,15 +83,16 @@ def verify(
     verifier: Verifier | None = None,
     kept: Iterable[str] = (),
     anchors: Iterable[str] = (),
+    witnesses: Sequence[Witness] = (),
 ) -> Verification:
     """Recompute all of it, in constant memory. `kept` are the notes beside the log, `anchors` those from elsewhere."""
     claims = _Claims()
     if verifier:
         for note in kept:
-            claims.add(verifier, note, anchored=False)
+            claims.add(verifier, note, witnesses, anchored=False)
         for note in anchors:
-            claims.add(verifier, note, anchored=True)
-    chain, tree, attested, anchored, absent = start, Tree(), 0, 0, 0
+            claims.add(verifier, note, witnesses, anchored=True)
+    chain, tree, attested, anchored, witnessed, absent = start, Tree(), 0, 0, 0, 0
     bad, why = None, ""
     for row in rows:
         if isinstance(row, Jump):
@@ -107,9 +114,10 @@ def verify(
                 why = f"the events from {bad} to {tree.size} are not those that were signed"
                 break
             attested = tree.size
-            anchored = max(anchored, tree.size if tree.size in claims.anchored else 0)
+            anchored = tree.size if tree.size in claims.anchored else anchored
+            witnessed = tree.size if tree.size in claims.witnessed else witnessed
     if bad is None and claims.broken:
         bad, why = attested + 1, claims.broken
     valid = tree.size if bad is None else bad - 1
     lost = max([0, *(size - tree.size for size in claims.roots)]) if bad is None else 0
-    return Verification(valid, chain, bad, why, attested, anchored, lost, absent)
+    return Verification(valid, chain, bad, why, attested, anchored, lost, absent, witnessed)

@@ -21,6 +21,7 @@ from agentd.cli.run import chat, run
 from agentd.cli.serve import serve
 from agentd.cli.token import token
 from agentd.cli.tools import tools
+from agentd.cli.witness import witness
 from agentd.errors import AgentdError
 
 
@@ -45,7 +46,24 @@ def cli(context: click.Context, socket: Path | None) -> None:
     context.obj = socket
 
 
-for command in (serve, run, chat, tools, approvals, grants, token, audit, diff, undo, rollback, rehearsals, pin, doctor, demo):
+for command in (
+    serve,
+    run,
+    chat,
+    tools,
+    approvals,
+    grants,
+    token,
+    audit,
+    diff,
+    undo,
+    rollback,
+    rehearsals,
+    pin,
+    doctor,
+    demo,
+    witness,
+):
     cli.add_command(command)
 for command in (verify, checkpoint, key, prove, export, prune):
     audit.add_command(command)

@@ -63,6 +63,8 @@ def _print_verification(found: audit_pb2.VerifyAuditLogResponse, *, with_anchors
     if found.absent_events:
         console.print(f"[yellow]not looked at:[/] {found.absent_events} events are in archives that are missing or damaged")
     console.print(f"[dim]signed: the first {found.attested_events} events are covered by checkpoints[/]")
+    if found.witnessed_events:
+        console.print(f"[dim]witnessed: the first {found.witnessed_events}[/]")
     if with_anchors:
         newer = found.valid_events - found.anchored_events
         console.print(f"[dim]anchored: the first {found.anchored_events}; {newer} are newer than what was kept elsewhere[/]")

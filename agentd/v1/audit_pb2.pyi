@@ -310,6 +310,7 @@ class VerifyAuditLogResponse(_message.Message):
     ANCHORED_EVENTS_FIELD_NUMBER: _builtins.int
     LOST_EVENTS_FIELD_NUMBER: _builtins.int
     ABSENT_EVENTS_FIELD_NUMBER: _builtins.int
+    WITNESSED_EVENTS_FIELD_NUMBER: _builtins.int
     valid_events: _builtins.int
     """How many events from the first one on are as they were written."""
     head: _builtins.bytes
@@ -326,6 +327,8 @@ class VerifyAuditLogResponse(_message.Message):
     """How many events a checkpoint speaks of that are not there any more: the end was cut off, or an older store put back."""
     absent_events: _builtins.int
     """How many events are in an archive that is not there, or is damaged."""
+    witnessed_events: _builtins.int
+    """How many of the valid events are covered by a checkpoint that a known witness has signed, too."""
     def __init__(
         self,
         *,
@@ -337,10 +340,11 @@ class VerifyAuditLogResponse(_message.Message):
         anchored_events: _builtins.int = ...,
         lost_events: _builtins.int = ...,
         absent_events: _builtins.int = ...,
+        witnessed_events: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_events", b"absent_events", "anchored_events", b"anchored_events", "attested_events", b"attested_events", "first_bad_sequence", b"first_bad_sequence", "head", b"head", "lost_events", b"lost_events", "valid_events", b"valid_events", "why", b"why"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_events", b"absent_events", "anchored_events", b"anchored_events", "attested_events", b"attested_events", "first_bad_sequence", b"first_bad_sequence", "head", b"head", "lost_events", b"lost_events", "valid_events", b"valid_events", "why", b"why", "witnessed_events", b"witnessed_events"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from agentd.client import Client
-from tests.bench import confined, permission, undo
+from tests.bench import confined, log, permission, undo
 from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb
 from tests.e2e.conftest import DaemonProcess
 
@@ -120,6 +120,7 @@ def main() -> None:
         daemon.stop()
         figures += permission.decisions(5000)
         figures += undo.figures(folder)
+        figures += log.figures(folder)
         figures += starts(folder, 5)
         figures += confined.figures(folder, args.calls)
     if args.json:

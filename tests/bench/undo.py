@@ -108,10 +108,10 @@ def _rollback(desk: _Desk) -> list[Figure]:
 def _written(desk: _Desk) -> list[Figure]:
     """As the kernel counts what this process has sent to the disk (proc(5), io: write_bytes)."""
     file = desk.home / "counted"
-    before = _write_bytes()
+    before = write_bytes()
     for n in range(_CALLS):
         desk.call(file, content=b"%d" % n)
-    each = (_write_bytes() - before) / _CALLS / 1024
+    each = (write_bytes() - before) / _CALLS / 1024
     return [Figure("written to the disk by a small call that changes a file", each, "KB", 20)]
 
 
@@ -122,6 +122,6 @@ def _durably(file: Path, content: bytes) -> None:
         os.fsync(opened.fileno())
 
 
-def _write_bytes() -> int:
+def write_bytes() -> int:
     text = Path("/proc/self/io").read_text()
     return int(next(line for line in text.splitlines() if line.startswith("write_bytes")).split()[1])

@@ -257,6 +257,7 @@ def test_a_run_is_on_record_with_prompt_model_and_end(daemon: DaemonProcess):
     """By digests: the log is no copy of what people ask. Its calls name the run."""
     prompt = "what time is it"
     with Client(daemon.socket) as client:
+        list(client.run("how much memory is free?"))  # the model is loaded then, and its file read
         run = list(client.run(prompt))[-1].run.name.removeprefix("runs/")
     events = daemon.json("audit", "list", f"run={run}")
     assert (events[0]["kind"], events[-1]["kind"]) == ("run.start", "run.end")
