@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -268,3 +271,30 @@ def test_a_run_is_on_record_with_prompt_model_and_end(daemon: DaemonProcess):
     assert (end["state"], end["stop_reason"]) == ("succeeded", "answered")
     assert {event["body"]["cause"] for event in events[1:-1]} == {run}
     assert prompt not in str(events)
+
+
+def test_a_witness_of_another_machine(tmp_path: Path):
+    """Its key from the command, its signature under the log's checkpoints; it ends when it is told to."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    office = [sys.executable, "-m", "agentd", "witness", "--state", str(tmp_path / "witness")]
+    key = subprocess.run([*office, "--key"], capture_output=True, text=True, check=True).stdout.strip()
+    extra = f'[[audit.witness]]\nkey = "{key}"\nurl = "http://127.0.0.1:{port}"\n'
+    running = DaemonProcess(tmp_path / "d", extra=extra).start()
+    log_key = running.command("audit", "key").stdout.strip()
+    running.stop()  # it was not there then: the log has signed by itself
+    with subprocess.Popen([*office, "--listen", f"127.0.0.1:{port}", "--log", log_key]) as serving:
+        running.start()
+        deadline = time.monotonic() + 20
+        while int(running.json("audit", "verify")[0].get("witnessed_events", 0)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert "witnessed" in running.command("audit", "verify").stdout
+        assert key.partition("+")[0] in running.command("audit", "checkpoint").stdout
+        assert running.stop() == 0
+        serving.terminate()
+        assert serving.wait(20) == 0
+    refused = subprocess.run([*office, "--log", "nonsense"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "verifier key" in refused.stderr
