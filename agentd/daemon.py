@@ -195,12 +195,11 @@ class Daemon:
     async def _sign(self) -> None:
         """A checkpoint at the start, and whenever there is enough new."""
         with contextlib.suppress(AgentdError):
-            await asyncio.to_thread(self._index.catch_up)
             await asyncio.to_thread(self._checkpoints.make)
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
-                await asyncio.to_thread(self._index.catch_up)  # so that no query has much to catch up with
+                await asyncio.to_thread(self._index.keep_up)
                 if await asyncio.to_thread(self._checkpoints.is_due):
                     await asyncio.to_thread(self._checkpoints.make)
             except AgentdError as e:

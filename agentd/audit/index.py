@@ -11,6 +11,7 @@ import json
 import os
 import re
 import threading
+import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,20 @@ class Wanted:
     def anything(self) -> bool:
         return not (self.fields or self.words or self.path or self.since_ns or self.until_ns)
 
+    def fits(self, body: Mapping[str, Any]) -> bool:
+        """Whether one event is wanted, without the index. Raises RequestError (BAD_FIELD)."""
+        for name in self.fields:
+            _require(name)
+        own = _named(body)
+        time_ns = int(body.get("time_ns", 0))
+        return (
+            all(own[name] in any_of for name, any_of in self.fields.items())
+            and (not self.path or self.path in _paths(body))
+            and (not self.since_ns or time_ns >= self.since_ns)
+            and (not self.until_ns or time_ns < self.until_ns)
+            and (not self.words or ((wanted := _words(self.words)) != set() and wanted <= _words(" ".join(_texts(body)))))
+        )
+
 
 class Index:
     """Opened at the first query. Safe to use from several threads, one at a time."""
@@ -68,6 +83,7 @@ class Index:
         self._file, self._audit = file, audit
         self._using = threading.Lock()
         self._db: apsw.Connection | None = None
+        self._have = 0
 
     def find(self, wanted: Wanted, limit: int) -> list[int]:
         """The numbers of up to `limit` events. Raises RequestError (BAD_FIELD), StoreError."""
@@ -82,6 +98,13 @@ class Index:
         """Take in what is new. Raises StoreError."""
         with self._up_to_date():
             pass
+
+    def keep_up(self) -> None:
+        """Take in what is new if that is much, so that no query has to wait for it. One by one, events would cost the disk more
+        here than in the log. Raises StoreError.
+        """
+        if self._audit.size() - self._have >= _BATCH:
+            self.catch_up()
 
     def forget(self, last: int) -> None:
         """Events up to this one are in an archive now. Raises StoreError."""
@@ -159,19 +182,42 @@ class Index:
             with db:
                 for seq, text in batch:
                     _add(db, seq, _parsed(text))
+        self._have = size
 
 
 def _add(db: apsw.Connection, seq: int, body: dict[str, Any]) -> None:
+    own = _named(body)
+    row = (seq, int(body.get("time_ns", 0)), *(own[name] for name in FIELDS))
+    db.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    db.executemany("INSERT OR IGNORE INTO touched VALUES (?, ?)", ((path, seq) for path in _paths(body)))
+    db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (seq, _valid(" ".join(_texts(body)))))
+
+
+def _named(body: Mapping[str, Any]) -> dict[str, str]:
+    """The values of FIELDS."""
     own = {name: str(body.get(name, "")) for name in FIELDS}
     tool, decision = body.get("tool"), body.get("decision")
     own["tool"] = str(tool.get("name", "")) if isinstance(tool, dict) else ""
     own["decision"] = str(decision.get("verdict", "")) if isinstance(decision, dict) else ""
-    row = (seq, int(body.get("time_ns", 0)), *(_valid(own[name]) for name in FIELDS))
-    db.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+    return {name: _valid(value) for name, value in own.items()}
+
+
+def _paths(body: Mapping[str, Any]) -> set[bytes]:
     files = body.get("files", [])
-    paths = {_path(file.get("path", "")) for file in files if isinstance(file, dict)} if isinstance(files, list) else set()
-    db.executemany("INSERT OR IGNORE INTO touched VALUES (?, ?)", ((path, seq) for path in paths))
-    db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (seq, _valid(" ".join(_texts(body)))))
+    return {_path(file.get("path", "")) for file in files if isinstance(file, dict)} if isinstance(files, list) else set()
+
+
+def _words(text: str) -> set[str]:
+    """As FTS5's tokenizer unicode61 has them: letters and digits, whatever their case and marks."""
+    plain = "".join(each for each in unicodedata.normalize("NFD", _valid(text)) if not unicodedata.combining(each))
+    return {word.casefold() for word in _WORD.findall(plain)}
+
+
+def _require(name: str) -> None:
+    if name not in FIELDS:
+        message = f"Events can't be found by {name!r}."
+        hint = f"By {', '.join(FIELDS)} and path they can; other words with --grep."
+        raise RequestError(Reason.BAD_FIELD, message, hint=hint, field="matches", metadata={"field": name})
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
@@ -221,10 +267,7 @@ def _conditions(wanted: Wanted) -> tuple[str, list[str], list[Any]]:
         clauses.append("touched.path = ?")
         values.append(wanted.path)
     for name, any_of in wanted.fields.items():
-        if name not in FIELDS:
-            message = f"Events can't be found by {name!r}."
-            hint = f"By {', '.join(FIELDS)} and path they can; other words with --grep."
-            raise RequestError(Reason.BAD_FIELD, message, hint=hint, field="matches", metadata={"field": name})
+        _require(name)
         clauses.append(f"found.{name} IN ({', '.join('?' * len(any_of))})")
         values += map(_valid, any_of)
     for name, compare in (("since_ns", ">="), ("until_ns", "<")):

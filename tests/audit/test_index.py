@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -108,6 +109,9 @@ def test_the_index_finds_what_a_scan_finds(
     wanted = Wanted(named, words, path, times.get(first, 0), times.get(last, 0), after, newest)
     assert log.index.find(wanted, 10_000) == scanned(log, wanted)
     assert log.index.find(wanted, 3) == scanned(log, wanted)[:3]
+    fitting = {entry.seq for entry in log.audit.entries(limit=10_000) if wanted.fits(entry.body)}
+    assert fitting >= set(scanned(log, wanted))
+    assert not wanted.after or fitting == set(scanned(log, replace(wanted, after=0)))
 
 
 @pytest.mark.parametrize(

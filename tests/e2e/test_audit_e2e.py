@@ -94,6 +94,8 @@ def test_events_come_as_they_are_recorded(daemon: DaemonProcess):
             time.sleep(0.05)
         following.join(20)
     assert [call for _, call in seen] == calls
+    with Client(daemon.socket) as client, pytest.raises(AgentdError, match="can't be found by"):
+        next(client.follow_audit_events(which=audit_pb2.AuditFilter(matches=["colour=red"])))
     late = max(at - then for (at, _), then in zip(seen, done, strict=True))
     print(f"an event reached its follower {late * 1000:.0f} ms after the call had returned, at most")
 
