@@ -362,11 +362,9 @@ class Calls:
         digest = hashlib.sha256(json.dumps(output, sort_keys=True).encode()).hexdigest()
         told = self._told(outcome) | {"result_digest": digest}
         files: tuple[FileTouched, ...] = ()
-        if outcome.error is None and prepared.rehearsed:
-            files = transaction.rehearse(event("call.end", prepared, detail={"rehearsed": True}, **told))
-            output = output | ({"rehearsed": _REHEARSED} if files else {})
-        elif outcome.error is None:
-            files = transaction.finish(event("call.end", prepared, **told))
+        if outcome.error is None:
+            files = self._end(prepared, transaction, told)
+            output = output | ({"rehearsed": _REHEARSED} if files and prepared.rehearsed else {})
         else:
             transaction.roll_back(event("call.abort", prepared, error=outcome.error, **told))
         scopes = tuple(map(str, prepared.scopes))
@@ -375,6 +373,17 @@ class Calls:
             *(self._level.name, outcome.denied, outcome.wall_us, prepared.gives),
             rehearsed=prepared.rehearsed and bool(files),
         )
+
+    @staticmethod
+    def _end(prepared: Prepared, transaction: Transaction, told: Mapping[str, Any]) -> tuple[FileTouched, ...]:
+        """What the call has changed, on record. Raises JournalError, StoreError: then it is put back."""
+        try:
+            if prepared.rehearsed:
+                return transaction.rehearse(event("call.end", prepared, detail={"rehearsed": True}, **told))
+            return transaction.finish(event("call.end", prepared, **told))
+        except JournalError as e:
+            transaction.roll_back(event("call.abort", prepared, error=e.message, **told))
+            raise
 
     def _told(self, outcome: Outcome) -> dict[str, Any]:
         """What the record says of a call's way through the sandbox."""

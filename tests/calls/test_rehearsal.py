@@ -172,3 +172,16 @@ def test_rehearsals_outlive_the_daemon_and_are_given_up_with_age(tmp_path: Path)
         house.journal.retention.sweep(10**20)
         plan = house.journal.rollbacks.plan(Selection(calls=(call,), rehearsed=True), Ways())
         assert [planned.verdict for planned in plan.paths] == [Verdict.MISSING_PREIMAGE]
+
+
+def test_what_is_too_large_to_be_kept_is_put_back_and_the_call_is_over(tmp_path: Path):
+    """The error says which file; nothing waits for a restart."""
+    with House(tmp_path, ALL) as house:
+        planted(house)
+        before = tree(house)
+        with pytest.raises(JournalError, match="can't be kept to be looked at"):
+            shell(house, "head -c 2000000 /dev/zero > huge; echo x > small")
+        assert tree(house) == before
+        assert house.store.read(lambda db: db.execute("SELECT count(*) FROM journal WHERE state = 'open'").get) == 0
+        (aborted,) = house.bodies("call.abort")
+        assert "huge" in aborted["error"]
