@@ -12,7 +12,7 @@ LONGEST_TEXT = 4096
 """Longer strings in arguments are recorded by digest and length: the log is no copy of the user's files."""
 
 Kind = Literal[
-    "boot", "stop", "gap", "prune", "run.start", "run.end",
+    "boot", "stop", "gap", "prune", "clock.jump", "run.start", "run.end",
     "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
     "undo.intent", "undo.end", "rehearsal.apply", "rehearsal.end", "rehearsal.drop", "journal.pin", "journal.evict",
     "grant.create", "grant.revoke", "approval.request", "approval.answer",

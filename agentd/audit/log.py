@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from agentd.audit.events import Event
 from agentd.audit.formats import Record
 from agentd.audit.tree import leaf
 from agentd.audit.verify import verify
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     import apsw
 
-    from agentd.audit.events import Event
     from agentd.audit.notes import Verifier
     from agentd.audit.verify import Jump, Row, Verification
     from agentd.audit.witness import Witness
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _START = bytes(32)
 _PAGE = 500
+_JUMP_NS = 60 * 10**9  # what a clock is set by, and more than it drifts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,30 @@ class AuditLog:
         self.ended = False
         """Whether nobody is to wait for more events."""
         self._waiting: list[Callable[[], None]] = []
+        self._clock: tuple[int, int] | None = None
         self.start = _START
         """The chain value before the first event."""
 
     def append(self, db: apsw.Connection, event: Event) -> int:
         """Add an event inside a transaction of the store's writer; returns its number."""
+        now = time.time_ns()
+        if by := self._jumped(now):
+            self._insert(db, Event(kind="clock.jump", principal="agentd", detail={"by_s": by // 10**9}), now)
+        return self._insert(db, event, now)
+
+    def _insert(self, db: apsw.Connection, event: Event, now_ns: int) -> int:
         head = db.execute("SELECT seq, chain FROM event ORDER BY seq DESC LIMIT 1").get
         seq, chain = (head[0] + 1, head[1]) if head else (1, _START)
-        body = event.body(seq=seq, time_ns=time.time_ns(), boot=self.boot)
+        body = event.body(seq=seq, time_ns=now_ns, boot=self.boot)
         db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, body, _link(chain, body.encode())))
         return seq
+
+    def _jumped(self, now_ns: int) -> int:
+        """By how much the wall clock was set since the last event, in nanoseconds; 0 if it only went on."""
+        steady = time.clock_gettime_ns(time.CLOCK_BOOTTIME)  # goes on while the device sleeps
+        by = now_ns - self._clock[0] - (steady - self._clock[1]) if self._clock else 0
+        self._clock = (now_ns, steady)
+        return by if abs(by) >= _JUMP_NS else 0
 
     def record(self, event: Event) -> int:
         """Add an event and wait until it is durable. Not for the event loop."""

@@ -66,11 +66,13 @@ def test_a_clock_that_is_set_back_a_year_changes_no_order(tmp_path: Path, monkey
         monkeypatch.setattr("agentd.audit.log.time.time_ns", lambda jump=jump: now + jump)
         audit.record(Event(kind="call.end", call=f"after {jump}"))
     points.make()
-    assert [entry.seq for entry in audit.entries()] == [1, 2, 3]
+    assert [entry.body["kind"] for entry in audit.entries()] == ["call.end", *["clock.jump", "call.end"] * 2]
+    jumps = [entry.body["detail"]["by_s"] for entry in audit.entries() if entry.body["kind"] == "clock.jump"]
+    assert [round(by / 86400 / 365) for by in jumps] == [-1, 31]
     assert audit.verify().bad is None
-    assert archive.prune(3, "p", 1) is None
+    assert archive.prune(5, "p", 1) is None
     index = Index(tmp_path / "index.db", audit)
-    assert index.find(Wanted(until_ns=now - year // 2), 10) == [2]
+    assert index.find(Wanted(until_ns=now - year // 2), 10) == [2, 3]
     assert audit.newest_ns() == now + year * 30
     index.close()
     store.close()
