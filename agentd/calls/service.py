@@ -28,7 +28,7 @@ from agentd_sandbox.network import split_authority
 
 from agentd.audit import Event, FileTouched, SandboxUse
 from agentd.calls.arguments import Arguments
-from agentd.calls.wanted import CallRequest, Prepared, Wanted, event, who
+from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, event, who
 from agentd.errors import AgentdError, JournalError, Reason, RequestError, SandboxError, ToolError
 from agentd.grants import PATH_KINDS, Request
 from agentd.journal import Ways
@@ -43,49 +43,11 @@ if TYPE_CHECKING:
     from agentd.audit import AuditLog
     from agentd.calls.manifest import Tool, Toolbox
     from agentd.calls.permission import Permission
-    from agentd.grants import Decision, Labels, Scope
+    from agentd.grants import Decision, Scope
     from agentd.journal import Difference, Journal, Plan, Rehearsal, Selection, Transaction, Undone
 
 _REHEARSED = "nothing is changed yet: a person will look at it and apply or drop it"
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
-
-
-@dataclass(frozen=True, slots=True)
-class CallResult:
-    """How a call ended. `output` is what the tool gave back, or `{"error": sentence}`."""
-
-    id: str
-    tool: str
-    output: dict[str, Any]
-    scopes: tuple[str, ...]
-    decision: Decision
-    files: tuple[FileTouched, ...]
-    level: str
-    denied: int
-    wall_us: int
-    labels: Labels
-    """What its output makes of the run that reads it."""
-    rehearsed: bool = False
-    """Whether what it changed was put back, for a person to apply or drop."""
-
-    @property
-    def failed(self) -> bool:
-        return "error" in self.output
-
-    def told(self) -> dict[str, Any]:
-        """Everything about the call but its tool, arguments and output, as JSON."""
-        return {
-            "call": self.id,
-            "scopes": list(self.scopes),
-            "decision": self.decision.verdict,
-            "reason": self.decision.reason,
-            "changed": [file.path for file in self.files],
-            "level": self.level,
-            "denied": self.denied,
-            "wall_us": self.wall_us,
-            "labels": list(self.labels.names),
-            "rehearsed": self.rehearsed,
-        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""A call on its way: as it was asked for, as it is wanted once it is valid, and as it may run; and its events."""
+"""A call on its way: as it was asked for, as it is wanted once it is valid, as it may run, how it ended; and its events."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agentd.audit import Event, ToolIdentity, Verdict
+from agentd.audit import Event, FileTouched, ToolIdentity, Verdict
 from agentd.grants import Decision, Labels, Request
 
 if TYPE_CHECKING:
@@ -66,6 +66,44 @@ class Prepared(Wanted):
     @property
     def rehearsed(self) -> bool:
         return self.request.rehearse or self.decision.rehearse
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """How a call ended. `output` is what the tool gave back, or `{"error": sentence}`."""
+
+    id: str
+    tool: str
+    output: dict[str, Any]
+    scopes: tuple[str, ...]
+    decision: Decision
+    files: tuple[FileTouched, ...]
+    level: str
+    denied: int
+    wall_us: int
+    labels: Labels
+    """What its output makes of the run that reads it."""
+    rehearsed: bool = False
+    """Whether what it changed was put back, for a person to apply or drop."""
+
+    @property
+    def failed(self) -> bool:
+        return "error" in self.output
+
+    def told(self) -> dict[str, Any]:
+        """Everything about the call but its tool, arguments and output, as JSON."""
+        return {
+            "call": self.id,
+            "scopes": list(self.scopes),
+            "decision": self.decision.verdict,
+            "reason": self.decision.reason,
+            "changed": [file.path for file in self.files],
+            "level": self.level,
+            "denied": self.denied,
+            "wall_us": self.wall_us,
+            "labels": list(self.labels.names),
+            "rehearsed": self.rehearsed,
+        }
 
 
 def who(request: CallRequest) -> dict[str, Any]:

@@ -69,9 +69,10 @@ class Journal:
         with self._counting:
             self._begun += 1
             transaction = Transaction(self, call, self._begun)
-        wanted = self._taker.at_once(declared)
-        if wanted:
+        named = list(declared)
+        if named:
             self.retention.require_space()
+        wanted = self._taker.at_once(named)
         self.capture(transaction, wanted | dict.fromkeys(replaced, "replace"), intent)
         return transaction
 
@@ -84,7 +85,13 @@ class Journal:
 
         A path maps to what is about to happen to it. Raises JournalError (NOT_UNDOABLE), StoreError.
         """
-        images = [self._taker.take(transaction, path, operation) for path, operation in paths.items()]
+        images: list[Image] = []
+        try:
+            for path, operation in paths.items():
+                images.append(self._taker.take(transaction, path, operation))
+        except AgentdError:
+            self._part(images)
+            raise
         new = [image for image in images if image.path not in transaction.images]
         known = [image for image in images if image.path in transaction.images]
         first = len(transaction.images)

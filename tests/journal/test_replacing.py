@@ -10,11 +10,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from agentd_sandbox import Access, PathRule
+from agentd_sandbox import Access, Change, PathRule, Refusal
 from agentd_sandbox.files import Files
 
 from agentd.audit import AuditLog, Event
-from agentd.errors import JournalError
+from agentd.errors import JournalError, Reason
 from agentd.journal import Journal, Keep, Selection, Ways
 from agentd.store import Store, new_id
 
@@ -201,6 +201,32 @@ def test_a_folder_of_100000_entries(tmp_path: Path):
     change(files)
     assert len(desk.journal.recover()) == 1
     assert ((folder / "5").read_bytes(), (folder / "7").exists(), (folder / "new").exists()) == (b"", True, False)
+    desk.store.close()
+
+
+def test_what_is_refused_half_way_leaves_no_file_in_two_places(desk: Desk):
+    """The first of several paths was taken as it is, the second can't be: the first is its owner's alone again."""
+    os.mkfifo(desk.home / "fifo")
+    transaction, _files = desk.begin()
+    with pytest.raises(Refusal):
+        transaction.before_changes(
+            [Change("replace", os.fsencode(desk.file)), Change("write", os.fsencode(desk.home / "fifo"))]
+        )
+    assert desk.file.stat().st_nlink == 1
+    transaction.roll_back(Event(kind="call.abort", call=transaction.call))
+    desk.call(desk.rewrite)
+    assert desk.file.read_bytes() == b"new"
+
+
+def test_on_a_disk_that_is_nearly_full_a_large_file_is_not_changed_either(tmp_path: Path):
+    """Though its state is taken later."""
+    desk = Desk(tmp_path.resolve())
+    desk.store.close()
+    desk.store = Store(tmp_path / "other")
+    journal = Journal(desk.store, AuditLog(desk.store), desk.objects, Keep(1 << 30, low_space_bytes=1 << 60))
+    with pytest.raises(JournalError) as caught:
+        journal.begin("c", Event(kind="call.intent", call="c"), [os.fsencode(desk.file)])
+    assert caught.value.reason is Reason.STORE_FULL
     desk.store.close()
 
 
