@@ -52,7 +52,7 @@ def write_until_killed(root: Path, seed: int) -> None:
     store.close()
 
 
-def cut(device: Path, seed: int, after_s: float) -> tuple[int, dict[int, str]]:
+def cut(device: Path, image: Path, seed: int, after_s: float) -> tuple[int, dict[int, str]]:
     """Returns how many calls were acknowledged, and what the tree was to be after each."""
     command = [
         sys.executable,
@@ -66,7 +66,7 @@ def cut(device: Path, seed: int, after_s: float) -> tuple[int, dict[int, str]]:
         writer.send_signal(signal.SIGSTOP)
         while b"T" not in Path(f"/proc/{writer.pid}/stat").read_bytes().rpartition(b")")[2][:3]:
             time.sleep(0.001)
-        subprocess.run(["cp", "--sparse=always", device.parent / "image", device.parent / "copy"], check=True)
+        subprocess.run(["cp", "--sparse=always", image, image.with_suffix(".cut")], check=True)
         writer.kill()
         said += writer.stdout.readlines()
     then: dict[int, str] = {}
@@ -90,11 +90,12 @@ def test_after_a_power_cut_files_and_log_agree(device: Path, tmp_path: Path):
     shutil.copy(tmp_path / "image", tmp_path / "fresh")
     cuts = 0
     for seed in range(ROUNDS):
-        shutil.copy(tmp_path / "fresh", tmp_path / "image")
-        mount(tmp_path / "image", device)
-        done, expected = cut(device, seed, 0.15 + 0.2 * random.Random(seed).random())
+        image = tmp_path / f"image{seed}"  # another one each time: somebody's namespace may hold the last mount a little longer
+        shutil.copy(tmp_path / "fresh", image)
+        mount(image, device)
+        done, expected = cut(device, image, seed, 0.15 + 0.2 * random.Random(seed).random())
         subprocess.run(["umount", device], check=True)
-        mount(tmp_path / "copy", device)
+        mount(image.with_suffix(".cut"), device)
         store, audit, journal = opened(device)
         try:
             cuts += bool(journal.recover())
@@ -105,4 +106,6 @@ def test_after_a_power_cut_files_and_log_agree(device: Path, tmp_path: Path):
         finally:
             store.close()
             subprocess.run(["umount", device], check=True)
+            image.unlink()
+            image.with_suffix(".cut").unlink()
     assert cuts > 0  # at least one was in the middle of a call

@@ -37,7 +37,10 @@ kept = []
 for _ in range(int(sys.argv[2])):
     kept.append(socket.socket(socket.AF_UNIX))
     kept[-1].connect(sys.argv[1])
-    kept[-1].sendall(bytes.fromhex(sys.argv[3]))
+    try:
+        kept[-1].sendall(bytes.fromhex(sys.argv[3]))
+    except OSError:  # told to go already
+        pass
 print("there", flush=True)
 sys.stdin.read()
 """
