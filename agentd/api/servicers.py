@@ -136,7 +136,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
                 await more.wait()
 
     def _entries(self, wanted: Wanted, limit: int) -> list[Entry]:
-        if wanted.anything:
+        if wanted.everything:
             return self._audit.entries(after=wanted.after, limit=limit, newest_first=wanted.newest_first)
         return self._audit.numbered(self._index.find(wanted, limit))
 
@@ -150,7 +150,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def VerifyAuditLog(  # noqa: N802
         self, request: audit_pb2.VerifyAuditLogRequest, context: Any
     ) -> audit_pb2.VerifyAuditLogResponse:
-        found = await asyncio.to_thread(self._checkpoints.verify, list(request.anchors), self._archive.rows())
+        found = await asyncio.to_thread(self._checkpoints.verify, list(request.anchors))
         return audit_pb2.VerifyAuditLogResponse(
             valid_events=found.valid,
             head=found.head,
@@ -183,17 +183,13 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     async def ProveInclusion(  # noqa: N802
         self, request: audit_pb2.ProveInclusionRequest, context: Any
     ) -> audit_pb2.InclusionProof:
-        leaf, hashes = await asyncio.to_thread(
-            self._checkpoints.prove_inclusion, request.sequence, request.size, self._archive.rows()
-        )
+        leaf, hashes = await asyncio.to_thread(self._checkpoints.prove_inclusion, request.sequence, request.size)
         return audit_pb2.InclusionProof(leaf=leaf, hashes=hashes)
 
     async def ProveConsistency(  # noqa: N802
         self, request: audit_pb2.ProveConsistencyRequest, context: Any
     ) -> audit_pb2.ConsistencyProof:
-        hashes = await asyncio.to_thread(
-            self._checkpoints.prove_consistency, request.old_size, request.size, self._archive.rows()
-        )
+        hashes = await asyncio.to_thread(self._checkpoints.prove_consistency, request.old_size, request.size)
         return audit_pb2.ConsistencyProof(hashes=hashes)
 
 

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import io
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from agentd.audit.notes import BadNote
 from agentd.audit.tree import Tree, leaf
 from agentd.audit.verify import Jump
 from agentd.errors import Reason, RequestError, StoreError
+from agentd.store import arriving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from agentd.store import Store
 
 LEAST = 4096  # events that are worth a file
-_HASH = 32
 _EVENT = '"event":'
 
 
@@ -47,7 +46,7 @@ class Segment:
     first: int
     last: int
     chain: bytes
-    peaks: tuple[bytes, ...]
+    peaks: bytes
     name: str
     digest: str
 
@@ -61,10 +60,7 @@ class Archive:
     def segments(self) -> list[Segment]:
         query = "SELECT first, last, chain, peaks, name, digest FROM segment ORDER BY first"
         rows = self._store.read(lambda db: list(db.execute(query)))
-        return [
-            Segment(first, last, chain, tuple(peaks[at : at + _HASH] for at in range(0, len(peaks), _HASH)), name, digest)
-            for first, last, chain, peaks, name, digest in rows
-        ]
+        return [Segment(*row) for row in rows]
 
     def rows(self) -> Iterator[Row | Jump]:
         """All of the log from its first event on; where a file is missing or damaged, what goes on after it."""
@@ -90,7 +86,7 @@ class Archive:
         segment = self._write(first, max(sizes), start)
 
         def commit(db: apsw.Connection) -> None:
-            row = (segment.first, segment.last, segment.chain, b"".join(segment.peaks), segment.name, segment.digest)
+            row = (segment.first, segment.last, segment.chain, segment.peaks, segment.name, segment.digest)
             db.execute("INSERT INTO segment (first, last, chain, peaks, name, digest) VALUES (?, ?, ?, ?, ?, ?)", row)
             db.execute("DELETE FROM event WHERE seq <= ?", (segment.last,))
             detail = {"first": first, "last": segment.last, "archive": segment.name, "sha256": segment.digest}
@@ -102,21 +98,23 @@ class Archive:
     def _write(self, first: int, last: int, before: Segment | None) -> Segment:
         """The file, durable, and found to be what was signed."""
         chain = before.chain if before else self._audit.start
-        tree = Tree(first - 1, list(before.peaks) if before else [])
+        tree = Tree.kept(first - 1, before.peaks if before else b"")
         name = f"{first}-{last}.jsonl.zst"
-        with self._arriving(name) as file, zstandard.ZstdCompressor(level=10).stream_writer(file, closefd=False) as packed:
-            for seq, body, stored in self._audit.rows(after=first - 1):
-                if seq > last:
-                    break
-                chain = self._audit.link(chain, body)
-                if chain != stored or seq != tree.size + 1:
-                    raise _unfit(seq)
-                tree.push(leaf(body))
-                packed.write(jsonl(Record(seq, body.decode(), stored)).encode() + b"\n")
+        with self._writing(), arriving(self._folder / name) as file:
+            with zstandard.ZstdCompressor(level=10).stream_writer(file, closefd=False) as packed:
+                for seq, body, stored in self._audit.rows(after=first - 1):
+                    if seq > last:
+                        break
+                    chain = self._audit.link(chain, body)
+                    if chain != stored or seq != tree.size + 1:
+                        raise _unfit(seq)
+                    tree.push(leaf(body))
+                    packed.write(jsonl(Record(seq, body.decode(), stored)).encode() + b"\n")
             if not self._was_signed(tree):
                 raise _unfit(last)
-        digest = hashlib.sha256((self._folder / name).read_bytes()).hexdigest()
-        return Segment(first, last, chain, tuple(tree.peaks), name, digest)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Segment(first, last, chain, bytes(tree), name, digest)
 
     def _was_signed(self, tree: Tree) -> bool:
         try:
@@ -126,21 +124,11 @@ class Archive:
         return point.root == tree.root
 
     @contextlib.contextmanager
-    def _arriving(self, name: str) -> Iterator[io.BufferedWriter]:
-        """Made beside and renamed: a kill leaves the events where they are."""
+    def _writing(self) -> Iterator[None]:
+        """Raises StoreError."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            arriving = self._folder / f"{name}.new"
-            try:
-                with arriving.open("wb") as file:
-                    yield file
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(arriving, 0o600)
-                arriving.rename(self._folder / name)
-            finally:
-                arriving.unlink(missing_ok=True)
-            _sync(self._folder)
+            yield
         except OSError as e:
             raise StoreError(
                 Reason.STORE_FULL if e.errno == errno.ENOSPC else Reason.AUDIT_UNAVAILABLE,
@@ -161,14 +149,6 @@ def _lines(file: Path) -> Iterator[str]:
     with file.open("rb") as packed, zstandard.ZstdDecompressor().stream_reader(packed) as stream:
         for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
             yield line.removesuffix("\n")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unfit(seq: int) -> RequestError:

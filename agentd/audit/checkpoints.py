@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 EVERY_EVENTS = 256
 EVERY_S = 3600.0
-_HASH = 32
 _log = logging.getLogger(__name__)
 
 
@@ -37,7 +36,7 @@ class Checkpoints:
         self._store, self._audit, self._signer, self._anchors = store, audit, signer, tuple(anchors)
         self.witnesses = tuple(witnesses)
         self.rows: Callable[[], Iterable[Row | Jump]] = audit.rows
-        """Those of the log, and of its archives where there are some."""
+        """Those that are verified and proved: of the log, and of its archives where there are some."""
         self._making = threading.Lock()
         self._made_s = time.monotonic()
         self._unpublished: dict[str, str] = {}
@@ -53,7 +52,7 @@ class Checkpoints:
 
     def is_due(self) -> bool:
         """Whether there are many new events, or some and the last checkpoint was long ago."""
-        new = self._audit.size() - self._last()[0]
+        new = self._audit.size() - self._last().size
         return new >= EVERY_EVENTS or (new > 0 and time.monotonic() - self._made_s >= EVERY_S)
 
     def make(self) -> str:
@@ -62,13 +61,13 @@ class Checkpoints:
         An anchor that can't be reached gets the newest note the next time. Raises StoreError.
         """
         with self._making:
-            size, peaks = self._last()
-            tree = Tree(size, peaks)
+            tree = self._last()
+            size = tree.size
             for _, body in self._audit.bodies(after=size):
                 tree.push(leaf(body))
             if tree.size > size or not size:
                 note = self._cosigned(self._signer.sign(Checkpoint(self.verifier.name, tree.size, tree.root)), tree.size)
-                row = (tree.size, b"".join(tree.peaks), note)
+                row = (tree.size, bytes(tree), note)
                 self._store.write(lambda db: db.execute("INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?)", row))
                 self._unpublished |= {anchor.name: note for anchor in self._anchors}
             self._made_s = time.monotonic()
@@ -80,7 +79,7 @@ class Checkpoints:
         for witness in self.witnesses:
             if witness.url:
                 try:
-                    note = witness.ask(note, size, lambda old: self.prove_consistency(old, size, self.rows()))
+                    note = witness.ask(note, size, lambda old: self.prove_consistency(old, size))
                 except (OSError, AgentdError) as e:
                     _log.warning("the witness %s has not signed the checkpoint: %s", witness.name, e)
         return note
@@ -95,45 +94,40 @@ class Checkpoints:
                 else:
                     del self._unpublished[anchor.name]
 
-    def _last(self) -> tuple[int, list[bytes]]:
+    def _last(self) -> Tree:
+        """As it was at the newest checkpoint."""
         query = "SELECT size, peaks FROM checkpoint ORDER BY size DESC LIMIT 1"
         row = self._store.read(lambda db: db.execute(query).get)
-        if row is None:
-            return 0, []
-        size, peaks = row
-        return int(size), [peaks[at : at + _HASH] for at in range(0, len(peaks), _HASH)]
+        return Tree.kept(*row) if row else Tree()
 
     def all(self) -> dict[int, str]:
         """Notes by size."""
         return self._store.read(lambda db: {int(s): str(n) for s, n in db.execute("SELECT size, note FROM checkpoint")})
 
-    def verify(self, anchors: Iterable[str] = (), rows: Iterable[Row | Jump] | None = None) -> Verification:
-        """All that can be said of the log; `anchors` are notes that somebody has kept elsewhere.
-
-        `rows` are those of the log and of its archives, if some of it is there.
-        """
-        return self._audit.verify(self.verifier, self.all().values(), anchors, rows, self.witnesses)
+    def verify(self, anchors: Iterable[str] = ()) -> Verification:
+        """All that can be said of the log; `anchors` are notes that somebody has kept elsewhere."""
+        return self._audit.verify(self.verifier, self.all().values(), anchors, self.rows(), self.witnesses)
 
     # -- proofs
 
-    def prove_inclusion(self, seq: int, size: int, rows: Iterable[Row | Jump] | None = None) -> tuple[bytes, tuple[bytes, ...]]:
+    def prove_inclusion(self, seq: int, size: int) -> tuple[bytes, tuple[bytes, ...]]:
         """The leaf of event `seq`, and the hashes that lead from it to the root of the first `size` events.
 
-        `rows` as in `verify`. Raises RequestError (BAD_FIELD).
+        Raises RequestError (BAD_FIELD).
         """
         if not 1 <= seq <= size or size > self._audit.size():
             raise _out_of_range("sequence", f"there is no event {seq} among the first {size}")
-        own, *hashes = self._proved([(seq - 1, seq), *inclusion(seq - 1, size)], rows)
+        own, *hashes = self._proved([(seq - 1, seq), *inclusion(seq - 1, size)])
         return own, tuple(hashes)
 
-    def prove_consistency(self, old: int, size: int, rows: Iterable[Row | Jump] | None = None) -> tuple[bytes, ...]:
+    def prove_consistency(self, old: int, size: int) -> tuple[bytes, ...]:
         """The hashes that show that the first `old` of `size` events were the same then. Raises RequestError (BAD_FIELD)."""
         if not 1 <= old <= size or size > self._audit.size():
             raise _out_of_range("size", f"{old} and {size} are no two sizes that this log had, one after the other")
-        return self._proved(consistency(old, size), rows)
+        return self._proved(consistency(old, size))
 
-    def _proved(self, spans: Sequence[tuple[int, int]], rows: Iterable[Row | Jump] | None) -> tuple[bytes, ...]:
-        there = (row for row in rows or self._audit.rows() if not isinstance(row, Jump))
+    def _proved(self, spans: Sequence[tuple[int, int]]) -> tuple[bytes, ...]:
+        there = (row for row in self.rows() if not isinstance(row, Jump))
         try:
             return proved(spans, ((seq - 1, leaf(body)) for seq, body, _ in there))
         except LookupError:

@@ -13,7 +13,7 @@ import re
 import threading
 import unicodedata
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import apsw
 
@@ -21,11 +21,12 @@ from agentd.audit.ask import Answer, ask
 from agentd.errors import Reason, RequestError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from agentd.audit.log import AuditLog
 
+T = TypeVar("T")
 _VERSION = 1
 _BATCH = 2000
 _SCHEMA = f"""
@@ -58,7 +59,7 @@ class Wanted:
     newest_first: bool = False
 
     @property
-    def anything(self) -> bool:
+    def everything(self) -> bool:
         return not (self.fields or self.words or self.path or self.since_ns or self.until_ns)
 
     def fits(self, body: Mapping[str, Any]) -> bool:
@@ -91,13 +92,11 @@ class Index:
         order = "DESC" if wanted.newest_first else "ASC"
         number = "words.rowid" if wanted.words else "touched.seq" if wanted.path else "found.seq"  # walked in this order
         query = f"SELECT found.seq FROM {source} WHERE {' AND '.join(clauses)} ORDER BY {number} {order} LIMIT ?"  # noqa: S608
-        with self._up_to_date() as db:
-            return [int(seq) for (seq,) in db.execute(query, (*values, limit))]
+        return self._ask(lambda db: [int(seq) for (seq,) in db.execute(query, (*values, limit))])
 
     def catch_up(self) -> None:
         """Take in what is new. Raises StoreError."""
-        with self._up_to_date():
-            pass
+        self._ask(lambda _: None)
 
     def keep_up(self) -> None:
         """Take in what is new if that is much, so that no query has to wait for it. One by one, events would cost the disk more
@@ -108,9 +107,13 @@ class Index:
 
     def forget(self, last: int) -> None:
         """Events up to this one are in an archive now. Raises StoreError."""
-        with self._up_to_date() as db, db:
-            db.execute("DELETE FROM found WHERE seq <= ?", (last,))
-            db.execute("DELETE FROM touched WHERE seq <= ?", (last,))
+
+        def forget(db: apsw.Connection) -> None:
+            with db:
+                db.execute("DELETE FROM found WHERE seq <= ?", (last,))
+                db.execute("DELETE FROM touched WHERE seq <= ?", (last,))
+
+        self._ask(forget)
 
     def ask(self, sql: str) -> Answer:
         """A question in SQL. Raises RequestError (BAD_FIELD), StoreError."""
@@ -122,18 +125,15 @@ class Index:
                 self._db.close()
                 self._db = None
 
-    @contextlib.contextmanager
-    def _up_to_date(self) -> Iterator[apsw.Connection]:
+    def _ask(self, do: Callable[[apsw.Connection], T]) -> T:
+        """With an index that has all there is; a damaged one is made anew: it is only an index. Raises StoreError."""
         with self._using:
             try:
-                db = self._opened()
-                self._take_in(db)
-                yield db
-            except apsw.Error:  # damaged: it is only an index
+                return self._done(do)
+            except apsw.Error:
                 try:
                     self._throw_away()
-                    db = self._opened()
-                    self._take_in(db)
+                    return self._done(do)
                 except (apsw.Error, OSError) as e:
                     raise StoreError(
                         Reason.AUDIT_UNAVAILABLE,
@@ -141,26 +141,30 @@ class Index:
                         hint="Free some space, or remove it: it is made anew. `agentd audit list` without filters needs none.",
                         metadata={"path": str(self._file)},
                     ) from e
-                raise RequestError(
-                    Reason.BAD_FIELD, "The index was damaged and has been made anew.", hint="Ask again."
-                ) from None
+
+    def _done(self, do: Callable[[apsw.Connection], T]) -> T:
+        db = self._opened()
+        self._take_in(db)
+        return do(db)
 
     def _opened(self) -> apsw.Connection:
         if self._db is None:
-            db = apsw.Connection(str(self._file))
-            os.chmod(self._file, 0o600)
-            db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF")
+            db = self._connected()
             if db.execute("PRAGMA user_version").get != _VERSION:
                 db.close()
                 self._throw_away()
-                db = apsw.Connection(str(self._file))
-                os.chmod(self._file, 0o600)
-                db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF")
+                db = self._connected()
                 indexes = ";".join(f"CREATE INDEX found_by_{name} ON found ({name})" for name in _INDEXED)
                 with db:
                     db.execute(_SCHEMA + indexes)
             self._db = db
         return self._db
+
+    def _connected(self) -> apsw.Connection:
+        db = apsw.Connection(str(self._file))
+        os.chmod(self._file, 0o600)
+        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF")
+        return db
 
     def _throw_away(self) -> None:
         if self._db:

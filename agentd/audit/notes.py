@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 import socket
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from agentd.errors import Reason, StoreError
+from agentd.store import arriving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +59,29 @@ class Checkpoint:
         return cls(origin, int(size), root)
 
 
+def key_hash(name: str, algorithm: bytes, public: bytes) -> bytes:
+    """Which of several keys of the same name made a signature."""
+    return hashlib.sha256(f"{name}\n".encode() + algorithm + public).digest()[:4]
+
+
+def key_text(name: str, algorithm: bytes, public: bytes) -> str:
+    """Name, hash and key in one line."""
+    return f"{name}+{key_hash(name, algorithm, public).hex()}+{base64.b64encode(algorithm + public).decode()}"
+
+
+def parsed_key(text: str, algorithm: bytes, what: str) -> tuple[str, bytes]:
+    """Name and public key of such a line. Raises BadNote, saying that it is no `what`."""
+    try:
+        name, given, key = text.strip().split("+", 2)  # base64 may have more of them
+        decoded = base64.b64decode(key, validate=True)
+    except ValueError:
+        raise BadNote("it is no verifier key (NAME+HASH+KEY)") from None
+    found, public = decoded[:1], decoded[1:]
+    if found != algorithm or len(public) != _KEY_BYTES or key_hash(name, algorithm, public).hex() != given:
+        raise BadNote(f"it is no {what}, or one with a typing mistake")
+    return name, public
+
+
 @dataclass(frozen=True, slots=True)
 class Verifier:
     """A public key and whose it is."""
@@ -69,24 +92,16 @@ class Verifier:
     @property
     def hash(self) -> bytes:
         """Which of several keys of the same name made a signature."""
-        return hashlib.sha256(f"{self.name}\n".encode() + _ED25519 + self.public).digest()[:4]
+        return key_hash(self.name, _ED25519, self.public)
 
     def __str__(self) -> str:
         """As `parse` reads it: name, hash and key in one line."""
-        return f"{self.name}+{self.hash.hex()}+{base64.b64encode(_ED25519 + self.public).decode()}"
+        return key_text(self.name, _ED25519, self.public)
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises BadNote."""
-        try:
-            name, given, key = text.strip().split("+", 2)  # base64 may have more of them
-            decoded = base64.b64decode(key, validate=True)
-        except ValueError:
-            raise BadNote("it is no verifier key (NAME+HASH+KEY)") from None
-        made = cls(name, decoded[1:])
-        if decoded[:1] != _ED25519 or len(made.public) != _KEY_BYTES or made.hash.hex() != given:
-            raise BadNote("it is no Ed25519 verifier key, or one with a typing mistake")
-        return made
+        return cls(*parsed_key(text, _ED25519, "Ed25519 verifier key"))
 
     def open(self, note: str) -> Checkpoint:
         """The checkpoint of a note that this key has signed. Raises BadNote."""
@@ -163,20 +178,7 @@ def _unusable(file: Path, why: str) -> StoreError:
 
 
 def _new_key(file: Path, name: str) -> bytes:
-    """Made beside and renamed: a kill leaves none or a whole one."""
     kept = Ed25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()) + name.encode() + b"\n"
-    arriving = file.with_suffix(".new")
-    arriving.unlink(missing_ok=True)
-    descriptor = os.open(arriving, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(descriptor, kept)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    arriving.rename(file)
-    folder = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with arriving(file) as writing:
+        writing.write(kept)
     return kept

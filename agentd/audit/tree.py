@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     Span = tuple[int, int]
 
+HASH_BYTES = 32
 EMPTY = hashlib.sha256(b"").digest()
 
 
@@ -39,6 +40,15 @@ class Tree:
         while rest % 2 == 0:
             merged, rest = node(self.peaks.pop(), merged), rest // 2
         self.peaks.append(merged)
+
+    @classmethod
+    def kept(cls, size: int, peaks: bytes) -> Self:
+        """A tree as `bytes(tree)` has kept it."""
+        return cls(size, [peaks[at : at + HASH_BYTES] for at in range(0, len(peaks), HASH_BYTES)])
+
+    def __bytes__(self) -> bytes:
+        """Its peaks, one after the other."""
+        return b"".join(self.peaks)
 
     @property
     def root(self) -> bytes:

@@ -44,11 +44,11 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """In the place of events up to `last` that are not at hand: the chain value and the tree's peaks after them."""
+    """In the place of events up to `last` that are not at hand: the chain value after them, and the tree's peaks."""
 
     last: int
     chain: bytes
-    peaks: tuple[bytes, ...]
+    peaks: bytes
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ def verify(
     for row in rows:
         if isinstance(row, Jump):
             absent += row.last - tree.size
-            chain, tree = row.chain, Tree(row.last, list(row.peaks))
+            chain, tree = row.chain, Tree.kept(row.last, row.peaks)
         else:
             seq, body, stored = row
             expected = tree.size + 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import threading
 import time
 import urllib.error
@@ -21,8 +20,9 @@ from urllib.parse import urlsplit
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from agentd.audit.notes import BadNote, Checkpoint, Verifier
+from agentd.audit.notes import BadNote, Checkpoint, Verifier, key_hash, key_text, parsed_key
 from agentd.audit.tree import is_consistent
+from agentd.store import arriving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,26 +46,19 @@ class Witness:
 
     @property
     def hash(self) -> bytes:
-        return hashlib.sha256(f"{self.name}\n".encode() + COSIGNATURE + self.public).digest()[:4]
+        return key_hash(self.name, COSIGNATURE, self.public)
 
     def __str__(self) -> str:
         """As `parse` reads it."""
-        return f"{self.name}+{self.hash.hex()}+{base64.b64encode(COSIGNATURE + self.public).decode()}"
+        return key_text(self.name, COSIGNATURE, self.public)
 
     @classmethod
     def parse(cls, text: str, url: str = "") -> Self:
         """Raises BadNote."""
-        try:
-            name, given, key = text.strip().split("+", 2)
-            decoded = base64.b64decode(key, validate=True)
-        except ValueError:
-            raise BadNote("it is no verifier key (NAME+HASH+KEY)") from None
-        made = cls(name, decoded[1:], url)
-        if decoded[:1] != COSIGNATURE or len(made.public) != 32 or made.hash.hex() != given:
-            raise BadNote("it is no key of a witness, or one with a typing mistake")
+        name, public = parsed_key(text, COSIGNATURE, "key of a witness")
         if url and urlsplit(url).scheme not in ("http", "https"):
             raise BadNote("a witness is asked over http or https")
-        return made
+        return cls(name, public, url)
 
     def has_signed(self, note: str) -> int:
         """When this witness has signed a note, in seconds since 1970; 0 if it has not."""
@@ -174,18 +167,8 @@ class Cosigner:
     def _remember(self, point: Checkpoint) -> None:
         """Durable before anything is signed: a witness that forgets is none."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = self._file(point.origin)
-        arriving = file.with_suffix(".new")
-        with arriving.open("w") as writing:
-            json.dump({"origin": point.origin, "size": point.size, "root": point.root.hex()}, writing)
-            writing.flush()
-            os.fsync(writing.fileno())
-        arriving.rename(file)
-        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with arriving(self._file(point.origin)) as file:
+            file.write(json.dumps({"origin": point.origin, "size": point.size, "root": point.root.hex()}).encode())
 
 
 def _request(body: str) -> tuple[int, list[bytes], str]:

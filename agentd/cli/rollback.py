@@ -145,7 +145,8 @@ def print_plan(plan: journal_pb2.RollbackPlan, *, rehearsed: bool = False) -> No
     if plan.not_undoable_calls:
         console.print(f"[yellow]{len(plan.not_undoable_calls)} of the calls have reached outside; nothing takes that back[/]")
     what = "change" if rehearsed else "put back"
-    console.print(f"[dim]{len(plan.calls)} calls, {sum(path.does for path in plan.paths)} paths to {what}[/]")
+    calls, paths = len(plan.calls), sum(path.does for path in plan.paths)
+    console.print(f"[dim]{calls} call{'s' * (calls != 1)}, {paths} path{'s' * (paths != 1)} to {what}[/]")
 
 
 def print_difference(each: journal_pb2.PathDifference, *, stat: bool) -> None:

@@ -17,6 +17,7 @@ from agentd_sandbox.paths import Resolved, WalkError, resolve
 
 from agentd.errors import JournalError
 from agentd.journal.contents import Kept, TooLarge, write_with_holes
+from agentd.store import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -147,7 +148,7 @@ def put_back(path: bytes, state: PathState, content: Iterable[bytes]) -> None:
                 _replace(place, state, content)
             case _:
                 raise OSError(errno.EINVAL, f"a {state.kind} can't be put back", os.fsdecode(path))
-        sync_folder(place.parent)
+        sync_folder(f"/proc/self/fd/{place.parent}")
 
 
 def sweep(folder: bytes) -> None:
@@ -175,15 +176,7 @@ def make_durable(path: bytes) -> None:
         if place.exists and stat.S_ISREG(os.fstat(place.descriptor).st_mode):
             with _readable(place) as descriptor:
                 os.fsync(descriptor)
-        sync_folder(place.parent)
-
-
-def sync_folder(descriptor: int) -> None:
-    opened = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+        sync_folder(f"/proc/self/fd/{place.parent}")
 
 
 def _reach(path: bytes) -> Resolved | None:

@@ -1,6 +1,7 @@
 """The SQLite store: one writer thread, durable before it answers."""
 
+from agentd.store.durable import arriving, sync_folder
 from agentd.store.ids import new_id
 from agentd.store.store import Store
 
-__all__ = ["Store", "new_id"]
+__all__ = ["Store", "arriving", "new_id", "sync_folder"]
