@@ -77,6 +77,16 @@ class DaemonProcess:
             self.wait_until_ready()
         return self
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[DaemonProcess]:
+        """Started, and at the end stopped: with status 0, and without a traceback in its log."""
+        try:
+            yield self.start()
+        finally:
+            status = self.stop()
+        assert status == 0
+        assert "Traceback" not in self.log, self.log
+
     def wait_until_ready(self) -> None:
         assert self.process is not None
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -131,10 +141,8 @@ class DaemonProcess:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """One daemon for all tests of a file."""
-    running = DaemonProcess(tmp_path_factory.mktemp("agentd")).start()
-    yield running
-    assert running.stop() == 0
-    assert "Traceback" not in running.log, running.log
+    with DaemonProcess(tmp_path_factory.mktemp("agentd")).running() as running:
+        yield running
 
 
 @pytest.fixture

@@ -38,16 +38,8 @@ class Bare(DaemonProcess):
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    running = Bare(tmp_path_factory.mktemp("agentd"), extra=NO_GRANTS).start()
-    yield running
-    assert running.stop() == 0
-    assert "Traceback" not in running.log, running.log
-
-
-@pytest.fixture
-def client(daemon: DaemonProcess) -> Iterator[Client]:
-    with Client(daemon.socket) as made:
-        yield made
+    with Bare(tmp_path_factory.mktemp("agentd"), extra=NO_GRANTS).running() as running:
+        yield running
 
 
 def until(there: Callable[[], Any]) -> Any:
@@ -201,8 +193,7 @@ def test_a_question_is_shown_on_the_screen(tmp_path: Path, program: str):
         (programs / name).write_text(FAKE.format(log=log))
         (programs / name).chmod(0o755)
     environment = {"PATH": f"{programs}:{os.environ['PATH']}", "DBUS_SESSION_BUS_ADDRESS": "unix:path=/nowhere"}
-    running = Bare(tmp_path / "d", environment=environment).start()
-    try:
+    with Bare(tmp_path / "d", environment=environment).running() as running:
         with Client(running.socket) as client:
             thread, ended = in_background(lambda: client.call("files.write", {"path": "a.txt", "text": "$(id)`id`;id"}))
             if program == "termux-notification":
@@ -220,6 +211,3 @@ def test_a_question_is_shown_on_the_screen(tmp_path: Path, program: str):
         assert "can be undone" in shown
         if program == "termux-notification":
             until(lambda: "termux-notification-remove" in log.read_text())
-    finally:
-        assert running.stop() == 0
-    assert "Traceback" not in running.log

@@ -26,12 +26,19 @@ COMMAND = (
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     extra = '[[grants]]\ntool = "shell.run"\nscope = "exec:/usr"\n'
-    running = DaemonProcess(
-        tmp_path_factory.mktemp("agentd"), extra=extra, tools='bundled = ["files", "system", "shell"]\n'
-    ).start()
-    yield running
-    assert running.stop() == 0
-    assert "Traceback" not in running.log, running.log
+    tools = 'bundled = ["files", "system", "shell"]\n'
+    with DaemonProcess(tmp_path_factory.mktemp("agentd"), extra, tools).running() as running:
+        yield running
+
+
+@pytest.fixture
+def shopping(tmp_path: Path) -> Iterator[tuple[DaemonProcess, Path]]:
+    """A list, and a daemon with the tools that are on by default: the pocket model knows no others."""
+    with DaemonProcess(tmp_path / "d").running() as running:
+        file = running.home / "notes" / "shopping.txt"
+        file.parent.mkdir()
+        file.write_text("bread\n")
+        yield running, file
 
 
 @pytest.fixture
@@ -83,23 +90,17 @@ def test_a_shell_that_renamed_rewrote_and_deleted_is_undone(daemon: DaemonProces
     assert tree(work) == before
 
 
-def test_a_run_is_put_back_and_shown(tmp_path: Path):
-    """By its name, with all that it did. The pocket model knows only the tools that are on by default."""
-    running = DaemonProcess(tmp_path / "d").start()
-    (running.home / "notes").mkdir()
-    file = running.home / "notes" / "shopping.txt"
-    file.write_text("bread\n")
-    try:
-        with Client(running.socket) as client:
-            events = list(client.run('add "buy milk" to notes/shopping.txt'))
-            run = events[-1].run.name.removeprefix("runs/")
-        assert "buy milk" in file.read_text()
-        assert "+buy milk" in running.command("diff", "--run", run).stdout
-        running.command("rollback", "--run", run, "--yes")
-        assert file.read_text() == "bread\n"
-        assert "+buy milk" in running.command("diff", "--run", run).stdout  # what it did is on record all the same
-    finally:
-        assert running.stop() == 0
+def test_a_run_is_put_back_and_shown(shopping: tuple[DaemonProcess, Path]):
+    """By its name, with all that it did."""
+    running, file = shopping
+    with Client(running.socket) as client:
+        events = list(client.run('add "buy milk" to notes/shopping.txt'))
+    run = events[-1].run.name.removeprefix("runs/")
+    assert "buy milk" in file.read_text()
+    assert "+buy milk" in running.command("diff", "--run", run).stdout
+    running.command("rollback", "--run", run, "--yes")
+    assert file.read_text() == "bread\n"
+    assert "+buy milk" in running.command("diff", "--run", run).stdout  # what it did is on record all the same
 
 
 def test_a_rehearsed_shell_command_is_looked_at_and_applied(daemon: DaemonProcess, work: Path):
@@ -134,24 +135,18 @@ def test_what_has_changed_since_it_was_rehearsed_is_not_overwritten(daemon: Daem
     assert daemon.command("rehearsals", "apply", call, "--yes", check=False).returncode == 1
 
 
-def test_a_whole_run_is_rehearsed_and_applied_under_its_name(tmp_path: Path):
+def test_a_whole_run_is_rehearsed_and_applied_under_its_name(shopping: tuple[DaemonProcess, Path]):
     """The model is told; what is applied later belongs to the run, and goes back with it."""
-    running = DaemonProcess(tmp_path / "d").start()
-    (running.home / "notes").mkdir()
-    file = running.home / "notes" / "shopping.txt"
-    file.write_text("bread\n")
-    try:
-        with Client(running.socket) as client:
-            events = list(client.run('add "buy milk" to notes/shopping.txt', rehearse=True))
-        (call,) = [event.call for event in events if event.WhichOneof("event") == "call"]
-        assert "nothing is changed yet" in call.output_json
-        assert file.read_text() == "bread\n"
-        running.command("rehearsals", "apply", call.name, "--yes")
-        assert "buy milk" in file.read_text()
-        running.command("rollback", "--run", events[-1].run.name, "--yes")
-        assert file.read_text() == "bread\n"
-    finally:
-        assert running.stop() == 0
+    running, file = shopping
+    with Client(running.socket) as client:
+        events = list(client.run('add "buy milk" to notes/shopping.txt', rehearse=True))
+    (call,) = [event.call for event in events if event.WhichOneof("event") == "call"]
+    assert "nothing is changed yet" in call.output_json
+    assert file.read_text() == "bread\n"
+    running.command("rehearsals", "apply", call.name, "--yes")
+    assert "buy milk" in file.read_text()
+    running.command("rollback", "--run", events[-1].run.name, "--yes")
+    assert file.read_text() == "bread\n"
 
 
 def test_what_a_person_has_edited_since_is_theirs(daemon: DaemonProcess, work: Path):

@@ -1,4 +1,4 @@
-"""A real daemon with a TCP port, for a whole file."""
+"""A real daemon with a TCP port, for a whole file or for a test that breaks it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,41 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agentd.client import Client
+from agentd.errors import AgentdError, Reason
 from tests.e2e.conftest import DaemonProcess
 from tests.principals.wire import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+def listening(port: int) -> str:
+    """The configuration for it; nobody is asked on a screen."""
+    return f'[listen]\naddress = "127.0.0.1:{port}"\n[approvals]\nnotify = false\n'
+
+
+def open_to_others(daemon: DaemonProcess) -> DaemonProcess:
+    """The same daemon; once it is started, every user can reach its socket."""
+    config = daemon.write_config()
+    for folder in daemon.socket.parents:
+        if not folder.stat().st_mode & 1:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    text = 'socket_mode = "0666"\n' + config.read_text()
+
+    def write() -> Path:
+        config.write_text(text)
+        return config
+
+    daemon.write_config = write  # type: ignore[method-assign]
+    return daemon
+
+
+def refused(work: Callable[[], object]) -> Reason:
+    """The reason that it is refused for."""
+    with pytest.raises(AgentdError) as caught:
+        work()
+    return caught.value.reason
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +51,8 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory, port: int) -> Iterator[DaemonProcess]:
-    extra = f'[listen]\naddress = "127.0.0.1:{port}"\n[approvals]\nnotify = false\n'
-    running = DaemonProcess(tmp_path_factory.mktemp("agentd"), extra=extra).start()
-    yield running
-    assert running.stop() == 0
-    assert "Traceback" not in running.log, running.log
+    with DaemonProcess(tmp_path_factory.mktemp("agentd"), listening(port)).running() as running:
+        yield running
 
 
 @pytest.fixture
@@ -43,8 +69,7 @@ def own_port() -> int:
 @pytest.fixture
 def own_daemon(tmp_path: Path, own_port: int) -> Iterator[DaemonProcess]:
     """A daemon with a TCP port that the test starts itself, and may break."""
-    extra = f'[listen]\naddress = "127.0.0.1:{own_port}"\n[approvals]\nnotify = false\n'
-    broken = DaemonProcess(tmp_path, extra=extra)
+    broken = DaemonProcess(tmp_path, listening(own_port))
     yield broken
     if broken.process and broken.process.poll() is None:
         broken.kill()

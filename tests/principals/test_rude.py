@@ -17,6 +17,7 @@ import pytest
 from agentd.api.relay import CONNECTIONS
 from agentd.client import Client
 from agentd.v1 import token_pb2, tool_pb2
+from tests.principals.conftest import open_to_others
 from tests.principals.wire import DATA, HELLO, SETTINGS, STATUS, answer, call, descriptors, frame, outcome, reason, until
 
 if TYPE_CHECKING:
@@ -144,26 +145,10 @@ def of_nobody(path: Path, count: int) -> Iterator[None]:
             other.kill()
 
 
-def open_to_others(daemon: DaemonProcess) -> DaemonProcess:
-    """Start it with a socket that every user can reach."""
-    for folder in daemon.socket.parents:
-        if not folder.stat().st_mode & 1:
-            folder.chmod(folder.stat().st_mode | 0o011)
-    config = daemon.write_config()
-    text = 'socket_mode = "0666"\n' + config.read_text()
-
-    def write() -> Path:
-        config.write_text(text)
-        return config
-
-    daemon.write_config = write  # type: ignore[method-assign]
-    return daemon.start()
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_another_users_connections_leave_room_for_the_owner(own_daemon: DaemonProcess):
     """A user without any role holds six hundred; the daemon's own user still gets in."""
-    open_to_others(own_daemon)
+    open_to_others(own_daemon).start()
     with of_nobody(own_daemon.socket, 600):
         assert outcome(f"unix:{own_daemon.socket}") == "ok"
 
