@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -16,9 +15,9 @@ from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
-from agentd.api import ApiParts, ApiServer, Tcp
-from agentd.audit import Archive, AuditLog, Checkpoints, Event, Index, load_signer
-from agentd.audit.anchors import found, read_notes
+from agentd.api import ApiParts, ApiServer, AuditParts, Tcp
+from agentd.audit import Archive, AuditLog, Checkpoints, Event, Index, Redaction, Renewal, Upkeep, load_signer, settle_key
+from agentd.audit.anchors import found
 from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
 from agentd.audit.witness import Witness
@@ -32,7 +31,7 @@ from agentd.journal import Journal, Keep
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
 from agentd.runs import Limits, ModelSettings, Runs
-from agentd.runs.record import RunRecords
+from agentd.runs.record import RunRecords, event_of
 from agentd.store import Store
 from agentd.v1 import system_pb2
 
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
-_LOOK_S = 5.0  # whether a checkpoint is due
 _SWEEP_S = 3600.0
 
 
@@ -65,7 +63,9 @@ class Daemon:
         self._credentials = calls.load_credentials(config.credentials, config.state)
         self._store = Store(config.state)
         self._audit = AuditLog(self._store)
-        signer = load_signer(config.state / "audit.key", config.audit.origin)
+        self._key_file = config.state / "audit.key"
+        settle_key(self._key_file, self._audit)
+        signer = load_signer(self._key_file, config.audit.origin)
         anchors = found(config.audit.anchor_file, journal=config.audit.journald)
         self._index = Index(config.state / "index.db", self._audit)
         self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors, _witnesses(config))
@@ -77,6 +77,10 @@ class Daemon:
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
         self._archive = Archive(self._store, self._audit, self._checkpoints, config.state / "archive")
         self._checkpoints.rows = self._archive.rows
+        self._upkeep = Upkeep(
+            *(self._audit, self._checkpoints, self._index, self._archive),
+            *(config.audit.keep_events, config.audit.anchor_file),
+        )
         self._shippers = _shippers(config, self._store, self._audit)
         self._recovered: list[str] = []
         self._model_error = ""
@@ -105,6 +109,7 @@ class Daemon:
     async def start(self) -> None:
         """Recover, confine, listen; the model loads meanwhile. Raises DaemonError."""
         config = self._config
+        self._upkeep.look()
         self._recovered = self._journal.recover()
         self._records.close_lost()
         self._level = probe()
@@ -129,8 +134,7 @@ class Daemon:
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
         settings = _model_settings(config, self._toolbox)
         self._runs = Runs(self._records, self._engine, self._calls, settings, limits, self._record_run)
-        self._look_for_lost_events()
-        self._audit.record(_boot(self._level, self._grants, self._toolbox, self._recovered, str(self._checkpoints.verifier)))
+        self._record_boot()
         self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, _tcp(config))
         await self._server.start()
         if config.approvals.notify:
@@ -139,15 +143,15 @@ class Daemon:
         for shipper in self._shippers:
             shipper.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep the journal")
-        self._signing = asyncio.create_task(self._sign(), name="checkpoints of the log")
+        self._upkeep.start()
 
     async def stop(self) -> None:
         """In reverse order; each step even if the one before failed."""
         if self._preload:
             self._preload.cancel()
             self._sweeping.cancel()
-            self._signing.cancel()
-            await asyncio.wait([self._preload, self._sweeping, self._signing])
+            await asyncio.wait([self._preload, self._sweeping])
+            await self._upkeep.stop()
             await self._notifier.stop()
             self._approvals.stop()
             self._audit.end()
@@ -155,9 +159,7 @@ class Daemon:
             await self._server.stop(_GRACE_S)
             await self._engine.stop()
             self._calls.close()
-            with contextlib.suppress(AgentdError):  # a full disk must not keep the daemon from stopping
-                self._audit.record(Event(kind="stop", principal="agentd"))
-                self._checkpoints.make()
+            await self._upkeep.end()
             for shipper in self._shippers:
                 await asyncio.to_thread(shipper.stop)
         if hasattr(self, "_sandbox"):
@@ -169,60 +171,45 @@ class Daemon:
         roles = {principal.name: frozenset(principal.roles) for principal in self._config.principals}
         tokens = Tokens(self._store, self._audit, self._grants.now_ns)
         roster = Roster(os.getuid(), roles, tokens, self._wrong_token)
+        redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
+        renewal = Renewal(
+            *(self._store, self._audit, self._checkpoints, self._index, self._archive),
+            *(self._key_file, self._config.state / "archive"),
+        )
+        audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, redaction, renewal)
         return ApiParts(
-            *(
-                self._runs,
-                self._calls,
-                self._audit,
-                self._checkpoints,
-                self._index,
-                self._archive,
-                self._grants,
-                self._approvals,
-            ),
-            *(tokens, roster),
+            *(self._runs, self._calls, audit, self._grants, self._approvals, tokens, roster),
             *(self.status, self._propose),
         )
 
-    def _look_for_lost_events(self) -> None:
-        """An end of the log that was cut off fits together; what was kept elsewhere knows better."""
-        file = self._config.audit.anchor_file
-        notes = read_notes(file.read_text(errors="replace")) if file and file.exists() else []
-        if lost := self._checkpoints.lost([*notes, *self._checkpoints.all().values()]):
-            _log.error("%d events of the audit log are lost that were signed once; `agentd audit verify` says more", lost)
-            self._audit.record(Event(kind="gap", principal="agentd", detail={"lost": lost}))
-
-    async def _sign(self) -> None:
-        """A checkpoint at the start, and whenever there is enough new."""
-        with contextlib.suppress(AgentdError):
-            await asyncio.to_thread(self._checkpoints.make)
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            try:
-                await asyncio.to_thread(self._index.keep_up)
-                if await asyncio.to_thread(self._checkpoints.is_due):
-                    await asyncio.to_thread(self._checkpoints.make)
-            except AgentdError as e:
-                _log.warning("the log could not be indexed or signed: %s", e)
+    def _record_boot(self) -> None:
+        """What is in force from here on; and what of the rules has changed while nobody was looking."""
+        rules = [str(grant) for grant in self._grants.all()]
+        detail = {
+            "version": __version__,
+            "pid": os.getpid(),
+            "sandbox": self._level.name,
+            "profile": self._level.filter_digest,
+            "kernel": self._level.kernel,
+            "grants": rules,
+            "policy": self._grants.policy,
+            "tools": {tool.name: tool.digest for tool in self._toolbox.tools.values()},
+            "recovered": self._recovered,
+            "key": str(self._checkpoints.verifier),
+        }
+        try:
+            before = self._audit.newest("boot")
+            self._audit.record(Event(kind="boot", principal="agentd", detail=detail))
+            if before and (changed := _changed(before.body.get("detail", {}), rules)):
+                self._audit.record(Event(kind="policy.change", principal="agentd", detail=changed))
+        except AgentdError:
+            if not self._audit.closed:
+                raise
 
     def _record_run(self, run: Run) -> None:
-        """What began, from which prompt, with which model; and how it ended."""
-        if run.ended:
-            stop = run.stop_reason.value if run.stop_reason else ""
-            used = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
-            answer = hashlib.sha256(run.answer.encode("utf-8", "replace")).hexdigest()
-            detail: dict[str, Any] = {"state": run.state.value, "stop_reason": stop, "answer_sha256": answer, **used}
-            error = run.error[1] if run.error else ""
-        else:
-            model = self._engine.model
-            prompt = hashlib.sha256(run.prompt.encode("utf-8", "surrogatepass")).hexdigest()
-            engine = self._config.engine
-            sampler = {"seed": engine.seed, "temperature": engine.temperature}
-            named = {"name": model.name if model else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
-            detail, error = {"prompt_sha256": prompt, "model": named, **sampler}, ""
-        kind: Any = "run.end" if run.ended else "run.start"
-        event = Event(kind=kind, principal=run.principal, session=run.session, run=run.id, error=error, detail=detail)
-        self._audit.record(event.model_copy(update={"labels": run.labels.names}))
+        engine, loaded = self._config.engine, self._engine.model
+        model = {"name": loaded.name if loaded else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
+        self._audit.record(event_of(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature}))
 
     def _wrong_token(self, peer: str, why: str) -> None:
         """Nobody waits for this to be durable."""
@@ -254,6 +241,7 @@ class Daemon:
             folder=str(self._config.tools.folder),
             tools=len(self._toolbox.tools),
             grants=len(self._grants.all()),
+            audit_closed=self._audit.closed,
             recovered_calls=[f"calls/{call}" for call in self._recovered],
         )
 
@@ -269,8 +257,6 @@ class Daemon:
         while True:
             with contextlib.suppress(AgentdError, OSError):
                 await asyncio.to_thread(self._journal.retention.sweep)
-                if moved := await asyncio.to_thread(self._archive.prune, self._config.audit.keep_events, "agentd"):
-                    await asyncio.to_thread(self._index.forget, moved.last)
             await asyncio.sleep(_SWEEP_S)
 
     async def _load_model(self) -> None:
@@ -362,15 +348,8 @@ def _model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
     return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)
 
 
-def _boot(level: Level, grants: Grants, toolbox: Toolbox, recovered: list[str], key: str) -> Event:
-    detail = {
-        "version": __version__,
-        "pid": os.getpid(),
-        "sandbox": level.name,
-        "kernel": level.kernel,
-        "grants": [str(grant) for grant in grants.all()],
-        "tools": {tool.name: tool.digest for tool in toolbox.tools.values()},
-        "recovered": recovered,
-        "key": key,
-    }
-    return Event(kind="boot", principal="agentd", detail=detail)
+def _changed(before: dict[str, Any], rules: list[str]) -> dict[str, Any]:
+    """The rules that were not there at the last start, and those that were: people edit agentd.toml while nobody looks."""
+    former = before.get("grants", [])
+    added, removed = [rule for rule in rules if rule not in former], [rule for rule in former if rule not in rules]
+    return {"added": added, "removed": removed} if added or removed else {}

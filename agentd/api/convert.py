@@ -5,21 +5,18 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from agentd.api.status import to_status
-from agentd.audit import Wanted
 from agentd.errors import AgentdError, Reason, RequestError
 from agentd.runs import Run, State, StopReason
-from agentd.v1 import approval_pb2, audit_pb2, run_pb2, tool_pb2
+from agentd.v1 import approval_pb2, run_pb2, tool_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from agentd.audit import Entry
     from agentd.calls import CallResult, Tool
     from agentd.runs import RunEvent
 
@@ -194,44 +191,4 @@ def tool_message(tool: Tool) -> tool_pb2.Tool:
         version=tool.version,
         digest=tool.digest,
         needs=[f"{kind}:{template}" for kind, template in tool.manifest.needs.templates()],
-    )
-
-
-def wanted_events(message: audit_pb2.AuditFilter, *, call: str = "", after: int = 0, newest_first: bool = False) -> Wanted:
-    """Raises RequestError (BAD_FIELD)."""
-    fields: dict[str, tuple[str, ...]] = {"call": (call,)} if call else {}
-    for match in message.matches:
-        name, equals, value = match.partition("=")
-        if not equals:
-            raise RequestError(Reason.BAD_FIELD, f"{match!r} is not FIELD=VALUE.", field="filter.matches")
-        fields[name] = (*fields.get(name, ()), value)
-    return Wanted(
-        fields,
-        message.words,
-        os.fsencode(message.path),
-        message.since.ToNanoseconds() if message.HasField("since") else 0,
-        message.until.ToNanoseconds() if message.HasField("until") else 0,
-        after,
-        newest_first,
-    )
-
-
-def cells(row: tuple[Any, ...]) -> struct_pb2.ListValue:
-    """Of a table; numbers that JSON would round are text."""
-    values = struct_pb2.ListValue()
-    for cell in row:
-        exact = not isinstance(cell, int) or abs(cell) < 1 << 53
-        values.append(cell.hex() if isinstance(cell, bytes) else valid(cell) if exact else str(cell))
-    return values
-
-
-def audit_message(entry: Entry) -> audit_pb2.AuditEvent:
-    return audit_pb2.AuditEvent(
-        name=f"auditEvents/{entry.seq}",
-        sequence=entry.seq,
-        event_time=timestamp(int(entry.body["time_ns"])),
-        kind=entry.body["kind"],
-        body=struct(entry.body),
-        chain=entry.chain,
-        text=entry.text,
     )

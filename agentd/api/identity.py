@@ -5,11 +5,14 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from agentd.principals.roster import nobody
+from agentd.audit import Origin
+from agentd.audit.events import origin
+from agentd.principals.roster import nobody, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from agentd.api.relay import Peer
     from agentd.principals import Principal, Role, Roster
 
 _NEEDED: dict[str, Role | None] = {
@@ -26,6 +29,8 @@ _NEEDED: dict[str, Role | None] = {
 _NEEDED_BY_METHOD: dict[str, Role | None] = {
     "/agentd.v1.GrantService/CheckCall": "user",
     "/agentd.v1.AuditService/PruneAuditLog": "admin",
+    "/agentd.v1.AuditService/RedactAuditEvent": "admin",
+    "/agentd.v1.AuditService/RenewAuditLog": "admin",
 }
 _OPEN = "grpc.health.v1.Health"  # whether it lives is nobody's secret
 _BEARER = "bearer "
@@ -38,23 +43,25 @@ def caller() -> Principal:
 
 
 class Doorkeeper:
-    """`user` finds the user id behind a relayed connection."""
+    """`find` tells who is behind a relayed connection."""
 
-    def __init__(self, roster: Roster, user: Callable[[str], int | None]) -> None:
-        self._roster, self._user = roster, user
+    def __init__(self, roster: Roster, find: Callable[[str], Peer | None]) -> None:
+        self._roster, self._find = roster, find
 
     def admit(self, method: str, context: Any) -> None:
         """Make the caller known to the method. Raises RequestError: UNAUTHENTICATED, TOO_MANY_ATTEMPTS, ROLE_REQUIRED."""
         service = method.strip("/").partition("/")[0]
         if service == _OPEN:
             return
-        principal = self._principal(context)
+        peer = self._find(context.peer())
+        principal = self._principal(context, peer)
         needed = _NEEDED_BY_METHOD.get(method, _NEEDED.get(service, "admin"))
         if needed:
             principal.require(needed, f"call {method.rpartition('/')[2]}")
         _caller.set(principal)
+        origin.set(_origin(context.peer(), peer, principal))
 
-    def _principal(self, context: Any) -> Principal:
+    def _principal(self, context: Any, who: Peer | None) -> Principal:
         peer = context.peer()
         for key, value in context.invocation_metadata() or ():
             if key == "authorization":
@@ -62,11 +69,19 @@ class Doorkeeper:
                 if not text.lower().startswith(_BEARER):
                     raise nobody("The authorization is not of the kind Bearer.")
                 return self._roster.bearer(text[len(_BEARER) :].strip(), _place(peer))
-        if (uid := self._user(peer)) is not None:
-            return self._roster.unix(uid)
+        if who is not None:
+            return self._roster.unix(who.uid)
         if names := context.auth_context().get("x509_common_name"):
             return self._roster.certificate(names[0].decode("utf-8", "replace"))
         raise nobody("This connection shows nothing of who is there.")
+
+
+def _origin(name: str, peer: Peer | None, principal: Principal) -> Origin:
+    """For the log: what the kernel, or the connection, shows of who is there."""
+    if peer is None:
+        return Origin(address=name, token=principal.token)
+    login = "" if peer.login is None else user_name(peer.login)
+    return Origin(uid=peer.uid, pid=peer.pid, login=login, token=principal.token)
 
 
 def _place(peer: str) -> str:

@@ -13,17 +13,28 @@ import os
 import secrets
 import socket
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_NOBODY = 0xFFFF_FFFF
 _CHUNK = 1 << 16
 CONNECTIONS = 96
 """As many may be open; each takes three descriptors, of which a process usually has 1024."""
 _OF_OTHERS = 48  # of these; the others are for the daemon's own user and root
 _BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The process that has connected, and the user who had logged in, whatever user that became since; None if nobody had."""
+
+    uid: int
+    pid: int
+    login: int | None
 
 
 class Relay:
@@ -34,11 +45,11 @@ class Relay:
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._open: dict[asyncio.Task[None], int] = {}
-        self._users: dict[str, int] = {}
+        self._peers: dict[str, Peer] = {}
 
-    def user(self, peer: str) -> int | None:
-        """The user id behind a gRPC peer; None if it is no connection of ours."""
-        return self._users.get(peer)
+    def peer(self, name: str) -> Peer | None:
+        """Who is behind a gRPC peer; None if it is no connection of ours."""
+        return self._peers.get(name)
 
     async def start(self) -> None:
         """Raises OSError."""
@@ -80,12 +91,12 @@ class Relay:
                 await asyncio.sleep(0.05)
                 continue
             credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            uid = _CREDENTIALS.unpack(credentials)[1]
+            pid, uid, _ = _CREDENTIALS.unpack(credentials)
             if not self._has_room(uid):
                 client.close()
                 continue
             client.setblocking(False)
-            task = asyncio.create_task(self._serve(client, uid), name="relayed connection")
+            task = asyncio.create_task(self._serve(client, Peer(uid, pid, _login(pid))), name="relayed connection")
             self._open[task] = uid
             task.add_done_callback(self._open.pop)
 
@@ -95,13 +106,13 @@ class Relay:
         others = sum(user not in own for user in self._open.values())
         return len(self._open) < CONNECTIONS and (uid in own or others < _OF_OTHERS)
 
-    async def _serve(self, client: socket.socket, uid: int) -> None:
+    async def _serve(self, client: socket.socket, who: Peer) -> None:
         name = f"agentd-{os.getpid()}-{secrets.token_hex(16)}"
         peer = f"unix-abstract:{name}"
         with client, contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as onward:
             onward.setblocking(False)
             onward.bind(f"\0{name}")
-            self._users[peer] = uid
+            self._peers[peer] = who
             try:
                 await asyncio.get_running_loop().sock_connect(onward, self._inner)
                 async with asyncio.TaskGroup() as both:
@@ -110,7 +121,17 @@ class Relay:
             except* OSError:  # one side is gone: whatever the other still waits for will not come
                 pass
             finally:
-                del self._users[peer]
+                del self._peers[peer]
+
+
+def _login(pid: int) -> int | None:
+    """The audit user id of proc_pid_loginuid(5): su and sudo leave it alone. A kernel without auditing has none."""
+    try:
+        with open(f"/proc/{pid}/loginuid", encoding="ascii") as file:
+            uid = int(file.read())
+    except (OSError, ValueError):
+        return None
+    return uid if uid != _NOBODY else None
 
 
 async def _pump(source: socket.socket, target: socket.socket) -> None:

@@ -16,10 +16,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from agentd.api.auditing import AuditParts, AuditServicer
 from agentd.api.identity import Doorkeeper
 from agentd.api.people import ApprovalServicer, GrantServicer, TokenServicer
 from agentd.api.relay import CONNECTIONS, Relay
-from agentd.api.servicers import AuditServicer, RunServicer, SystemServicer, ToolServicer
+from agentd.api.servicers import RunServicer, SystemServicer, ToolServicer
 from agentd.api.status import ErrorsToStatuses
 from agentd.api.undoing import JournalServicer
 from agentd.errors import DaemonError, Reason
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from agentd.audit import Archive, AuditLog, Checkpoints, Index
     from agentd.calls import Calls
     from agentd.grants import Approvals, Grant, Grants
     from agentd.principals import Roster, Tokens
@@ -64,10 +64,7 @@ class ApiParts:
 
     runs: Runs
     calls: Calls
-    audit: AuditLog
-    checkpoints: Checkpoints
-    index: Index
-    archive: Archive
+    audit: AuditParts
     grants: Grants
     approvals: Approvals
     tokens: Tokens
@@ -107,7 +104,7 @@ class ApiServer:
             ("grpc.so_reuseport", 0),
             ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
         ]
-        doorkeeper = Doorkeeper(self._parts.roster, self._relay.user)
+        doorkeeper = Doorkeeper(self._parts.roster, self._relay.peer)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_no_header)
         server = grpc.aio.server(interceptors=[ErrorsToStatuses(doorkeeper.admit)], options=options)
         names = self._add_services(server)
@@ -133,9 +130,7 @@ class ApiServer:
         parts = self._parts
         run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(parts.runs), server)
         tool_pb2_grpc.add_ToolServiceServicer_to_server(ToolServicer(parts.calls), server)
-        audit_pb2_grpc.add_AuditServiceServicer_to_server(
-            AuditServicer(parts.audit, parts.checkpoints, parts.index, parts.archive), server
-        )
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(parts.audit), server)
         journal_pb2_grpc.add_JournalServiceServicer_to_server(JournalServicer(parts.calls), server)
         grants = GrantServicer(parts.grants, parts.calls, parts.propose)
         grant_pb2_grpc.add_GrantServiceServicer_to_server(grants, server)

@@ -89,6 +89,7 @@ class Archive:
             row = (segment.first, segment.last, segment.chain, segment.peaks, segment.name, segment.digest)
             db.execute("INSERT INTO segment (first, last, chain, peaks, name, digest) VALUES (?, ?, ?, ?, ?, ?)", row)
             db.execute("DELETE FROM event WHERE seq <= ?", (segment.last,))
+            db.execute("DELETE FROM payload WHERE seq <= ?", (segment.last,))
             detail = {"first": first, "last": segment.last, "archive": segment.name, "sha256": segment.digest}
             self._audit.append(db, Event(kind="prune", principal=principal, detail=detail))
 

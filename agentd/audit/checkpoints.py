@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from agentd.audit.notes import BadNote, Checkpoint
 from agentd.audit.tree import Tree, consistency, inclusion, leaf, proved
-from agentd.audit.verify import Jump
+from agentd.audit.verify import Claims, Jump
 from agentd.errors import AgentdError, Reason, RequestError
 
 if TYPE_CHECKING:
@@ -58,9 +58,11 @@ class Checkpoints:
     def make(self) -> str:
         """A checkpoint of all events there are, durable and with the anchors when it returns; the newest one if nothing is new.
 
-        An anchor that can't be reached gets the newest note the next time. Raises StoreError.
+        An anchor that can't be reached gets the newest note the next time. A log that is closed gets none. Raises StoreError.
         """
         with self._making:
+            if self._audit.closed:
+                return self.latest()
             tree = self._last()
             size = tree.size
             for _, body in self._audit.bodies(after=size):
@@ -73,6 +75,13 @@ class Checkpoints:
             self._made_s = time.monotonic()
             self._publish()
             return self.latest()
+
+    def begin_anew(self, signer: Signer) -> None:
+        """With another name and key, for a log that has begun in the place of a closed one. Raises StoreError."""
+        with self._making:
+            self._signer = signer
+            self._unpublished.clear()
+        self.make()
 
     def _cosigned(self, note: str, size: int) -> str:
         """By the witnesses that answer."""
@@ -104,9 +113,10 @@ class Checkpoints:
         """Notes by size."""
         return self._store.read(lambda db: {int(s): str(n) for s, n in db.execute("SELECT size, note FROM checkpoint")})
 
-    def verify(self, anchors: Iterable[str] = ()) -> Verification:
+    def verify(self, anchors: Iterable[str] = (), progress: Callable[[int], None] = lambda _: None) -> Verification:
         """All that can be said of the log; `anchors` are notes that somebody has kept elsewhere."""
-        return self._audit.verify(self.verifier, self.all().values(), anchors, self.rows(), self.witnesses)
+        claims = Claims(self.verifier, tuple(self.all().values()), tuple(anchors), self.witnesses)
+        return self._audit.verify(claims, self.rows(), progress)
 
     # -- proofs
 
@@ -135,15 +145,25 @@ class Checkpoints:
                 "sequence", "some of the events that the proof needs are in an archive that is not there"
             ) from None
 
-    def lost(self, notes: Iterable[str]) -> int:
-        """How many events anchors have seen that are not here any more: 0 is good. Others' notes do not count."""
-        seen = 0
-        for note in notes:
-            try:
-                seen = max(seen, self.verifier.open(note).size)
-            except BadNote:
-                continue
-        return max(0, seen - self._audit.size())
+    def contradiction(self, anchors: Iterable[str]) -> str:
+        """Why the log can't be the one that was signed, as far as that is seen without going through it; empty if it can.
+
+        `anchors` are notes that were kept elsewhere; those of others do not count.
+        """
+        size, kept = self._audit.size(), self.all()
+        points = [point for note in (*kept.values(), *anchors) if (point := self._own(note))]
+        if (most := max((point.size for point in points), default=0)) > size:
+            return f"{most - size} events are missing at its end, it had {most} when that was signed"
+        for point in points:
+            if point.size and not kept.get(point.size, "").startswith(point.text):
+                return f"its first {point.size} events were signed, and of that it knows nothing: it is an older one, put back"
+        return ""
+
+    def _own(self, note: str) -> Checkpoint | None:
+        try:
+            return self.verifier.open(note)
+        except BadNote:
+            return None
 
 
 def _out_of_range(field: str, why: str) -> RequestError:

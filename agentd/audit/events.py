@@ -1,18 +1,27 @@
-"""What an event says. Stored as sorted ASCII JSON, so that a terminal can't be spoofed and a line is an event."""
+"""What an event says. Stored as sorted ASCII JSON, so that a terminal can't be spoofed and a line is an event.
+
+What people, models and tools have written is a payload: the event has a commitment to it only. Names, numbers, paths and
+addresses stand in the event itself, as the log is there to say them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentd.audit.payloads import Kept, Payload, seal, text_of
 
 LONGEST_TEXT = 4096
-"""Longer strings in arguments are recorded by digest and length: the log is no copy of the user's files."""
+"""Longer strings in an event are recorded by digest and length."""
+_LONGEST_ERROR = 1000
 
 Kind = Literal[
-    "boot", "stop", "gap", "prune", "clock.jump", "run.start", "run.end",
+    "boot", "stop", "gap", "prune", "clock.jump", "policy.change", "run.start", "run.end",
+    "redact", "payload.read", "export", "renew",
     "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
     "undo.intent", "undo.end", "rehearsal.apply", "rehearsal.end", "rehearsal.drop", "journal.pin", "journal.evict",
     "grant.create", "grant.revoke", "approval.request", "approval.answer",
@@ -20,8 +29,32 @@ Kind = Literal[
 ]  # fmt: skip
 
 
+FileOperation = Literal["create", "change", "delete", "attributes"]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Origin(_Part):
+    """Where a request came from, as the kernel or the connection shows it."""
+
+    uid: int | None = None
+    pid: int | None = None
+    login: str = ""
+    """Who had logged in, whatever user that became later: /proc/PID/loginuid, which only root's own tools can set again."""
+    address: str = ""
+    """Of a TCP connection."""
+    token: str = ""
+    """Id of the token that was shown."""
+
+
+origin: ContextVar[Origin | None] = ContextVar("origin", default=None)
+"""Of the request that is being served: the events of all that it leads to say so."""
+
+
+def _origin() -> Origin | None:
+    return origin.get()
 
 
 class ToolIdentity(_Part):
@@ -43,22 +76,40 @@ class Verdict(_Part):
     """Rules that almost allowed it, each with what kept it from doing so."""
     asked: str = ""
     """What asking a person has come to."""
+    policy: str = ""
+    """SHA-256 over all the rules that were in force."""
+
+
+class Peer(_Part):
+    """A peer that was connected to, how often, and the bytes that went there and came back, as far as they were counted."""
+
+    host: str
+    port: int
+    connections: int
+    sent: int | None = None
+    received: int | None = None
 
 
 class SandboxUse(_Part):
     """How the worker was confined and what it was refused (the first 32, and how many in all)."""
 
     level: str
+    profile: str = ""
+    """SHA-256 of the filter that the worker was under."""
     mediated: int = 0
     denied: int = 0
     denials: tuple[str, ...] = ()
-    peers: tuple[str, ...] = ()
+    peers: tuple[Peer, ...] = ()
 
 
 class FileTouched(_Part):
-    """A path the call changed, with SHA-256 of its content before and after; none where there was no file."""
+    """A path the call changed, with SHA-256 of its content before and after; none where there was no file.
+
+    `attributes`: owner, mode, times or extended attributes of what is otherwise the same.
+    """
 
     path: str
+    operation: FileOperation
     before: str | None = None
     after: str | None = None
 
@@ -68,6 +119,7 @@ class Event(_Part):
 
     kind: Kind
     principal: str = ""
+    origin: Origin | None = Field(default_factory=_origin)
     session: str = ""
     run: str = ""
     call: str = ""
@@ -82,18 +134,43 @@ class Event(_Part):
     files: tuple[FileTouched, ...] = ()
     undoable: bool | None = None
     result_digest: str = ""
-    error: str = ""
+    exit: str = ""
+    """How the worker ended: result, error, timeout, cancelled, revoked, died, offence, output."""
+    error: str | Payload = ""
     wall_us: int | None = None
     cpu_us: int | None = None
+    rss_kb: int | None = None
     detail: dict[str, Any] | None = None
 
-    def body(self, *, seq: int, time_ns: int, boot: str) -> str:
-        """The exact text that is stored and hashed."""
-        fields = self.model_dump(exclude_defaults=True)
-        fields |= {"v": 1, "seq": seq, "time_ns": str(time_ns), "boot": boot, "kind": self.kind}
-        if self.arguments is not None:
-            fields["arguments"] = {key: _short(value) for key, value in self.arguments.items()}
-        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    def sealed(self, *, seq: int, time_ns: int, boot: str) -> Sealed:
+        """The exact text that is stored and hashed, and what is kept beside it: payloads of arguments, detail and error."""
+        fields = self.model_dump(exclude_defaults=True, exclude={"arguments", "detail", "error", "origin"})
+        fields |= {"v": 2, "seq": seq, "time_ns": str(time_ns), "boot": boot, "kind": self.kind}
+        if self.origin:
+            fields["origin"] = self.origin.model_dump(exclude_defaults=True)
+        kept: list[Kept] = []
+
+        def said(value: Any, field: str) -> Any:
+            if not isinstance(value, Payload):
+                return value
+            told, beside = seal(value, seq, field)
+            kept.append(beside)
+            return told
+
+        for name in ("arguments", "detail"):
+            if (given := getattr(self, name)) is not None:
+                fields[name] = {key: said(value, f"{name}.{key}") for key, value in given.items()}
+        if self.error:
+            fields["error"] = said(self.error if isinstance(self.error, Payload) else self.error[:_LONGEST_ERROR], "error")
+        return Sealed(text_of(_short(fields)), tuple(kept))
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """An event as it is stored, and its payloads."""
+
+    body: str
+    payloads: tuple[Kept, ...]
 
 
 def _short(value: Any) -> Any:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from agentd import __version__
+from agentd.audit.payloads import Kept, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -34,11 +35,15 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An event as it is stored: `text` is what was hashed, `chain` the value that covers it and all before it."""
+    """An event as it is stored: `text` is what was hashed, `chain` the value that covers it and all before it.
+
+    `payloads` are what it commits to, where whoever reads it is to have that.
+    """
 
     seq: int
     text: str
     chain: bytes
+    payloads: tuple[Kept, ...] = ()
 
     @property
     def body(self) -> dict[str, Any]:
@@ -54,7 +59,9 @@ def jsonl(record: Record) -> str:
     """The event stands there exactly as it was hashed: SHA-256(0x00 || event) is its leaf."""
     if record.body.get("kind") == "damaged":
         return json.dumps({"chain": record.chain.hex(), "seq": record.seq, "damaged": record.text})
-    return f'{{"chain":"{record.chain.hex()}","event":{record.text}}}'
+    beside = [{"field": each.field, "salt": each.salt.hex(), "value": each.value} for each in record.payloads]
+    also = f',"payloads":{text_of(beside)}' if beside else ""
+    return f'{{"chain":"{record.chain.hex()}","event":{record.text}{also}}}'
 
 
 def row(record: Record) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ at any time: it is made anew from the log. Before a query it is brought up to da
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -21,13 +22,14 @@ from agentd.audit.ask import Answer, ask
 from agentd.errors import Reason, RequestError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from agentd.audit.log import AuditLog
+    from agentd.audit.payloads import Kept
 
 T = TypeVar("T")
-_VERSION = 1
+_VERSION = 2
 _BATCH = 2000
 _SCHEMA = f"""
 CREATE TABLE found (
@@ -41,7 +43,25 @@ PRAGMA user_version = {_VERSION};
 FIELDS = ("kind", "principal", "session", "run", "call", "tool", "decision", "boot")
 _INDEXED = ("kind", "principal", "run", "call", "tool", "decision", "time_ns")
 _WORD = re.compile(r"[^\W_]+")
-_IDS = frozenset({"boot", "call", "run", "session", "cause", "result_digest", "before", "after", "digest", "time_ns"})
+_IDS = frozenset(
+    {
+        "boot",
+        "call",
+        "run",
+        "session",
+        "cause",
+        "result_digest",
+        "before",
+        "after",
+        "digest",
+        "time_ns",
+        "$commitment",
+        "$sha256",
+        "policy",
+        "profile",
+        "pid",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +82,8 @@ class Wanted:
     def everything(self) -> bool:
         return not (self.fields or self.words or self.path or self.since_ns or self.until_ns)
 
-    def fits(self, body: Mapping[str, Any]) -> bool:
-        """Whether one event is wanted, without the index. Raises RequestError (BAD_FIELD)."""
+    def fits(self, body: Mapping[str, Any], written: Sequence[Kept] = ()) -> bool:
+        """Whether one event is wanted, without the index; `written` are its payloads. Raises RequestError (BAD_FIELD)."""
         for name in self.fields:
             _require(name)
         own = _named(body)
@@ -73,8 +93,12 @@ class Wanted:
             and (not self.path or self.path in _paths(body))
             and (not self.since_ns or time_ns >= self.since_ns)
             and (not self.until_ns or time_ns < self.until_ns)
-            and (not self.words or ((wanted := _words(self.words)) != set() and wanted <= _words(" ".join(_texts(body)))))
+            and (not self.words or self._has_words([body, *(json.loads(each.value) for each in written if each.value)]))
         )
+
+    def _has_words(self, said: list[Any]) -> bool:
+        wanted = _words(self.words)
+        return bool(wanted) and wanted <= _words(" ".join(_texts(said)))
 
 
 class Index:
@@ -114,6 +138,12 @@ class Index:
                 db.execute("DELETE FROM touched WHERE seq <= ?", (last,))
 
         self._ask(forget)
+
+    def start_anew(self) -> None:
+        """Keep nothing of what it has: a value was taken out of the log. The next query makes it again."""
+        with self._using:
+            self._throw_away()
+            self._have = 0
 
     def ask(self, sql: str) -> Answer:
         """A question in SQL. Raises RequestError (BAD_FIELD), StoreError."""
@@ -181,20 +211,20 @@ class Index:
             with db:
                 db.execute("DELETE FROM found; DELETE FROM touched; INSERT INTO words (words) VALUES ('delete-all')")
             have = 0
-        rows = self._audit.bodies(after=have) if have < size else iter(())
-        while batch := [row for row, _ in zip(rows, range(_BATCH), strict=False)]:
+        rows = self._audit.texts(after=have) if have < size else iter(())
+        while batch := list(itertools.islice(rows, _BATCH)):
             with db:
-                for seq, text in batch:
-                    _add(db, seq, _parsed(text))
+                for seq, text, written in batch:
+                    _add(db, seq, _parsed(text), written)
         self._have = size
 
 
-def _add(db: apsw.Connection, seq: int, body: dict[str, Any]) -> None:
+def _add(db: apsw.Connection, seq: int, body: dict[str, Any], written: str) -> None:
     own = _named(body)
     row = (seq, int(body.get("time_ns", 0)), *(own[name] for name in FIELDS))
     db.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
     db.executemany("INSERT OR IGNORE INTO touched VALUES (?, ?)", ((path, seq) for path in _paths(body)))
-    db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (seq, _valid(" ".join(_texts(body)))))
+    db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (seq, _valid(" ".join(_texts([body, json.loads(written)])))))
 
 
 def _named(body: Mapping[str, Any]) -> dict[str, str]:

@@ -12,13 +12,15 @@ import contextlib
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from agentd.audit.events import Event
 from agentd.audit.formats import Record
+from agentd.audit.payloads import Kept
 from agentd.audit.tree import leaf
-from agentd.audit.verify import verify
+from agentd.audit.verify import Claims, verify
+from agentd.errors import Reason, StoreError
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -27,12 +29,11 @@ if TYPE_CHECKING:
 
     import apsw
 
-    from agentd.audit.notes import Verifier
     from agentd.audit.verify import Jump, Row, Verification
-    from agentd.audit.witness import Witness
     from agentd.store import Store
 
 _START = bytes(32)
+_NO_CLAIMS = Claims()
 _PAGE = 500
 _JUMP_NS = 60 * 10**9  # what a clock is set by, and more than it drifts
 
@@ -55,6 +56,8 @@ class AuditLog:
         """Whether nobody is to wait for more events."""
         self._waiting: list[Callable[[], None]] = []
         self._clock: tuple[int, int] | None = None
+        self.closed = ""
+        """Why it is not what was signed: no tool may change anything, and nothing more is signed, until a new one begins."""
         self.start = _START
         """The chain value before the first event."""
 
@@ -68,8 +71,12 @@ class AuditLog:
     def _insert(self, db: apsw.Connection, event: Event, now_ns: int) -> int:
         head = db.execute("SELECT seq, chain FROM event ORDER BY seq DESC LIMIT 1").get
         seq, chain = (head[0] + 1, head[1]) if head else (1, _START)
-        body = event.body(seq=seq, time_ns=now_ns, boot=self.boot)
-        db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, body, _link(chain, body.encode())))
+        sealed = event.sealed(seq=seq, time_ns=now_ns, boot=self.boot)
+        db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, sealed.body, _link(chain, sealed.body.encode())))
+        rows = ((kept.seq, kept.field, kept.salt, kept.value) for kept in sealed.payloads)
+        db.executemany(
+            "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?)", rows
+        )  # some may be left of an end that was cut off
         return seq
 
     def _jumped(self, now_ns: int) -> int:
@@ -78,6 +85,22 @@ class AuditLog:
         by = now_ns - self._clock[0] - (steady - self._clock[1]) if self._clock else 0
         self._clock = (now_ns, steady)
         return by if abs(by) >= _JUMP_NS else 0
+
+    def close(self, why: str) -> None:
+        self.closed = why
+
+    def reopen(self) -> None:
+        """A new log has begun in its place."""
+        self.closed = ""
+
+    def require_open(self) -> None:
+        """Raises StoreError (AUDIT_CLOSED)."""
+        if self.closed:
+            raise StoreError(
+                Reason.AUDIT_CLOSED,
+                f"The audit log is not what was signed: {self.closed}. No tool may change anything.",
+                hint="Look into it with `agentd audit verify`, then begin a new log: `agentd audit renew --reason '...'`.",
+            )
 
     def record(self, event: Event) -> int:
         """Add an event and wait until it is durable. Not for the event loop."""
@@ -133,7 +156,10 @@ class AuditLog:
 
     def newest_ns(self) -> int:
         """The latest time among the newest entries: the clock may have been set back before the last of them."""
-        newest = self.entries(limit=_PAGE, newest_first=True)
+        try:
+            newest = self.entries(limit=_PAGE, newest_first=True)
+        except StoreError:  # its pages are damaged: `Upkeep.look` says so
+            return 0
         return max((int(entry.body.get("time_ns", 0)) for entry in newest), default=0)
 
     @staticmethod
@@ -145,6 +171,42 @@ class AuditLog:
     def file(self) -> Path:
         """That of the store."""
         return self._store.file
+
+    @staticmethod
+    def last(db: apsw.Connection) -> int:
+        """The number of the newest event, within a transaction; 0 if there is none."""
+        return int(db.execute("SELECT coalesce(max(seq), 0) FROM event").get)
+
+    def readable(self, bound: int) -> Iterator[Record]:
+        """All that can be read, with payloads, in order; what stands on damaged pages is left out.
+
+        `bound` is a number that no event has, for where not even the newest can be read.
+        """
+        at = 0
+        try:
+            size = self.size()
+        except StoreError:
+            size = bound
+        while at < size:
+            try:
+                page = self.records(after=at, limit=_PAGE)
+                at = page[-1].seq if page else size
+            except StoreError:
+                page = [each for n in range(at + 1, at + _PAGE + 1) for each in self._record(n)]
+                at += _PAGE
+            yield from (self._with_payloads(each) for each in page)
+
+    def _record(self, seq: int) -> list[Record]:
+        try:
+            return [each for each in self.records(after=seq - 1, limit=1) if each.seq == seq]
+        except StoreError:
+            return []
+
+    def _with_payloads(self, record: Record) -> Record:
+        try:
+            return replace(record, payloads=tuple(self.payloads([record.seq]).get(record.seq, ())))
+        except StoreError:
+            return record
 
     def size(self) -> int:
         """How many events there are: their numbers have no gaps."""
@@ -161,25 +223,62 @@ class AuditLog:
         """(number, body) as stored, in order."""
         return ((seq, body) for seq, body, _ in self.rows(after=after))
 
+    def newest(self, kind: str) -> Entry | None:
+        """The last event of a kind, if it is still in the store."""
+        query = """SELECT seq, CAST(body AS BLOB), chain FROM event WHERE instr(body, ?) ORDER BY seq DESC LIMIT 1"""
+        row = self._store.read(lambda db: db.execute(query, (f'"kind":"{kind}"',)).fetchone())
+        return _entry(*row) if row else None
+
+    def payloads(self, numbers: Sequence[int]) -> dict[int, list[Kept]]:
+        """What is kept beside these events; nothing where it was taken out."""
+        marks = ", ".join("?" * len(numbers))
+        query = f"SELECT seq, field, salt, value FROM payload WHERE seq IN ({marks}) ORDER BY seq, field"  # noqa: S608
+        found: dict[int, list[Kept]] = {}
+        for row in self._store.read(lambda db: list(db.execute(query, numbers))):
+            found.setdefault(row[0], []).append(Kept(*row))
+        return found
+
+    def all_payloads(self) -> Iterator[Kept | None]:
+        """In the order of their events. None where there is no more, so far: to go on when there are new events."""
+        query = "SELECT seq, field, salt, value FROM payload WHERE (seq, field) > (?, ?) ORDER BY seq, field LIMIT ?"
+        after = (0, "")
+        while True:
+            page = self._store.read(lambda db, after=after: list(db.execute(query, (*after, _PAGE))))  # type: ignore[misc]
+            yield from (Kept(*row) for row in page)
+            after = page[-1][:2] if page else after
+            if not page:
+                yield None
+
+    def texts(self, *, after: int = 0) -> Iterator[tuple[int, bytes, str]]:
+        """(number, body, values of its payloads as JSON) in order: what there is to look for."""
+        query = """SELECT seq, CAST(body AS BLOB), coalesce((SELECT json_group_array(json(value)) FROM payload
+                   WHERE payload.seq = event.seq AND value IS NOT NULL), '[]') FROM event WHERE seq > ? ORDER BY seq LIMIT ?"""
+        while page := self._store.read(lambda db, after=after: list(db.execute(query, (after, _PAGE)))):  # type: ignore[misc]
+            yield from page
+            after = page[-1][0]
+
     def records(self, *, after: int, limit: int) -> list[Record]:
         """As they are stored, for other programs."""
         query = "SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq > ? ORDER BY seq LIMIT ?"
         rows = self._store.read(lambda db: list(db.execute(query, (after, limit))))
         return [Record(seq, body.decode("utf-8", "replace"), chain) for seq, body, chain in rows]
 
+    def first(self) -> int:
+        """The first event that is in no archive."""
+        return int(self._store.read(lambda db: db.execute("SELECT coalesce(min(seq), 1) FROM event").get))
+
     def verify(
         self,
-        verifier: Verifier | None = None,
-        kept: Iterable[str] = (),
-        anchors: Iterable[str] = (),
+        claims: Claims = _NO_CLAIMS,
         rows: Iterable[Row | Jump] | None = None,
-        witnesses: Sequence[Witness] = (),
+        progress: Callable[[int], None] = lambda _: None,
     ) -> Verification:
-        """Recompute the whole chain from the stored bytes; with the log's public key also what checkpoints say of it.
+        """Recompute the whole chain from the stored bytes, and what was signed of it; look at all payloads.
 
         `rows` are those of the log and of its archives, if some of it is there.
         """
-        return verify(rows or self.rows(), self.link, self.start, verifier, kept, anchors, witnesses)
+        kept = self.all_payloads()
+        return verify(rows or self.rows(), self.link, self.start, claims, kept, self.first(), progress)
 
 
 def _entry(seq: int, body: bytes, chain: bytes) -> Entry:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _ED25519 = b"\x01"
 _KEY_BYTES = 32
 _LONGEST_NOTE = 64 << 10
+_NUMBER = re.compile("/[0-9]+$")  # of a log that began when one before it was closed
 
 
 class BadNote(Exception):
@@ -152,14 +153,16 @@ def load_signer(file: Path, origin: str = "") -> Signer:
 
     A log keeps the name it had first: `origin`, or one made from the host's. Raises StoreError.
     """
+    if not file.exists():
+        return make_signer(file, origin or _default_origin())
     try:
-        kept = file.read_bytes() if file.exists() else _new_key(file, origin or _default_origin())
+        kept = file.read_bytes()
     except OSError as e:
         raise _unusable(file, str(e.strerror)) from None
     secret, name = kept[:_KEY_BYTES], kept[_KEY_BYTES:].decode("ascii", "replace").strip()
     if len(secret) != _KEY_BYTES or not name:
         raise _unusable(file, "it is damaged")
-    if origin not in ("", name):
+    if origin not in ("", name, _NUMBER.sub("", name)):
         raise _unusable(file, f"it is that of the log {name}, and audit.origin in agentd.toml says {origin}")
     return Signer(name, Ed25519PrivateKey.from_private_bytes(secret))
 
@@ -177,8 +180,12 @@ def _unusable(file: Path, why: str) -> StoreError:
     )
 
 
-def _new_key(file: Path, name: str) -> bytes:
-    kept = Ed25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()) + name.encode() + b"\n"
-    with arriving(file) as writing:
-        writing.write(kept)
-    return kept
+def make_signer(file: Path, name: str) -> Signer:
+    """A new key for a log of this name, kept in `file`. Raises StoreError."""
+    key = Ed25519PrivateKey.generate()
+    try:
+        with arriving(file) as writing:
+            writing.write(key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()) + name.encode() + b"\n")
+    except OSError as e:
+        raise _unusable(file, str(e.strerror)) from None
+    return Signer(name, key)

@@ -6,15 +6,18 @@ has no key. An end that was cut off is found by an anchor only, as everything th
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentd.audit.notes import BadNote, Verifier
+from agentd.audit.payloads import MARK, Kept
 from agentd.audit.tree import Tree, leaf
+from agentd.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from agentd.audit.witness import Witness
 
@@ -22,13 +25,18 @@ if TYPE_CHECKING:
     Link = Callable[[bytes, bytes], bytes]
 
 
+REDACT = b'"kind":"redact"'
+_PROGRESS_EVERY = 4096
+
+
 @dataclass(frozen=True, slots=True)
 class Verification:
     """`bad` is the first row that is not what was written, or None; `valid` counts the rows before it.
 
-    `attested` of them are covered by a signed checkpoint, `anchored` by one that was kept elsewhere. `lost` are events that
-    a checkpoint speaks of and that are not there any more. `absent` are in an archive that is not there, or damaged; that they
-    were what was signed is known all the same. `witnessed` are covered by a checkpoint that a known witness has signed, too.
+    `attested` of them are covered by a signed checkpoint, the last of them recorded at `attested_ns`; `anchored` by one that
+    was kept elsewhere. `lost` are events that a checkpoint speaks of and that are not there any more. `absent` are in an
+    archive that is not there, or damaged; that they were what was signed is known all the same. `witnessed` are the newest
+    checkpoints that known witnesses have signed, too.
     """
 
     valid: int
@@ -36,10 +44,20 @@ class Verification:
     bad: int | None
     why: str = ""
     attested: int = 0
+    attested_ns: int = 0
     anchored: int = 0
     lost: int = 0
     absent: int = 0
-    witnessed: int = 0
+    witnessed: tuple[Witnessed, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Witnessed:
+    """A witness has signed the first `size` events, at `time_s` seconds since 1970 by its clock."""
+
+    name: str
+    size: int
+    time_s: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +75,8 @@ class _Claims:
 
     roots: dict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     anchored: set[int] = field(default_factory=set)
-    witnessed: set[int] = field(default_factory=set)
+    witnessed: dict[str, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+    """By witness: when it has signed which sizes."""
     broken: str = ""
 
     def add(self, verifier: Verifier, note: str, witnesses: Sequence[Witness], *, anchored: bool) -> None:
@@ -72,52 +91,167 @@ class _Claims:
         self.roots[point.size].add(point.root)
         if anchored:
             self.anchored.add(point.size)
-        if any(witness.has_signed(note) for witness in witnesses):
-            self.witnessed.add(point.size)
+        for witness in witnesses:
+            if at := witness.has_signed(note):
+                self.witnessed[witness.name][point.size] = at
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The notes that a log is held against: `kept` are those beside it, `anchors` those from elsewhere."""
+
+    verifier: Verifier | None = None
+    kept: tuple[str, ...] = ()
+    anchors: tuple[str, ...] = ()
+    witnesses: tuple[Witness, ...] = ()
+
+    def read(self) -> _Claims:
+        read = _Claims()
+        if self.verifier:
+            for note in self.kept:
+                read.add(self.verifier, note, self.witnesses, anchored=False)
+            for note in self.anchors:
+                read.add(self.verifier, note, self.witnesses, anchored=True)
+        return read
+
+
+_NO_CLAIMS = Claims()
+
+
+@dataclass(slots=True)
+class _Beside:
+    """The payloads of the events from number `first` on, looked at as these pass by."""
+
+    coming: Iterator[Kept | None]
+    first: int
+    gone: Counter[int] = field(default_factory=Counter)
+    """How many of each event's are not there, and no redaction says why so far."""
+    _next: Kept | None = None
+
+    def fault(self, seq: int, body: bytes) -> str:
+        """What is wrong with those of this event."""
+        if seq < self.first:
+            return ""
+        if REDACT in body:
+            self._forgive(body)
+        missing = body.count(MARK)
+        if missing and not self._next:
+            self._next = next(self.coming, None)
+        while self._next and self._next.seq <= seq:
+            if self._next.seq == seq:
+                if not _is_of(self._next, body):
+                    return f"the value of {self._next.field} of event {seq} is not what was written"
+                missing -= 1
+            self._next = next(self.coming, None)
+        if missing > 0:
+            self.gone[seq] += missing
+        return ""
+
+    def _forgive(self, body: bytes) -> None:
+        told = json.loads(body)
+        if told.get("kind") == "redact":
+            self.gone.subtract(told["detail"]["events"])
+
+
+def _is_of(kept: Kept, body: bytes) -> bool:
+    if kept.value is not None:
+        return MARK + kept.commitment.encode() in body
+    name, _, key = kept.field.partition(".")
+    told = json.loads(body).get(name, {})
+    return (told.get(key, {}) if key else told).get("$kept") is False
+
+
+@dataclass(slots=True)
+class _Walk:
+    """Over all rows: chain, tree, and what was found so far."""
+
+    link: Link
+    claims: _Claims
+    beside: _Beside
+    chain: bytes
+    tree: Tree = field(default_factory=Tree)
+    absent: int = 0
+    attested: int = 0
+    anchored: int = 0
+    attested_body: bytes = b""
+
+    def step(self, row: Row | Jump) -> tuple[int, str] | None:
+        """The first event that is not what was written, and why, if it is found here."""
+        body = b""
+        if isinstance(row, Jump):
+            self.absent += row.last - self.tree.size
+            self.chain, self.tree = row.chain, Tree.kept(row.last, row.peaks)
+        else:
+            seq, body, stored = row
+            expected = self.tree.size + 1
+            if seq != expected:
+                return min(seq, expected), f"event {expected} is missing"
+            if (computed := self.link(self.chain, body)) != stored:
+                return seq, f"event {seq} does not continue the chain"
+            if why := self.beside.fault(seq, body):
+                return seq, why
+            self.chain = computed
+            self.tree.push(leaf(body))
+        if roots := self.claims.roots.get(self.tree.size):
+            if roots != {self.tree.root}:
+                first = self.attested + 1
+                return first, f"the events from {first} to {self.tree.size} are not those that were signed"
+            self.attested, self.attested_body = self.tree.size, body
+            self.anchored = self.tree.size if self.tree.size in self.claims.anchored else self.anchored
+        return None
 
 
 def verify(
     rows: Iterable[Row | Jump],
     link: Link,
     start: bytes,
-    verifier: Verifier | None = None,
-    kept: Iterable[str] = (),
-    anchors: Iterable[str] = (),
-    witnesses: Sequence[Witness] = (),
+    claims: Claims = _NO_CLAIMS,
+    payloads: Iterable[Kept | None] = (),
+    first_kept: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Verification:
-    """Recompute all of it, in constant memory. `kept` are the notes beside the log, `anchors` those from elsewhere."""
-    claims = _Claims()
-    if verifier:
-        for note in kept:
-            claims.add(verifier, note, witnesses, anchored=False)
-        for note in anchors:
-            claims.add(verifier, note, witnesses, anchored=True)
-    chain, tree, attested, anchored, witnessed, absent = start, Tree(), 0, 0, 0, 0
-    bad, why = None, ""
-    for row in rows:
-        if isinstance(row, Jump):
-            absent += row.last - tree.size
-            chain, tree = row.chain, Tree.kept(row.last, row.peaks)
-        else:
-            seq, body, stored = row
-            expected = tree.size + 1
-            computed = link(chain, body) if seq == expected else b""
-            if computed != stored:
-                bad = min(seq, expected)
-                why = f"event {expected} is missing" if seq != expected else f"event {seq} does not continue the chain"
+    """Recompute all of it, in constant memory. `payloads` are those of the events from number `first_kept` on.
+
+    `progress` gets the number of events so far, now and then; what it raises ends the matter.
+    """
+    walk = _Walk(link, claims.read(), _Beside(iter(payloads), first_kept), start)
+    found: tuple[int, str] | None = None
+    try:
+        for row in rows:
+            if found := walk.step(row):
                 break
-            chain = computed
-            tree.push(leaf(body))
-        if roots := claims.roots.get(tree.size):
-            if roots != {tree.root}:
-                bad = attested + 1
-                why = f"the events from {bad} to {tree.size} are not those that were signed"
-                break
-            attested = tree.size
-            anchored = tree.size if tree.size in claims.anchored else anchored
-            witnessed = tree.size if tree.size in claims.witnessed else witnessed
-    if bad is None and claims.broken:
-        bad, why = attested + 1, claims.broken
-    valid = tree.size if bad is None else bad - 1
-    lost = max([0, *(size - tree.size for size in claims.roots)]) if bad is None else 0
-    return Verification(valid, chain, bad, why, attested, anchored, lost, absent, witnessed)
+            if walk.tree.size % _PROGRESS_EVERY == 0:
+                progress(walk.tree.size)
+    except StoreError as e:
+        at = walk.tree.size + 1
+        found = at, f"event {at} can't be read: {e.message}"
+    read, size = walk.claims, walk.tree.size
+    if found is None and (gone := min(+walk.beside.gone, default=0)):
+        found = gone, f"something that was written in event {gone} is gone, and no redaction says so"
+    elif found is None and read.broken:
+        found = walk.attested + 1, read.broken
+    bad, why = found or (None, "")
+    return Verification(
+        valid=size if bad is None else bad - 1,
+        head=walk.chain,
+        bad=bad,
+        why=why,
+        attested=walk.attested,
+        attested_ns=_time_ns(walk.attested_body),
+        anchored=walk.anchored,
+        lost=0 if found else max([0, *(each - size for each in read.roots)]),
+        absent=walk.absent,
+        witnessed=tuple(_newest(name, signed, walk.attested) for name, signed in read.witnessed.items()),
+    )
+
+
+def _newest(name: str, signed: Mapping[int, int], attested: int) -> Witnessed:
+    size = max((each for each in signed if each <= attested), default=0)
+    return Witnessed(name, size, signed.get(size, 0))
+
+
+def _time_ns(body: bytes) -> int:
+    try:
+        return int(json.loads(body)["time_ns"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -215,4 +215,5 @@ def _lasting(wanted: Wanted, closed: Approval) -> list[Grant]:
 def _answered(wanted: Wanted, closed: Approval) -> Event:
     detail = {"approval": closed.id, "state": closed.state.value, "said": closed.said, "by": closed.answered_by}
     who = closed.answered_by or "agentd"
-    return Event(kind="approval.answer", principal=who, call=wanted.id, run=wanted.request.run, detail=detail)
+    whence = closed.answered_from  # not that of the call
+    return Event(kind="approval.answer", principal=who, origin=whence, call=wanted.id, run=wanted.request.run, detail=detail)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentd_sandbox import (
     Access,
@@ -26,7 +27,7 @@ from agentd_sandbox import (
 )
 from agentd_sandbox.network import split_authority
 
-from agentd.audit import Event, FileTouched, SandboxUse
+from agentd.audit import Event, FileTouched, Payload, Peer, SandboxUse
 from agentd.calls.arguments import Arguments
 from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, event, who
 from agentd.errors import AgentdError, JournalError, Reason, RequestError, SandboxError, ToolError
@@ -35,7 +36,7 @@ from agentd.journal import Ways
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from agentd_sandbox import Level, Sandbox
@@ -46,6 +47,14 @@ if TYPE_CHECKING:
     from agentd.grants import Decision, Scope
     from agentd.journal import Difference, Journal, Plan, Rehearsal, Selection, Transaction, Undone
 
+T = TypeVar("T")
+_EXITS: Mapping[type, str] = {
+    WorkerTimeout: "timeout",
+    WorkerCancelled: "cancelled",
+    WorkerRevoked: "revoked",
+    WorkerOffence: "offence",
+    OutputTooLarge: "output",
+}
 _REHEARSED = "nothing is changed yet: a person will look at it and apply or drop it"
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
 
@@ -83,6 +92,7 @@ class Calls:
         self.toolbox, self._permission = toolbox, permission
         self._journal, self._audit, self._sandbox = journal, audit, sandbox
         self._level, self._places = level, places
+        self._profile = level.filter_digest
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
         self._changing = asyncio.Lock()
         self._running: dict[str, tuple[Prepared, threading.Event]] = {}
@@ -101,7 +111,9 @@ class Calls:
 
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS), Denied.
         """
-        wanted = await asyncio.get_running_loop().run_in_executor(self._threads, self._validate, request)
+        wanted = await self._in_context(self._validate, request)
+        if wanted.tool.manifest.effect != "none":
+            self._audit.require_open()
         if request.rehearse:
             await self._require_rehearsable(wanted)
         prepared = await self._permission.obtain(wanted, lambda: self._scopes(*self._checked(request)))
@@ -149,6 +161,7 @@ class Calls:
 
         Raises what the journal raises, and RequestError (CALL_NOT_FOUND) for others' calls.
         """
+        self._audit.require_open()
         if not any_call:
             await asyncio.to_thread(self._require_own, call, principal)
         async with self._changing:
@@ -199,6 +212,7 @@ class Calls:
                 raise JournalError(Reason.PLAN_CHANGED, message, hint="Make a new plan and look at it.")
             return self._journal.rollbacks.apply(plan, principal)
 
+        self._audit.require_open()
         async with self._changing:
             return await asyncio.to_thread(apply)
 
@@ -232,7 +246,7 @@ class Calls:
 
     async def _in_thread(self, prepared: Prepared) -> CallResult:
         cancelled = threading.Event()
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self._execute, prepared, cancelled)
+        work = self._in_context(self._execute, prepared, cancelled)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -242,12 +256,18 @@ class Calls:
                 work.exception()  # it is on record; nobody is left to tell
             raise
 
+    def _in_context(self, do: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        """On a thread, where events still know the origin of the request."""
+        context = contextvars.copy_context()
+        return asyncio.get_running_loop().run_in_executor(self._threads, context.run, do, *arguments)
+
     def _validate(self, request: CallRequest) -> Wanted:
         call = new_id()
         try:
             tool, arguments = self._checked(request)
         except RequestError as e:
-            rejected = Event(kind="call.reject", call=call, error=e.message, detail={"tool": request.tool}, **who(request))
+            asked = {"tool": Payload(request.tool), "reason": e.reason.name}
+            rejected = Event(kind="call.reject", call=call, error=Payload(e.message), detail=asked, **who(request))
             self._audit.record(rejected)
             raise
         scopes = self._scopes(tool, arguments)
@@ -289,7 +309,7 @@ class Calls:
         except (SandboxFailure, OSError) as e:
             error = _named(e, prepared.tool)
             told = self._told(e.outcome) if isinstance(e, SandboxFailure) and e.outcome else {}
-            transaction.roll_back(event("call.abort", prepared, error=error.message, **told))
+            transaction.roll_back(event("call.abort", prepared, error=error.message, exit=_EXITS.get(type(e), "died"), **told))
             raise error from e
         finally:
             del self._running[prepared.id]
@@ -322,13 +342,13 @@ class Calls:
         output = outcome.result if outcome.error is None else {"error": outcome.error}
         output = output if output is not None else {"error": "the tool gave nothing back"}
         digest = hashlib.sha256(json.dumps(output, sort_keys=True).encode()).hexdigest()
-        told = self._told(outcome) | {"result_digest": digest}
+        told = self._told(outcome) | {"result_digest": digest, "exit": "result" if outcome.error is None else "error"}
         files: tuple[FileTouched, ...] = ()
         if outcome.error is None:
             files = self._end(prepared, transaction, told)
             output = output | ({"rehearsed": _REHEARSED} if files and prepared.rehearsed else {})
         else:
-            transaction.roll_back(event("call.abort", prepared, error=outcome.error, **told))
+            transaction.roll_back(event("call.abort", prepared, error=Payload(outcome.error), **told))
         scopes = tuple(map(str, prepared.scopes))
         return CallResult(
             *(prepared.id, prepared.tool.name, output, scopes, prepared.decision, files),
@@ -354,9 +374,10 @@ class Calls:
             mediated=outcome.mediated,
             denied=outcome.denied,
             denials=tuple(f"{d.call} {d.target}: {d.why}" for d in outcome.denials),
-            peers=tuple(f"{host}:{port}" for host, port in outcome.peers),
+            peers=tuple(Peer(**asdict(contact)) for contact in outcome.contacts),
+            profile=self._profile,
         )
-        return {"sandbox": use, "wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us}
+        return {"sandbox": use, "wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us, "rss_kb": outcome.rss_kb}
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:

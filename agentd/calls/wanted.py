@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agentd.audit import Event, FileTouched, ToolIdentity, Verdict
+from agentd.audit import Event, FileTouched, Payload, ToolIdentity, Verdict
 from agentd.grants import Decision, Labels, Request
 
 if TYPE_CHECKING:
@@ -124,7 +124,22 @@ def event(kind: Any, wanted: Wanted, decision: Decision | None = None, **more: A
     if decision is None:
         return made
     verdict = Verdict(
-        verdict=decision.verdict, reason=decision.reason, rules=decision.rules, near=decision.near, asked=decision.asked
+        verdict=decision.verdict,
+        reason=decision.reason,
+        rules=decision.rules,
+        near=decision.near,
+        asked=decision.asked,
+        policy=decision.policy,
     )
-    said = {"arguments": wanted.arguments, "scopes": tuple(map(str, wanted.scopes)), "decision": verdict}
+    said = {"arguments": _recorded(tool, wanted.arguments), "scopes": tuple(map(str, wanted.scopes)), "decision": verdict}
     return made.model_copy(update=said | {"labels": wanted.request.labels.names})
+
+
+def _recorded(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths, numbers and words of the manifest stand in the log, as scopes do; what was written freely is a payload."""
+    parameters = tool.manifest.parameters.properties
+    plain = {name for name, each in parameters.items() if each.format == "path" or each.enum is not None}
+    return {
+        name: value if name in plain or isinstance(value, bool | int | float | None) else Payload(value)
+        for name, value in arguments.items()
+    }

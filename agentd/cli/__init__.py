@@ -14,7 +14,8 @@ from agentd.cli.audit import audit
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
 from agentd.cli.grants import grants
-from agentd.cli.proofs import checkpoint, export, key, prove, prune, verify
+from agentd.cli.keeping import export, prune, redact, renew
+from agentd.cli.proofs import checkpoint, key, prove, verify
 from agentd.cli.rehearsals import rehearsals
 from agentd.cli.rollback import diff, pin, rollback, undo
 from agentd.cli.run import chat, run
@@ -65,7 +66,7 @@ for command in (
     witness,
 ):
     cli.add_command(command)
-for command in (verify, checkpoint, key, prove, export, prune):
+for command in (verify, checkpoint, key, prove, export, prune, redact, renew):
     audit.add_command(command)
 
 

@@ -21,7 +21,7 @@ from agentd.errors import AgentdError
 from agentd.v1 import audit_pb2, journal_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
@@ -151,25 +151,53 @@ def who(socket: Path | None, path: str, lines: int, *, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def show(socket: Path | None, call: str, *, as_json: bool) -> None:
-    """Show the whole story of CALL: who wanted what, who allowed it, what it did, and what became of the files."""
+    """Show the whole story of CALL: who wanted what, who allowed it, what it did, and what became of the files.
+
+    With it is shown what people, models and tools have written; that you have read it is recorded.
+    """
     name = f"calls/{call.removeprefix('calls/')}"
     with Client(socket) as client:
-        events = list(client.audit_events(call=name))
+        events = list(client.audit_events(call=name, with_payloads=True))
         if not events:
             raise click.ClickException(f"No event names the call {call}; `agentd audit list` shows those that there are.")
+        if run := next((str(json_format.MessageToDict(event.body).get("run", "")) for event in events), ""):
+            which = audit_pb2.AuditFilter(matches=["kind=run.start", f"run={run}"])
+            events = [*client.audit_events(which=which, with_payloads=True), *events]
         if as_json:
             _print_events(events, "json")
             return
         for event in events:
-            console.print(
-                f"[bold]{event.sequence} {event.kind}[/]  {_time(event, day=True)}  [dim]chain {event.chain.hex()[:16]}[/]"
-            )
-            body = json_format.MessageToDict(event.body)
-            for key in sorted(body.keys() - {"kind", "seq", "time_ns", "v", "boot", "call"}):
-                console.print(f"  [dim]{key:14}[/] {shown(str(body[key]))}")
+            _print_whole(event)
         with contextlib.suppress(AgentdError):  # a call that changed nothing, or of somebody else's
             for each in client.differences(journal_pb2.ChangeSelection(calls=[name])):
                 print_difference(each, stat=False)
+
+
+def _print_whole(event: audit_pb2.AuditEvent) -> None:
+    """With the values of its payloads in the place of what commits to them."""
+    console.print(f"[bold]{event.sequence} {event.kind}[/]  {_time(event, day=True)}  [dim]chain {event.chain.hex()[:16]}[/]")
+    body = json.loads(event.text)
+    written = {each.field: each.value if each.HasField("value") else None for each in event.payloads}
+    for key in sorted(body.keys() - {"kind", "seq", "time_ns", "v", "boot", "call"}):
+        value = body[key]
+        if not isinstance(value, dict) or "$commitment" in value:
+            console.print(f"  [dim]{key:14}[/] {_said(key, value, written)}")
+            continue
+        console.print(f"  [dim]{key}[/]")
+        for name in sorted(value):
+            console.print(f"    [dim]{name:14}[/] {_said(f'{key}.{name}', value[name], written)}")
+
+
+def _said(field: str, value: Any, written: Mapping[str, str | None]) -> str:
+    if not isinstance(value, dict) or "$commitment" not in value:
+        return shown(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if field not in written:
+        return "[yellow](taken out)[/]"
+    text = written[field]
+    if text is None:
+        return f"[dim](not kept, {value['$bytes']} bytes)[/]"
+    said = json.loads(text)
+    return shown(said if isinstance(said, str) else text)
 
 
 @audit.command(epilog="Example: agentd audit sql \"SELECT tool, count(*) FROM events WHERE kind = 'call.end' GROUP BY tool\"")
@@ -221,7 +249,10 @@ def _print_short(event: audit_pb2.AuditEvent) -> None:
     body = json_format.MessageToDict(event.body)
     decision = body.get("decision", {})
     denied = f"{decision.get('verdict')}: {decision.get('reason')}" if event.kind == "call.deny" else ""
-    what = body.get("error") or denied or ", ".join(body.get("scopes", []))
+    error = body.get("error")
+    if isinstance(error, dict):  # a tool's words, or of somebody who asked for it
+        error = f"it said why: agentd audit show {body.get('call', '')}"
+    what = error or denied or ", ".join(body.get("scopes", []))
     colour = {"call.deny": "red", "call.abort": "red", "gap": "red", "call.end": "green"}.get(event.kind, "default")
     tool = body.get("tool", {}).get("name", "")
     call = body.get("call", "")

@@ -52,7 +52,7 @@ def _look(socket: Path | None, file: Path | None) -> list[Finding]:
         config = configuration.load(file)
     except AgentdError as e:
         return [*findings, Finding("config", False, e.message, e.hint)]
-    return [*findings, _config(config, file), _model(config), _daemon(socket or config.socket)]
+    return [*findings, _config(config, file), _model(config), *_daemon(socket or config.socket)]
 
 
 def _sandbox() -> Finding:
@@ -86,15 +86,19 @@ def _model(config: configuration.Config) -> Finding:
     return Finding("model", there, f"{path}, {size}", "" if there else "Set engine.model to a Gemma 4 GGUF, or to `pocket`.")
 
 
-def _daemon(socket: Path) -> Finding:
+def _daemon(socket: Path) -> list[Finding]:
     try:
         with Client(socket) as client:
             status = client.status()
     except AgentdError as e:
         running = e.reason is not Reason.DAEMON_UNREACHABLE
-        return Finding("daemon", not running, f"not running ({socket})" if not running else e.message, e.hint)
+        return [Finding("daemon", not running, f"not running ({socket})" if not running else e.message, e.hint)]
     model = status.model
     size = f"{model.parameters / 1e6:.1f} M parameters"
     loaded = f"{model.name}, {size}" if model.parameters else model.error or "no model loaded"
     found = f"version {status.version}, pid {status.pid}, {status.tools} tools; {loaded}"
-    return Finding("daemon", not model.error, found)
+    findings = [Finding("daemon", not model.error, found)]
+    if status.audit_closed:
+        hint = "No tool may change anything. `agentd audit verify` says more, `agentd audit renew` begins a new log."
+        findings.append(Finding("audit log", False, f"not what was signed: {status.audit_closed}", hint))
+    return findings

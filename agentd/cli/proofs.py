@@ -1,26 +1,26 @@
-"""`agentd audit verify`, `checkpoint`, `key`, `prove`, `export`: what an admin takes away from here."""
+"""`agentd audit verify`, `checkpoint`, `key`, `prove`: is it what was written, and how to show that to others."""
 
 from __future__ import annotations
 
-import itertools
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
+from rich.progress import Progress
 
-from agentd.cli.audit import event_filter, selecting
-from agentd.cli.output import as_dict, console, json_option, print_json
+from agentd.cli.output import as_dict, console, json_option, print_json, shown
 from agentd.client import Client
+from agentd.v1 import audit_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    from agentd.audit.formats import Record
-    from agentd.v1 import audit_pb2
+    from google.protobuf.timestamp_pb2 import Timestamp
 
 TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
-_SPANS = 100  # of one line of otlp
 
 
 @click.command(epilog="Example: agentd audit verify --anchor /mnt/usb/agentd-anchor")
@@ -43,7 +43,7 @@ def verify(socket: Path | None, anchors: tuple[Path, ...], *, as_json: bool) -> 
 
     notes = [note for file in anchors for note in read_notes(file.read_text(errors="replace"))]
     with Client(socket) as client:
-        found = client.verify(notes)
+        found = _watched(client.verifying(notes))
     if as_json:
         print_json(as_dict(found) | {"head": found.head.hex()})
     else:
@@ -53,7 +53,19 @@ def verify(socket: Path | None, anchors: tuple[Path, ...], *, as_json: bool) -> 
     sys.exit(UNATTESTED if anchors and found.anchored_events < found.valid_events else 0)
 
 
-def _print_verification(found: audit_pb2.VerifyAuditLogResponse, *, with_anchors: bool) -> None:
+def _watched(steps: Iterator[audit_pb2.VerifyAuditLogResponse]) -> audit_pb2.Verification:
+    """With a bar on the terminal while it takes long."""
+    found = audit_pb2.Verification()
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
+        bar = progress.add_task("events", total=None)
+        for step in steps:
+            progress.update(bar, completed=step.checked_events, total=step.total_events)
+            found = step.verification
+    return found
+
+
+def _print_verification(found: audit_pb2.Verification, *, with_anchors: bool) -> None:
     if found.first_bad_sequence:
         console.print(f"[red bold]damaged:[/] {found.why}; the {found.valid_events} events before it are as written")
     elif found.lost_events:
@@ -62,9 +74,12 @@ def _print_verification(found: audit_pb2.VerifyAuditLogResponse, *, with_anchors
         console.print(f"[green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
     if found.absent_events:
         console.print(f"[yellow]not looked at:[/] {found.absent_events} events are in archives that are missing or damaged")
-    console.print(f"[dim]signed: the first {found.attested_events} events are covered by checkpoints[/]")
-    if found.witnessed_events:
-        console.print(f"[dim]witnessed: the first {found.witnessed_events}[/]")
+    if found.attested_events:
+        upto = f"up to {_moment(found.attested_time)}"
+        console.print(f"[dim]signed by {shown(found.attested_by)}: the first {found.attested_events} events, {upto}[/]")
+    for each in found.witnesses:
+        signed = f"the first {each.events} events, at {_moment(each.time)}" if each.events else "[yellow]nothing of it[/]"
+        console.print(f"[dim]witnessed by {shown(each.witness)}: {signed}[/]")
     if with_anchors:
         newer = found.valid_events - found.anchored_events
         console.print(f"[dim]anchored: the first {found.anchored_events}; {newer} are newer than what was kept elsewhere[/]")
@@ -127,85 +142,5 @@ def prove(socket: Path | None, sequence: int, *, as_json: bool) -> None:
     sys.exit(0 if holds else TAMPERED)
 
 
-@click.command(epilog="Example: agentd audit prune --keep 100000")
-@click.option("--keep", required=True, type=click.IntRange(min=1), help="How many of the newest events stay, at least.")
-@json_option
-@click.pass_obj
-def prune(socket: Path | None, keep: int, *, as_json: bool) -> None:
-    """Move the oldest events into a compressed file that still verifies, up to a checkpoint. The daemon does so by itself, too.
-
-    Exit status: 1 if there was nothing to move.
-    """
-    with Client(socket) as client:
-        moved = client.prune_audit_log(keep)
-    if as_json:
-        print_json(moved)
-    elif moved.last_sequence:
-        console.print(f"[green]moved[/] events {moved.first_sequence} to {moved.last_sequence} into archive/{moved.archive}")
-    else:
-        console.print("[dim]nothing to move: no checkpoint covers events that are old enough[/]")
-    sys.exit(0 if moved.last_sequence else 1)
-
-
-@click.command(epilog="Example: agentd audit export -o csv --since 7d > week.csv")
-@selecting
-@click.option(
-    "-o",
-    "--output",
-    default="jsonl",
-    show_default=True,
-    type=click.Choice(["jsonl", "csv", "syslog", "cef", "ocsf", "otlp", "parquet"]),
-)
-@click.option("--to", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file; parquet needs one.")
-@json_option
-@click.pass_obj
-def export(socket: Path | None, /, *, output: str, to: Path | None, as_json: bool, **chosen: Any) -> None:
-    """Print events in a format that other programs read, oldest first; filters as in `agentd audit list`.
-
-    A line of jsonl has each event exactly as it was hashed. --json is the same as -o jsonl. Parquet needs pyarrow.
-    """
-    if output == "parquet" and to is None:
-        raise click.BadParameter("parquet is no text: give a file with --to")
-    with Client(socket) as client:
-        records = _records(client.audit_events(which=event_filter(**chosen)))
-        if output == "parquet":
-            assert to is not None
-            _write_parquet(records, to)
-            return
-        with click.open_file(str(to) if to else "-", "w", encoding="utf-8") as file:
-            for line in _lines(records, "jsonl" if as_json else output):
-                file.write(f"{line}\n")
-
-
-def _records(events: Iterable[audit_pb2.AuditEvent]) -> Iterator[Record]:
-    from agentd.audit.formats import Record  # noqa: PLC0415 - the other commands must start fast
-
-    return (Record(event.sequence, event.text, event.chain) for event in events)
-
-
-def _lines(records: Iterator[Record], output: str) -> Iterator[str]:
-    from agentd.audit.formats import COLUMNS, LINES, otlp  # noqa: PLC0415 - the other commands must start fast
-
-    if output == "otlp":
-        while batch := list(itertools.islice(records, _SPANS)):
-            if line := otlp(batch):
-                yield line
-        return
-    if output == "csv":
-        yield ",".join(COLUMNS)
-    yield from map(LINES[output], records)
-
-
-def _write_parquet(records: Iterator[Record], to: Path) -> None:
-    from agentd.audit.formats import COLUMNS, row  # noqa: PLC0415 - the other commands must start fast
-
-    try:
-        import pyarrow as pa  # noqa: PLC0415 - an extra
-        from pyarrow import parquet  # noqa: PLC0415
-    except ImportError:
-        raise click.ClickException("Parquet needs pyarrow: pip install 'agentd[parquet]'.") from None
-    schema = pa.schema([(name, pa.string()) for name in COLUMNS])
-    with parquet.ParquetWriter(to, schema) as writer:
-        while batch := [row(record) for record in itertools.islice(records, 10_000)]:
-            columns = [pa.array(values, pa.string()) for values in zip(*batch, strict=True)]
-            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+def _moment(time: Timestamp) -> str:
+    return f"{datetime.fromtimestamp(time.seconds).astimezone():%Y-%m-%d %H:%M:%S}"

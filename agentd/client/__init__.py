@@ -143,9 +143,18 @@ class Client:
         return self._call(self._tools.CallTool, request, deadline_s=None)
 
     def audit_events(
-        self, *, call: str = "", newest_first: bool = False, after: int = 0, which: audit_pb2.AuditFilter | None = None
+        self,
+        *,
+        call: str = "",
+        newest_first: bool = False,
+        after: int = 0,
+        which: audit_pb2.AuditFilter | None = None,
+        with_payloads: bool = False,
     ) -> Iterator[audit_pb2.AuditEvent]:
-        """The audit log past number `after`, oldest first unless said otherwise; `call` is `calls/{call}`."""
+        """The audit log past number `after`, oldest first unless said otherwise; `call` is `calls/{call}`.
+
+        With payloads, that they were read is recorded.
+        """
         token = ""
         while True:
             request = audit_pb2.ListAuditEventsRequest(
@@ -154,6 +163,7 @@ class Client:
                 page_token=token,
                 filter=which or audit_pb2.AuditFilter(),
                 after_sequence=after,
+                with_payloads=with_payloads,
             )
             page = self._call(self._audit.ListAuditEvents, request)
             yield from page.audit_events
@@ -179,9 +189,41 @@ class Client:
         """One SELECT over the views `events` and `paths`."""
         return self._call(self._audit.QueryAuditSql, audit_pb2.QueryAuditSqlRequest(sql=sql))
 
-    def verify(self, anchors: Iterable[str] = ()) -> audit_pb2.VerifyAuditLogResponse:
-        """Recompute the whole log; `anchors` are checkpoints that were kept elsewhere."""
-        return self._call(self._audit.VerifyAuditLog, audit_pb2.VerifyAuditLogRequest(anchors=anchors), deadline_s=None)
+    def audit_event(self, sequence: int, *, with_payloads: bool = False) -> audit_pb2.AuditEvent:
+        """One event. With payloads, that they were read is recorded."""
+        request = audit_pb2.GetAuditEventRequest(name=f"auditEvents/{sequence}", with_payloads=with_payloads)
+        return self._call(self._audit.GetAuditEvent, request)
+
+    def export_audit_events(self, request: audit_pb2.ExportAuditEventsRequest) -> Iterator[str]:
+        """Lines in the format asked for, oldest event first. That it was done is recorded."""
+        stream = self._audit.ExportAuditEvents(request)
+        try:
+            for response in self._read(stream):
+                yield from response.lines
+        finally:
+            stream.cancel()
+
+    def redact(self, sequence: int, field: str, reason: str) -> audit_pb2.RedactAuditEventResponse:
+        """Take a value out of the log for good."""
+        request = audit_pb2.RedactAuditEventRequest(name=f"auditEvents/{sequence}", field=field, reason=reason)
+        return self._call(self._audit.RedactAuditEvent, request, deadline_s=None)
+
+    def renew_audit_log(self, reason: str) -> audit_pb2.RenewAuditLogResponse:
+        """Put a log away that is not what was signed, and begin a new one."""
+        return self._call(self._audit.RenewAuditLog, audit_pb2.RenewAuditLogRequest(reason=reason), deadline_s=None)
+
+    def verifying(self, anchors: Iterable[str] = ()) -> Iterator[audit_pb2.VerifyAuditLogResponse]:
+        """Recompute the whole log; `anchors` are checkpoints that were kept elsewhere. The last message has what was found."""
+        stream = self._audit.VerifyAuditLog(audit_pb2.VerifyAuditLogRequest(anchors=anchors))
+        try:
+            yield from self._read(stream)
+        finally:
+            stream.cancel()
+
+    def verify(self, anchors: Iterable[str] = ()) -> audit_pb2.Verification:
+        """`verifying` to its end."""
+        *_, last = self.verifying(anchors)
+        return last.verification
 
     def checkpoint(self) -> audit_pb2.Checkpoint:
         """The newest signed checkpoint of the log, and the key to check it with."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from agentd.audit.events import Origin, origin
 from agentd.errors import Reason, RequestError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Approval:
     state: State = State.PENDING
     answer: Answer | None = None
     answered_by: str = ""
+    answered_from: Origin | None = None
 
     @property
     def said(self) -> str:
@@ -195,7 +197,7 @@ class Approvals:
         if approval not in self._pending:
             return self._closed[approval]
         asked, future = self._pending.pop(approval)
-        closed = replace(asked, state=state, answer=answer, answered_by=by)
+        closed = replace(asked, state=state, answer=answer, answered_by=by, answered_from=origin.get() if by else None)
         self._closed[approval] = closed
         while len(self._closed) > _KEPT:
             self._closed.pop(next(iter(self._closed)))

@@ -40,6 +40,8 @@ class Decision:
     """Whether it is asked because of what the run has taken in, whatever the grants say."""
     rehearse: bool = False
     """Whether a grant that it goes by wants the call rehearsed."""
+    policy: str = ""
+    """SHA-256 over all the grants that were in force."""
 
 
 @dataclass(frozen=True, slots=True)

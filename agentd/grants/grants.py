@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from dataclasses import replace
@@ -52,14 +53,22 @@ class Grants:
         self._made = {grant.id: grant for grant, _ in kept}
         self._used = {grant.id: int(used) for grant, used in kept}
         self._book: Book | None = None
+        self._policy = ""
         self._looked = 0.0
         self.changed: Callable[[], None] = lambda: None
 
     def decide(self, request: Request) -> Decision:
         for scope in request.scopes:
             if scope.kind in PATH_KINDS and any(within(scope.value, own) for own in self._own):
-                return Decision("deny", f"{scope} belongs to agentd itself", ("built in: agentd's own files",), str(scope))
-        return self._current().decide(request, self._moment())
+                own_rule = ("built in: agentd's own files",)
+                return Decision("deny", f"{scope} belongs to agentd itself", own_rule, str(scope), policy=self.policy)
+        book, policy = self._current()
+        return replace(book.decide(request, self._moment()), policy=policy)
+
+    @property
+    def policy(self) -> str:
+        """SHA-256 over all grants in force, as they are told to people, in their order."""
+        return self._current()[1]
 
     def now_ns(self) -> int:
         """By the clock that expiry is held against."""
@@ -150,8 +159,8 @@ class Grants:
                 self._used[grant.id] = self._used.get(grant.id, 0) + 1 if counted else grant.max_uses
         return counted
 
-    def _current(self) -> Book:
-        """Built anew after a change, and when the links in denials may lead elsewhere by now."""
+    def _current(self) -> tuple[Book, str]:
+        """With its digest. Built anew after a change, and when the links in denials may lead elsewhere by now."""
         with self._lock:
             stale = time.monotonic() - self._looked > _LOOK_AGAIN_S
             if self._book is None or stale:
@@ -159,8 +168,9 @@ class Grants:
                 again = [moved for grant in grants if grant.decision != "allow" and (moved := _moved(grant))]
                 if self._book is None or again:
                     self._book = Book.of([*grants, *again], self._used)
+                    self._policy = hashlib.sha256("\n".join(map(str, grants)).encode("utf-8", "replace")).hexdigest()
                 self._looked = time.monotonic()
-            return self._book
+            return self._book, self._policy
 
 
 def _moved(grant: Grant) -> Grant | None:

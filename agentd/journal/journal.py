@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from agentd.audit import Event, FileTouched
+from agentd.audit import Event, FileOperation, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
 from agentd.journal.images import GIVE_UP, Image, Images
@@ -346,4 +346,11 @@ def _after(path: bytes) -> PathState:
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:
     if before.same_as(after):
         return None
-    return FileTouched(path=os.fsdecode(path), before=before.digest or None, after=after.digest or None)
+    if before.kind == "absent":
+        operation: FileOperation = "create"
+    elif after.kind == "absent":
+        operation = "delete"
+    else:
+        same = (before.kind, before.digest, before.target) == (after.kind, after.digest, after.target)
+        operation = "attributes" if same else "change"
+    return FileTouched(path=os.fsdecode(path), operation=operation, before=before.digest or None, after=after.digest or None)

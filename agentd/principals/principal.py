@@ -24,6 +24,8 @@ class Principal:
     name: str
     roles: frozenset[Role]
     within: tuple[Pattern, ...] = ()
+    token: str = ""
+    """Id of the token that was shown, if one was."""
 
     def has(self, role: Role) -> bool:
         return role in self.roles or "admin" in self.roles

@@ -45,7 +45,7 @@ class Token:
 
     def principal(self) -> Principal:
         within = tuple(parse(text, resolved=True) for text in self.scopes)
-        return Principal(f"token:{self.label}", frozenset(self.roles), within)
+        return Principal(f"token:{self.label}", frozenset(self.roles), within, self.id)
 
 
 class Tokens:

@@ -6,17 +6,21 @@ import asyncio
 import json
 import time
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from agentd.audit import Event, Payload
 from agentd.errors import Reason, RequestError
 from agentd.runs.run import Run, RunEvent, State
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import apsw
 
     from agentd.store import Store
 
 _REMEMBERED_TURNS = 32
+REDACTED = "(redacted)"
 _LOST = ("DAEMON_STOPPING", "The daemon was killed while this run was going on.", "Start it again.")
 
 
@@ -52,6 +56,19 @@ class RunRecords:
     async def finish(self, run: Run, events: list[RunEvent]) -> None:
         await asyncio.wrap_future(self._store.submit(lambda db: _finish(db, run, events)))
 
+    @staticmethod
+    def forget(db: apsw.Connection, run: str) -> None:
+        """Take out what was said in a run: prompt, answer and transcript. Raises RequestError (RUN_GOING_ON)."""
+        body = db.execute("SELECT body FROM run WHERE id = ?", (run,)).get
+        if body is None:
+            return
+        known = Run.from_json(str(body))
+        if not known.ended:
+            message = f"The run {run} is still going on, so its words can't be taken out."
+            raise RequestError(Reason.RUN_GOING_ON, message, hint="Cancel it, or wait.", metadata={"run": run})
+        _finish(db, replace(known, prompt=REDACTED, answer=REDACTED, transcript=()), [])
+        db.execute("DELETE FROM run_event WHERE run = ?", (run,))
+
     async def get(self, run: str) -> Run:
         query = "SELECT body FROM run WHERE id = ?"
         body = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (run,)).get)
@@ -77,6 +94,17 @@ class RunRecords:
         values = (session, _REMEMBERED_TURNS)
         rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
         return [Run.from_json(body) for (body,) in reversed(rows)]
+
+
+def event_of(run: Run, model: Mapping[str, Any]) -> Event:
+    """What began, from which prompt, with which model; or how it ended."""
+    who: dict[str, Any] = {"principal": run.principal, "session": run.session, "run": run.id, "labels": run.labels.names}
+    if not run.ended:
+        return Event(kind="run.start", **who, detail={"prompt": Payload(run.prompt), **model})
+    used = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
+    stop = run.stop_reason.value if run.stop_reason else ""
+    detail: dict[str, Any] = {"state": run.state.value, "stop_reason": stop, "answer": Payload(run.answer), **used}
+    return Event(kind="run.end", **who, error=run.error[1] if run.error else "", detail=detail)
 
 
 def unknown_run(run: str) -> RequestError:

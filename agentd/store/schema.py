@@ -126,6 +126,16 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ) STRICT;
         """,
     ),
+    (
+        "0009_payloads",
+        """
+        -- What people, models and tools have written: events only have commitments to it, so that it can be taken out.
+        -- `value` is JSON; NULL if it was too long to be kept.
+        CREATE TABLE payload (
+            seq INTEGER NOT NULL, field TEXT NOT NULL, salt BLOB NOT NULL, value TEXT, PRIMARY KEY (seq, field)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    ),
 )
 
 

@@ -96,6 +96,19 @@ class Store:
             except apsw.Error as e:
                 raise _unusable(e, self._path) from e
 
+    def empty_wal(self) -> None:
+        """Move all that is committed into the store's own file: what was overwritten is in no file any more. Not for the event
+        loop. Raises StoreError (AUDIT_UNAVAILABLE) if others read for longer than BUSY_MS.
+        """
+        with contextlib.closing(apsw.Connection(self._path)) as db:
+            db.set_busy_timeout(_BUSY_MS)
+            try:
+                blocked = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").get[0]
+            except apsw.Error as e:
+                raise _unusable(e, self._path) from e
+        if blocked:
+            raise _unusable(apsw.BusyError("others read it; what was deleted is overwritten a little later"), self._path)
+
     @property
     def file(self) -> Path:
         return Path(self._path)
@@ -213,8 +226,9 @@ def _unusable(error: Exception, path: str) -> AgentdError:
             hint="Free some space; nothing recorded so far is lost.",
             metadata={"path": path},
         )
+    damaged = isinstance(error, apsw.CorruptError | apsw.NotADBError)
     return StoreError(
-        Reason.AUDIT_UNAVAILABLE,
+        Reason.STORE_DAMAGED if damaged else Reason.AUDIT_UNAVAILABLE,
         f"The store {path} can't be used: {error}.",
         hint="Check the disk and the permissions of the state folder.",
         metadata={"path": path, "error": str(error)},

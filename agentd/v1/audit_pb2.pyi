@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -33,6 +34,7 @@ class AuditEvent(_message.Message):
     BODY_FIELD_NUMBER: _builtins.int
     CHAIN_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    PAYLOADS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`auditEvents/{sequence}`."""
     sequence: _builtins.int
@@ -51,6 +53,10 @@ class AuditEvent(_message.Message):
     def body(self) -> _struct_pb2.Struct:
         """All its fields."""
 
+    @_builtins.property
+    def payloads(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditPayload]:
+        """What it commits to, if that was asked for and is still there."""
+
     def __init__(
         self,
         *,
@@ -61,14 +67,73 @@ class AuditEvent(_message.Message):
         body: _struct_pb2.Struct | None = ...,
         chain: _builtins.bytes = ...,
         text: _builtins.str = ...,
+        payloads: _abc.Iterable[Global___AuditPayload] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "event_time", b"event_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chain", b"chain", "event_time", b"event_time", "kind", b"kind", "name", b"name", "sequence", b"sequence", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chain", b"chain", "event_time", b"event_time", "kind", b"kind", "name", b"name", "payloads", b"payloads", "sequence", b"sequence", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AuditEvent: _TypeAlias = AuditEvent  # noqa: Y015
+
+@_typing.final
+class AuditPayload(_message.Message):
+    """What somebody has written. The event has a commitment to it: SHA-256(0x02 || salt || value)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Where its commitment stands in the event, such as `arguments.text`."""
+    salt: _builtins.bytes
+    """32 random bytes."""
+    value: _builtins.str
+    """JSON in ASCII. Not set if it was too long to be kept."""
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        salt: _builtins.bytes = ...,
+        value: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_value", b"_value", "field", b"field", "salt", b"salt", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__value: _TypeAlias = _typing.Literal["value"]  # noqa: Y015
+    _WhichOneofArgType__value: _TypeAlias = _typing.Literal["_value", b"_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__value) -> _WhichOneofReturnType__value | None: ...
+
+Global___AuditPayload: _TypeAlias = AuditPayload  # noqa: Y015
+
+@_typing.final
+class GetAuditEventRequest(_message.Message):
+    """Request of GetAuditEvent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOADS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`auditEvents/{sequence}`."""
+    with_payloads: _builtins.bool
+    """Whether what it commits to is wanted, too. That it was read is recorded."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        with_payloads: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "with_payloads", b"with_payloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAuditEventRequest: _TypeAlias = GetAuditEventRequest  # noqa: Y015
 
 @_typing.final
 class ListAuditEventsRequest(_message.Message):
@@ -82,6 +147,7 @@ class ListAuditEventsRequest(_message.Message):
     NEWEST_FIRST_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOADS_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """How many at most; 0 means 50, more than 500 means 500."""
     page_token: _builtins.str
@@ -92,6 +158,8 @@ class ListAuditEventsRequest(_message.Message):
     """Newest instead of oldest first."""
     after_sequence: _builtins.int
     """Only events past this number; before it, if the newest come first. A page token goes on from where its page ended."""
+    with_payloads: _builtins.bool
+    """Whether what they commit to is wanted, too. That it was read is recorded."""
     @_builtins.property
     def filter(self) -> Global___AuditFilter:
         """Which events; all of them if it is not set."""
@@ -105,10 +173,11 @@ class ListAuditEventsRequest(_message.Message):
         newest_first: _builtins.bool = ...,
         filter: Global___AuditFilter | None = ...,
         after_sequence: _builtins.int = ...,
+        with_payloads: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "call", b"call", "filter", b"filter", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "call", b"call", "filter", b"filter", "newest_first", b"newest_first", "page_size", b"page_size", "page_token", b"page_token", "with_payloads", b"with_payloads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -273,6 +342,163 @@ class QueryAuditSqlResponse(_message.Message):
 Global___QueryAuditSqlResponse: _TypeAlias = QueryAuditSqlResponse  # noqa: Y015
 
 @_typing.final
+class ExportAuditEventsRequest(_message.Message):
+    """Request of ExportAuditEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Format:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _FormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[ExportAuditEventsRequest._Format.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        FORMAT_UNSPECIFIED: ExportAuditEventsRequest._Format.ValueType  # 0
+        """As JSONL."""
+        FORMAT_JSONL: ExportAuditEventsRequest._Format.ValueType  # 1
+        """An event exactly as it was hashed, with its chain value."""
+        FORMAT_CSV: ExportAuditEventsRequest._Format.ValueType  # 2
+        """Comma-separated values, with a line of names first."""
+        FORMAT_SYSLOG: ExportAuditEventsRequest._Format.ValueType  # 3
+        """RFC 5424."""
+        FORMAT_CEF: ExportAuditEventsRequest._Format.ValueType  # 4
+        """ArcSight's Common Event Format."""
+        FORMAT_OCSF: ExportAuditEventsRequest._Format.ValueType  # 5
+        """The Open Cybersecurity Schema Framework, 1.7."""
+        FORMAT_OTLP: ExportAuditEventsRequest._Format.ValueType  # 6
+        """OpenTelemetry's JSON: calls that have ended, several to a line."""
+
+    class Format(_Format, metaclass=_FormatEnumTypeWrapper):
+        """What a line is."""
+
+    FORMAT_UNSPECIFIED: ExportAuditEventsRequest.Format.ValueType  # 0
+    """As JSONL."""
+    FORMAT_JSONL: ExportAuditEventsRequest.Format.ValueType  # 1
+    """An event exactly as it was hashed, with its chain value."""
+    FORMAT_CSV: ExportAuditEventsRequest.Format.ValueType  # 2
+    """Comma-separated values, with a line of names first."""
+    FORMAT_SYSLOG: ExportAuditEventsRequest.Format.ValueType  # 3
+    """RFC 5424."""
+    FORMAT_CEF: ExportAuditEventsRequest.Format.ValueType  # 4
+    """ArcSight's Common Event Format."""
+    FORMAT_OCSF: ExportAuditEventsRequest.Format.ValueType  # 5
+    """The Open Cybersecurity Schema Framework, 1.7."""
+    FORMAT_OTLP: ExportAuditEventsRequest.Format.ValueType  # 6
+    """OpenTelemetry's JSON: calls that have ended, several to a line."""
+
+    FORMAT_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOADS_FIELD_NUMBER: _builtins.int
+    format: Global___ExportAuditEventsRequest.Format.ValueType
+    """What lines are wanted."""
+    after_sequence: _builtins.int
+    """Only events past this number."""
+    with_payloads: _builtins.bool
+    """Whether what they commit to is wanted, too; only in JSONL."""
+    @_builtins.property
+    def filter(self) -> Global___AuditFilter:
+        """Which events; all of them if it is not set."""
+
+    def __init__(
+        self,
+        *,
+        format: Global___ExportAuditEventsRequest.Format.ValueType = ...,
+        filter: Global___AuditFilter | None = ...,
+        after_sequence: _builtins.int = ...,
+        with_payloads: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "filter", b"filter", "format", b"format", "with_payloads", b"with_payloads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportAuditEventsRequest: _TypeAlias = ExportAuditEventsRequest  # noqa: Y015
+
+@_typing.final
+class ExportAuditEventsResponse(_message.Message):
+    """Response of ExportAuditEvents."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The next ones, without line ends."""
+
+    def __init__(
+        self,
+        *,
+        lines: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lines", b"lines"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportAuditEventsResponse: _TypeAlias = ExportAuditEventsResponse  # noqa: Y015
+
+@_typing.final
+class RedactAuditEventRequest(_message.Message):
+    """Request of RedactAuditEvent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`auditEvents/{sequence}`."""
+    field: _builtins.str
+    """Where the commitment stands, such as `arguments.text`."""
+    reason: _builtins.str
+    """Why, for whoever asks later. It is recorded."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        field: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedactAuditEventRequest: _TypeAlias = RedactAuditEventRequest  # noqa: Y015
+
+@_typing.final
+class RedactAuditEventResponse(_message.Message):
+    """Response of RedactAuditEvent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run whose prompt, answer and transcript went with it, `runs/{run}`; empty if there was none."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The events whose value is gone: all of the same call that had it."""
+
+    def __init__(
+        self,
+        *,
+        sequences: _abc.Iterable[_builtins.int] | None = ...,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "sequences", b"sequences"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedactAuditEventResponse: _TypeAlias = RedactAuditEventResponse  # noqa: Y015
+
+@_typing.final
 class VerifyAuditLogRequest(_message.Message):
     """Request of VerifyAuditLog."""
 
@@ -302,6 +528,38 @@ class VerifyAuditLogResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    CHECKED_EVENTS_FIELD_NUMBER: _builtins.int
+    TOTAL_EVENTS_FIELD_NUMBER: _builtins.int
+    VERIFICATION_FIELD_NUMBER: _builtins.int
+    checked_events: _builtins.int
+    """How many events have been looked at."""
+    total_events: _builtins.int
+    """How many there were when it began."""
+    @_builtins.property
+    def verification(self) -> Global___Verification:
+        """What was found; set in the last message only."""
+
+    def __init__(
+        self,
+        *,
+        checked_events: _builtins.int = ...,
+        total_events: _builtins.int = ...,
+        verification: Global___Verification | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["verification", b"verification"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked_events", b"checked_events", "total_events", b"total_events", "verification", b"verification"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyAuditLogResponse: _TypeAlias = VerifyAuditLogResponse  # noqa: Y015
+
+@_typing.final
+class Verification(_message.Message):
+    """What can be said of the log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
     VALID_EVENTS_FIELD_NUMBER: _builtins.int
     HEAD_FIELD_NUMBER: _builtins.int
     FIRST_BAD_SEQUENCE_FIELD_NUMBER: _builtins.int
@@ -310,7 +568,9 @@ class VerifyAuditLogResponse(_message.Message):
     ANCHORED_EVENTS_FIELD_NUMBER: _builtins.int
     LOST_EVENTS_FIELD_NUMBER: _builtins.int
     ABSENT_EVENTS_FIELD_NUMBER: _builtins.int
-    WITNESSED_EVENTS_FIELD_NUMBER: _builtins.int
+    ATTESTED_BY_FIELD_NUMBER: _builtins.int
+    ATTESTED_TIME_FIELD_NUMBER: _builtins.int
+    WITNESSES_FIELD_NUMBER: _builtins.int
     valid_events: _builtins.int
     """How many events from the first one on are as they were written."""
     head: _builtins.bytes
@@ -327,8 +587,16 @@ class VerifyAuditLogResponse(_message.Message):
     """How many events a checkpoint speaks of that are not there any more: the end was cut off, or an older store put back."""
     absent_events: _builtins.int
     """How many events are in an archive that is not there, or is damaged."""
-    witnessed_events: _builtins.int
-    """How many of the valid events are covered by a checkpoint that a known witness has signed, too."""
+    attested_by: _builtins.str
+    """Who has signed the checkpoint that covers the attested events: the log's own key, by its name."""
+    @_builtins.property
+    def attested_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last of them was recorded."""
+
+    @_builtins.property
+    def witnesses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Witnessing]:
+        """Known witnesses, each with the newest checkpoint that it has signed, too."""
+
     def __init__(
         self,
         *,
@@ -340,15 +608,49 @@ class VerifyAuditLogResponse(_message.Message):
         anchored_events: _builtins.int = ...,
         lost_events: _builtins.int = ...,
         absent_events: _builtins.int = ...,
-        witnessed_events: _builtins.int = ...,
+        attested_by: _builtins.str = ...,
+        attested_time: _timestamp_pb2.Timestamp | None = ...,
+        witnesses: _abc.Iterable[Global___Witnessing] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attested_time", b"attested_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_events", b"absent_events", "anchored_events", b"anchored_events", "attested_events", b"attested_events", "first_bad_sequence", b"first_bad_sequence", "head", b"head", "lost_events", b"lost_events", "valid_events", b"valid_events", "why", b"why", "witnessed_events", b"witnessed_events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_events", b"absent_events", "anchored_events", b"anchored_events", "attested_by", b"attested_by", "attested_events", b"attested_events", "attested_time", b"attested_time", "first_bad_sequence", b"first_bad_sequence", "head", b"head", "lost_events", b"lost_events", "valid_events", b"valid_events", "why", b"why", "witnesses", b"witnesses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___VerifyAuditLogResponse: _TypeAlias = VerifyAuditLogResponse  # noqa: Y015
+Global___Verification: _TypeAlias = Verification  # noqa: Y015
+
+@_typing.final
+class Witnessing(_message.Message):
+    """What a witness has signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WITNESS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    witness: _builtins.str
+    """Its name."""
+    events: _builtins.int
+    """How many events from the first one on."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When, by its clock."""
+
+    def __init__(
+        self,
+        *,
+        witness: _builtins.str = ...,
+        events: _builtins.int = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "time", b"time", "witness", b"witness"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Witnessing: _TypeAlias = Witnessing  # noqa: Y015
 
 @_typing.final
 class PruneAuditLogRequest(_message.Message):
@@ -401,6 +703,58 @@ class PruneAuditLogResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PruneAuditLogResponse: _TypeAlias = PruneAuditLogResponse  # noqa: Y015
+
+@_typing.final
+class RenewAuditLogRequest(_message.Message):
+    """Request of RenewAuditLog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, for whoever asks later. It is recorded."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewAuditLogRequest: _TypeAlias = RenewAuditLogRequest  # noqa: Y015
+
+@_typing.final
+class RenewAuditLogResponse(_message.Message):
+    """Response of RenewAuditLog."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORIGIN_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
+    ARCHIVED_EVENTS_FIELD_NUMBER: _builtins.int
+    origin: _builtins.str
+    """The name of the new log. It has a new key, too."""
+    archive: _builtins.str
+    """The file with the old one, in the folder `archive` of the state folder."""
+    archived_events: _builtins.int
+    """How many of its events could be read."""
+    def __init__(
+        self,
+        *,
+        origin: _builtins.str = ...,
+        archive: _builtins.str = ...,
+        archived_events: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archive", b"archive", "archived_events", b"archived_events", "origin", b"origin"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RenewAuditLogResponse: _TypeAlias = RenewAuditLogResponse  # noqa: Y015
 
 @_typing.final
 class GetCheckpointRequest(_message.Message):

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AuditServiceStub:
-    """The audit log. Read only: nothing a client can send changes it.
+    """The audit log. Nothing a client can send changes an event.
     """
 
     def __init__(self, channel):
@@ -35,6 +35,11 @@ class AuditServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.GetAuditEvent = channel.unary_unary(
+                '/agentd.v1.AuditService/GetAuditEvent',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.GetAuditEventRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.AuditEvent.FromString,
+                _registered_method=True)
         self.ListAuditEvents = channel.unary_unary(
                 '/agentd.v1.AuditService/ListAuditEvents',
                 request_serializer=agentd_dot_v1_dot_audit__pb2.ListAuditEventsRequest.SerializeToString,
@@ -50,15 +55,30 @@ class AuditServiceStub:
                 request_serializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlResponse.FromString,
                 _registered_method=True)
-        self.VerifyAuditLog = channel.unary_unary(
+        self.ExportAuditEvents = channel.unary_stream(
+                '/agentd.v1.AuditService/ExportAuditEvents',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.ExportAuditEventsRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.ExportAuditEventsResponse.FromString,
+                _registered_method=True)
+        self.VerifyAuditLog = channel.unary_stream(
                 '/agentd.v1.AuditService/VerifyAuditLog',
                 request_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.FromString,
+                _registered_method=True)
+        self.RedactAuditEvent = channel.unary_unary(
+                '/agentd.v1.AuditService/RedactAuditEvent',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.RedactAuditEventRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.RedactAuditEventResponse.FromString,
                 _registered_method=True)
         self.PruneAuditLog = channel.unary_unary(
                 '/agentd.v1.AuditService/PruneAuditLog',
                 request_serializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogResponse.FromString,
+                _registered_method=True)
+        self.RenewAuditLog = channel.unary_unary(
+                '/agentd.v1.AuditService/RenewAuditLog',
+                request_serializer=agentd_dot_v1_dot_audit__pb2.RenewAuditLogRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_audit__pb2.RenewAuditLogResponse.FromString,
                 _registered_method=True)
         self.GetCheckpoint = channel.unary_unary(
                 '/agentd.v1.AuditService/GetCheckpoint',
@@ -78,8 +98,16 @@ class AuditServiceStub:
 
 
 class AuditServiceServicer:
-    """The audit log. Read only: nothing a client can send changes it.
+    """The audit log. Nothing a client can send changes an event.
     """
+
+    def GetAuditEvent(self, request, context):
+        """Returns one event.
+        Errors: INVALID_ARGUMENT BAD_FIELD; NOT_FOUND EVENT_NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def ListAuditEvents(self, request, context):
         """Lists events.
@@ -105,9 +133,26 @@ class AuditServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportAuditEvents(self, request, context):
+        """Streams events as lines of a format that other programs read, oldest first. That somebody did is on record before.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def VerifyAuditLog(self, request, context):
-        """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
-        A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+        """Recomputes the hash chain over the whole log, the Merkle roots that checkpoints have signed, and what was committed to.
+        Says how far it is, and at last what it found. A damaged log is a result, not an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedactAuditEvent(self, request, context):
+        """Takes a value out of the log for good; the chain still verifies. Needs the role admin. With it goes the transcript of the
+        run that the event is of.
+        Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION RUN_GOING_ON.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +161,14 @@ class AuditServiceServicer:
     def PruneAuditLog(self, request, context):
         """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
         Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RenewAuditLog(self, request, context):
+        """Puts a log away that is not what was signed, and begins a new one that says so. Needs the role admin.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,6 +200,11 @@ class AuditServiceServicer:
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'GetAuditEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAuditEvent,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.GetAuditEventRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.AuditEvent.SerializeToString,
+            ),
             'ListAuditEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAuditEvents,
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.ListAuditEventsRequest.FromString,
@@ -162,15 +220,30 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_audit__pb2.QueryAuditSqlResponse.SerializeToString,
             ),
-            'VerifyAuditLog': grpc.unary_unary_rpc_method_handler(
+            'ExportAuditEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportAuditEvents,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.ExportAuditEventsRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.ExportAuditEventsResponse.SerializeToString,
+            ),
+            'VerifyAuditLog': grpc.unary_stream_rpc_method_handler(
                     servicer.VerifyAuditLog,
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.SerializeToString,
+            ),
+            'RedactAuditEvent': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedactAuditEvent,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.RedactAuditEventRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.RedactAuditEventResponse.SerializeToString,
             ),
             'PruneAuditLog': grpc.unary_unary_rpc_method_handler(
                     servicer.PruneAuditLog,
                     request_deserializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_audit__pb2.PruneAuditLogResponse.SerializeToString,
+            ),
+            'RenewAuditLog': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewAuditLog,
+                    request_deserializer=agentd_dot_v1_dot_audit__pb2.RenewAuditLogRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_audit__pb2.RenewAuditLogResponse.SerializeToString,
             ),
             'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCheckpoint,
@@ -196,8 +269,35 @@ def add_AuditServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AuditService:
-    """The audit log. Read only: nothing a client can send changes it.
+    """The audit log. Nothing a client can send changes an event.
     """
+
+    @staticmethod
+    def GetAuditEvent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.AuditService/GetAuditEvent',
+            agentd_dot_v1_dot_audit__pb2.GetAuditEventRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.AuditEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def ListAuditEvents(request,
@@ -281,7 +381,61 @@ class AuditService:
             _registered_method=True)
 
     @staticmethod
+    def ExportAuditEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agentd.v1.AuditService/ExportAuditEvents',
+            agentd_dot_v1_dot_audit__pb2.ExportAuditEventsRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.ExportAuditEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def VerifyAuditLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agentd.v1.AuditService/VerifyAuditLog',
+            agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedactAuditEvent(request,
             target,
             options=(),
             channel_credentials=None,
@@ -294,9 +448,9 @@ class AuditService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/agentd.v1.AuditService/VerifyAuditLog',
-            agentd_dot_v1_dot_audit__pb2.VerifyAuditLogRequest.SerializeToString,
-            agentd_dot_v1_dot_audit__pb2.VerifyAuditLogResponse.FromString,
+            '/agentd.v1.AuditService/RedactAuditEvent',
+            agentd_dot_v1_dot_audit__pb2.RedactAuditEventRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.RedactAuditEventResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -324,6 +478,33 @@ class AuditService:
             '/agentd.v1.AuditService/PruneAuditLog',
             agentd_dot_v1_dot_audit__pb2.PruneAuditLogRequest.SerializeToString,
             agentd_dot_v1_dot_audit__pb2.PruneAuditLogResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenewAuditLog(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.AuditService/RenewAuditLog',
+            agentd_dot_v1_dot_audit__pb2.RenewAuditLogRequest.SerializeToString,
+            agentd_dot_v1_dot_audit__pb2.RenewAuditLogResponse.FromString,
             options,
             channel_credentials,
             insecure,

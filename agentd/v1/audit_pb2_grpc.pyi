@@ -27,12 +27,16 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AuditServiceStub:
-    """The audit log. Read only: nothing a client can send changes it."""
+    """The audit log. Nothing a client can send changes an event."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
+    GetAuditEvent: _grpc.UnaryUnaryMultiCallable[_audit_pb2.GetAuditEventRequest, _audit_pb2.AuditEvent]
+    """Returns one event.
+    Errors: INVALID_ARGUMENT BAD_FIELD; NOT_FOUND EVENT_NOT_FOUND.
+    """
     ListAuditEvents: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEventsRequest, _audit_pb2.ListAuditEventsResponse]
     """Lists events.
     Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
@@ -45,13 +49,26 @@ class AuditServiceStub:
     """Answers a question in SQL, over the views `events` and `paths`. Reads nothing else.
     Errors: INVALID_ARGUMENT BAD_FIELD.
     """
-    VerifyAuditLog: _grpc.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]
-    """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
-    A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+    ExportAuditEvents: _grpc.UnaryStreamMultiCallable[_audit_pb2.ExportAuditEventsRequest, _audit_pb2.ExportAuditEventsResponse]
+    """Streams events as lines of a format that other programs read, oldest first. That somebody did is on record before.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    VerifyAuditLog: _grpc.UnaryStreamMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]
+    """Recomputes the hash chain over the whole log, the Merkle roots that checkpoints have signed, and what was committed to.
+    Says how far it is, and at last what it found. A damaged log is a result, not an error.
+    """
+    RedactAuditEvent: _grpc.UnaryUnaryMultiCallable[_audit_pb2.RedactAuditEventRequest, _audit_pb2.RedactAuditEventResponse]
+    """Takes a value out of the log for good; the chain still verifies. Needs the role admin. With it goes the transcript of the
+    run that the event is of.
+    Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION RUN_GOING_ON.
     """
     PruneAuditLog: _grpc.UnaryUnaryMultiCallable[_audit_pb2.PruneAuditLogRequest, _audit_pb2.PruneAuditLogResponse]
     """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
     Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
+    """
+    RenewAuditLog: _grpc.UnaryUnaryMultiCallable[_audit_pb2.RenewAuditLogRequest, _audit_pb2.RenewAuditLogResponse]
+    """Puts a log away that is not what was signed, and begins a new one that says so. Needs the role admin.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
     """
     GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_audit_pb2.GetCheckpointRequest, _audit_pb2.Checkpoint]
     """Returns the newest checkpoint: what the log was when it was signed."""
@@ -66,9 +83,13 @@ class AuditServiceStub:
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
-    """The audit log. Read only: nothing a client can send changes it."""
+    """The audit log. Nothing a client can send changes an event."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    GetAuditEvent: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetAuditEventRequest, _audit_pb2.AuditEvent]  # type: ignore[assignment]
+    """Returns one event.
+    Errors: INVALID_ARGUMENT BAD_FIELD; NOT_FOUND EVENT_NOT_FOUND.
+    """
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEventsRequest, _audit_pb2.ListAuditEventsResponse]  # type: ignore[assignment]
     """Lists events.
     Errors: INVALID_ARGUMENT BAD_FIELD, BAD_PAGE_TOKEN.
@@ -81,13 +102,26 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """Answers a question in SQL, over the views `events` and `paths`. Reads nothing else.
     Errors: INVALID_ARGUMENT BAD_FIELD.
     """
-    VerifyAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
-    """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
-    A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+    ExportAuditEvents: _aio.UnaryStreamMultiCallable[_audit_pb2.ExportAuditEventsRequest, _audit_pb2.ExportAuditEventsResponse]  # type: ignore[assignment]
+    """Streams events as lines of a format that other programs read, oldest first. That somebody did is on record before.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
+    """
+    VerifyAuditLog: _aio.UnaryStreamMultiCallable[_audit_pb2.VerifyAuditLogRequest, _audit_pb2.VerifyAuditLogResponse]  # type: ignore[assignment]
+    """Recomputes the hash chain over the whole log, the Merkle roots that checkpoints have signed, and what was committed to.
+    Says how far it is, and at last what it found. A damaged log is a result, not an error.
+    """
+    RedactAuditEvent: _aio.UnaryUnaryMultiCallable[_audit_pb2.RedactAuditEventRequest, _audit_pb2.RedactAuditEventResponse]  # type: ignore[assignment]
+    """Takes a value out of the log for good; the chain still verifies. Needs the role admin. With it goes the transcript of the
+    run that the event is of.
+    Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION RUN_GOING_ON.
     """
     PruneAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.PruneAuditLogRequest, _audit_pb2.PruneAuditLogResponse]  # type: ignore[assignment]
     """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
     Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
+    """
+    RenewAuditLog: _aio.UnaryUnaryMultiCallable[_audit_pb2.RenewAuditLogRequest, _audit_pb2.RenewAuditLogResponse]  # type: ignore[assignment]
+    """Puts a log away that is not what was signed, and begins a new one that says so. Needs the role admin.
+    Errors: INVALID_ARGUMENT BAD_FIELD.
     """
     GetCheckpoint: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetCheckpointRequest, _audit_pb2.Checkpoint]  # type: ignore[assignment]
     """Returns the newest checkpoint: what the log was when it was signed."""
@@ -101,7 +135,17 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The audit log. Read only: nothing a client can send changes it."""
+    """The audit log. Nothing a client can send changes an event."""
+
+    @_abc_1.abstractmethod
+    def GetAuditEvent(
+        self,
+        request: _audit_pb2.GetAuditEventRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.AuditEvent, _abc.Awaitable[_audit_pb2.AuditEvent]]:
+        """Returns one event.
+        Errors: INVALID_ARGUMENT BAD_FIELD; NOT_FOUND EVENT_NOT_FOUND.
+        """
 
     @_abc_1.abstractmethod
     def ListAuditEvents(
@@ -134,13 +178,34 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ExportAuditEvents(
+        self,
+        request: _audit_pb2.ExportAuditEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_audit_pb2.ExportAuditEventsResponse], _abc.AsyncIterator[_audit_pb2.ExportAuditEventsResponse]]:
+        """Streams events as lines of a format that other programs read, oldest first. That somebody did is on record before.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
+        """
+
+    @_abc_1.abstractmethod
     def VerifyAuditLog(
         self,
         request: _audit_pb2.VerifyAuditLogRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_audit_pb2.VerifyAuditLogResponse, _abc.Awaitable[_audit_pb2.VerifyAuditLogResponse]]:
-        """Recomputes the hash chain over the whole log, and the Merkle roots that checkpoints have signed.
-        A damaged log is a result, not an error: see `first_bad_sequence` and `lost_events`.
+    ) -> _typing.Union[_abc.Iterator[_audit_pb2.VerifyAuditLogResponse], _abc.AsyncIterator[_audit_pb2.VerifyAuditLogResponse]]:
+        """Recomputes the hash chain over the whole log, the Merkle roots that checkpoints have signed, and what was committed to.
+        Says how far it is, and at last what it found. A damaged log is a result, not an error.
+        """
+
+    @_abc_1.abstractmethod
+    def RedactAuditEvent(
+        self,
+        request: _audit_pb2.RedactAuditEventRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.RedactAuditEventResponse, _abc.Awaitable[_audit_pb2.RedactAuditEventResponse]]:
+        """Takes a value out of the log for good; the chain still verifies. Needs the role admin. With it goes the transcript of the
+        run that the event is of.
+        Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION RUN_GOING_ON.
         """
 
     @_abc_1.abstractmethod
@@ -151,6 +216,16 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_audit_pb2.PruneAuditLogResponse, _abc.Awaitable[_audit_pb2.PruneAuditLogResponse]]:
         """Moves the oldest events into an archive that still verifies, up to a signed checkpoint. Needs the role admin.
         Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+
+    @_abc_1.abstractmethod
+    def RenewAuditLog(
+        self,
+        request: _audit_pb2.RenewAuditLogRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.RenewAuditLogResponse, _abc.Awaitable[_audit_pb2.RenewAuditLogResponse]]:
+        """Puts a log away that is not what was signed, and begins a new one that says so. Needs the role admin.
+        Errors: INVALID_ARGUMENT BAD_FIELD.
         """
 
     @_abc_1.abstractmethod

@@ -105,6 +105,7 @@ class Status(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     GRANTS_FIELD_NUMBER: _builtins.int
     RECOVERED_CALLS_FIELD_NUMBER: _builtins.int
+    AUDIT_CLOSED_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of agentd."""
     pid: _builtins.int
@@ -121,6 +122,8 @@ class Status(_message.Message):
     """How many tools there are."""
     grants: _builtins.int
     """How many grants are in force."""
+    audit_closed: _builtins.str
+    """Why the audit log is not what was signed; then no tool may change anything. Empty if it is."""
     @_builtins.property
     def model(self) -> Global___Status.Model:
         """The model."""
@@ -147,10 +150,11 @@ class Status(_message.Message):
         tools: _builtins.int = ...,
         grants: _builtins.int = ...,
         recovered_calls: _abc.Iterable[_builtins.str] | None = ...,
+        audit_closed: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "sandbox", b"sandbox"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "sandbox", b"sandbox", "state_folder", b"state_folder", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_closed", b"audit_closed", "engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "sandbox", b"sandbox", "state_folder", b"state_folder", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

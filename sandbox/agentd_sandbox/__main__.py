@@ -128,7 +128,7 @@ def _told(ended: Ended) -> dict[str, Any]:
         "status": ended.status,
         "denied": ended.denied,
         "denials": [asdict(denial) for denial in ended.denials],
-        "peers": [f"{host}:{port}" for host, port in ended.peers],
+        "contacts": [asdict(contact) for contact in ended.contacts],
         "mediated": ended.mediated,
     }
 

@@ -64,6 +64,8 @@ class Connections:
                 if flags & os.O_NONBLOCK and not _is_connected(made):
                     code = errno.EINPROGRESS
                 made.setblocking(not flags & os.O_NONBLOCK)
+                if peer != network.PROXY:
+                    self.network.traffic.hold(made)
                 kernel.replace(self.listener, call.id, made.fileno(), number, close_on_exec=bool(flags & os.O_CLOEXEC))
         except OSError as e:
             code = e.errno or errno.EIO

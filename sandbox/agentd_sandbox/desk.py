@@ -140,6 +140,7 @@ class Desk:
                 self.files.deny(f"{peer[0]}:{port}", str(e.strerror))
             raise
         made.setblocking(True)
+        self.network.traffic.hold(made)
         return made.detach()
 
 

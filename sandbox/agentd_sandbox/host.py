@@ -257,7 +257,7 @@ def _outcome(
         error=error,
         denials=tuple(broker.files.denials),
         denied=broker.files.denied,
-        peers=tuple(broker.network.peers),
+        contacts=broker.network.traffic.contacts(),
         mediated=broker.calls,
         cpu_us=cpu_us,
         rss_kb=rss_kb,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from agentd_sandbox.levels import Level
-    from agentd_sandbox.outcome import Denial
+    from agentd_sandbox.outcome import Contact, Denial
     from agentd_sandbox.recorder import Change
 
 _TICK_S = 0.1
@@ -46,7 +46,7 @@ class Ended:
     status: int
     denied: int
     denials: tuple[Denial, ...]
-    peers: tuple[tuple[str, int], ...]
+    contacts: tuple[Contact, ...]
     mediated: int
 
 
@@ -96,7 +96,7 @@ def launch(
     if serving.offence:
         raise serving.offence
     files = serving.broker.files
-    return Ended(status, files.denied, tuple(files.denials), tuple(serving.broker.network.peers), serving.broker.calls)
+    return Ended(status, files.denied, tuple(files.denials), serving.broker.network.traffic.contacts(), serving.broker.calls)
 
 
 def _broker(waiting: Waiting, access: Access, folder: str, deadline: float, limits: Limits) -> Broker:

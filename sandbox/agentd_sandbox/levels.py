@@ -8,6 +8,7 @@ it reports, works. AGENTD_SANDBOX_WITHOUT (a list with commas) pretends that lay
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -50,6 +51,14 @@ class Level:
     @property
     def confines(self) -> bool:
         return self.name != "L0"
+
+    @property
+    def filter_digest(self) -> str:
+        """SHA-256 of the seccomp filter that workers are under; empty where nothing can be confined."""
+        if not self.confines:
+            return ""
+        compiled = profile()
+        return hashlib.sha256(compiled.bpf if "broker" in self.layers else compiled.alone).hexdigest()
 
     def reaches(self, minimum: str) -> bool:
         return LEVELS.index(self.name) >= LEVELS.index(minimum)

@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agentd_sandbox.traffic import Traffic
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -157,7 +159,7 @@ class Network:
     """monotonic(3) time past which nothing waits any more"""
     stopped: threading.Event
     resolve: Callable[[str], list[str]] = look_up
-    peers: list[tuple[str, int]] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
     _pinned: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -194,7 +196,7 @@ class Network:
             except OSError as e:
                 failure = e
                 continue
-            self.peers.append((host, port))
+            self.traffic.add(host, port, made)
             return made
         raise failure
 

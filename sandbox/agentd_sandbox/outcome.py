@@ -16,6 +16,17 @@ class Denial:
 
 
 @dataclass(frozen=True, slots=True)
+class Contact:
+    """A peer, how often it was connected to, and the bytes that went there and came back; None where nobody counted."""
+
+    host: str
+    port: int
+    connections: int
+    sent: int | None
+    received: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How a worker ended. Exactly one of `result` and `error` is set."""
 
@@ -23,7 +34,7 @@ class Outcome:
     error: str | None
     denials: tuple[Denial, ...]
     denied: int
-    peers: tuple[tuple[str, int], ...]
+    contacts: tuple[Contact, ...]
     mediated: int
     cpu_us: int
     rss_kb: int

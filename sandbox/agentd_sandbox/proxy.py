@@ -125,7 +125,7 @@ class Proxy:
     def _tunnel(self, worker: socket.socket, request: _Request) -> None:
         host, port = split_authority(request.target, None)
         _same_host(request, host, port, 443)
-        with self.network.dial(host, port) as remote:
+        with self.network.dial(host, port) as remote, self.network.traffic.counting(remote):
             self._open.append(remote)
             worker.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             if request.rest:
@@ -166,7 +166,7 @@ class Proxy:
         _same_host(request, host, port, default)
         headers, used = self._fill_in(request, scheme, host, port, path)
         body = _read_body(worker, request)
-        with self.network.dial(host, port) as plain:
+        with self.network.dial(host, port) as plain, self.network.traffic.counting(plain):
             self._open.append(plain)
             plain.settimeout(_TIMEOUT_S)
             remote = self._trust().wrap_socket(plain, server_hostname=host) if scheme == "https" else plain

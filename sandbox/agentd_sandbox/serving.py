@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from agentd_sandbox import kernel
 from agentd_sandbox.errors import BrokerStuck, Unsupported, WorkerDied, WorkerOffence
 from agentd_sandbox.processes import ALL_PROCESSORS, Processes, share_processor
+from agentd_sandbox.traffic import LOOK_EVERY_S
 from agentd_sandbox.worker import HELLO
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class Serving:
         finally:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, ALL_PROCESSORS)
+            self.broker.network.traffic.settle(())
             self.broker.files.close()
             self._gone.set()
 
@@ -135,9 +137,10 @@ class Serving:
     def _answer_all(self) -> None:
         poll = select.poll()
         poll.register(self.worker.questions or self.worker.listener, select.POLLIN)
-        look = time.monotonic() + _MEMORY_EVERY_S
+        look = settle = time.monotonic() + _MEMORY_EVERY_S
+        traffic = self.broker.network.traffic
         while True:
-            ready = poll.poll(_MEMORY_EVERY_S * 1000)
+            ready = poll.poll((LOOK_EVERY_S if traffic.holds else _MEMORY_EVERY_S) * 1000)
             try:
                 if ready and ready[0][1] & select.POLLIN:
                     self.broker.serve_one()
@@ -146,6 +149,10 @@ class Serving:
                 if self.broker.processes.many and time.monotonic() > look:
                     self.broker.check_memory()
                     look = time.monotonic() + _MEMORY_EVERY_S
+                if traffic.holds and time.monotonic() > settle:
+                    processes = self.worker.processes
+                    traffic.settle(processes.members() if processes.many else (processes.root,))
+                    settle = time.monotonic() + LOOK_EVERY_S
             except WorkerOffence as e:
                 self.offence = self.offence or e
                 self.worker.processes.kill()

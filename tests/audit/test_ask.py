@@ -24,7 +24,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Index]:
     audit = AuditLog(store)
     tool = ToolIdentity(name="files.write", version="1", digest="", effect="files")
     for n in range(12):
-        files = (FileTouched(path=f"/home/{n % 3}", after="a"),)
+        files = (FileTouched(operation="change", path=f"/home/{n % 3}", after="a"),)
         audit.record(Event(kind="call.end", call=f"c{n}", principal=f"u{n % 2}", tool=tool, files=files, wall_us=n))
     store.write(lambda db: db.execute("INSERT INTO token VALUES ('t', x'00', ?, NULL)", (SECRET,)))
     made = Index(folder / "index.db", audit)
@@ -39,7 +39,9 @@ QUESTIONS = {
     "SELECT max(body ->> 'wall_us') FROM events": [(11,)],
     "SELECT call FROM events JOIN paths USING (seq) WHERE path = '/home/2' ORDER BY seq LIMIT 2": [("c2",), ("c5",)],
     "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3) SELECT x FROM n": [(1,), (2,), (3,)],
-    "SELECT value FROM events, json_each(events.body, '$.files') WHERE seq = 1": [('{"after":"a","path":"/home/0"}',)],
+    "SELECT value FROM events, json_each(events.body, '$.files') WHERE seq = 1": [
+        ('{"after":"a","operation":"change","path":"/home/0"}',)
+    ],
     "SELECT 1 WHERE false": [],
     "SELECT count(*) FROM (SELECT DISTINCT principal FROM events)": [(2,)],
     "WITH some AS (SELECT * FROM events LIMIT 3) SELECT count(*) FROM some": [(3,)],

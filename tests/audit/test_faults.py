@@ -93,7 +93,7 @@ def test_names_that_look_the_same_stay_two(tmp_path: Path):
     store, audit, _ = opened(tmp_path / "state")
     names = [unicodedata.normalize(form, "/home/ü") for form in ("NFC", "NFD")] + ["/home/\u202efdp.exe"]
     for name in names:
-        audit.record(Event(kind="call.end", files=(FileTouched(path=name),)))
+        audit.record(Event(kind="call.end", files=(FileTouched(operation="change", path=name),)))
     assert len(set(names)) == 3
     index = Index(tmp_path / "index.db", audit)
     for number, name in enumerate(names, 1):

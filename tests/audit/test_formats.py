@@ -22,7 +22,7 @@ NASTY = st.text(st.sampled_from("a =\\|\"]'\n\r\t\0\x1b[;,+-@\u202eü\udcff"), m
 
 def record(seq: int = 7, **fields: Any) -> Record:
     event = Event(**({"kind": "call.end", "call": new_id(), "principal": "unix:pi"} | fields))
-    return Record(seq, event.body(seq=seq, time_ns=1_763_700_000_123_456_789, boot="b"), bytes(range(32)))
+    return Record(seq, event.sealed(seq=seq, time_ns=1_763_700_000_123_456_789, boot="b").body, bytes(range(32)))
 
 
 def nasty(text: str) -> Record:
@@ -32,7 +32,7 @@ def nasty(text: str) -> Record:
         tool=ToolIdentity(name=text, version=text, digest="d", effect="files"),
         error=text,
         scopes=(f"read:{text}",),
-        files=(FileTouched(path=f"/{text}"),),
+        files=(FileTouched(operation="change", path=f"/{text}"),),
         decision=Verdict(verdict="deny", reason=shown),
         arguments={text: text},
     )
@@ -45,6 +45,7 @@ def test_a_line_of_json_has_the_event_as_it_was_hashed():
     parsed = json.loads(line)
     assert parsed["chain"] == one.chain.hex()
     assert parsed["event"] == one.body
+    assert set(parsed) == {"chain", "event"}
     verbatim = line[line.index('"event":') + len('"event":') : -1]
     assert hashlib.sha256(b"\0" + verbatim.encode()).digest() == hashlib.sha256(b"\0" + one.text.encode()).digest()
 
@@ -93,7 +94,13 @@ def test_cef_has_seven_parts_and_fields(text: str):
 
 def test_ocsf_has_what_its_class_requires():
     event = json.loads(
-        ocsf(record(files=(FileTouched(path="/a"),), tool=ToolIdentity(name="t", version="1", digest="", effect="")), "0.1")
+        ocsf(
+            record(
+                files=(FileTouched(operation="change", path="/a"),),
+                tool=ToolIdentity(name="t", version="1", digest="", effect=""),
+            ),
+            "0.1",
+        )
     )
     for name in ("class_uid", "category_uid", "activity_id", "type_uid", "severity_id", "time", "metadata", "actor", "api"):
         assert name in event

@@ -32,7 +32,7 @@ class Log:
 
     def add(self, n: int, **more: Any) -> None:
         tool = ToolIdentity(name=TOOLS[n % 2], version="1", digest="d", effect="files")
-        files = (FileTouched(path=f"/home/{n % 5}", after="a"),) if n % 2 else ()
+        files = (FileTouched(operation="change", path=f"/home/{n % 5}", after="a"),) if n % 2 else ()
         event = Event(
             kind="call.end" if n % 3 else "call.deny",
             principal=WHO[n % 2],
@@ -189,7 +189,7 @@ def test_an_index_of_a_log_that_was_longer_is_made_anew(own: Log, tmp_path: Path
 
 
 def test_paths_that_are_no_text_are_found(own: Log):
-    own.add(1, files=(FileTouched(path="/home/\udcff\udcfe", after="a"),))
+    own.add(1, files=(FileTouched(operation="change", path="/home/\udcff\udcfe", after="a"),))
     assert own.index.find(Wanted(path=b"/home/\xff\xfe"), 5) == [31]
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from agentd.audit import AuditLog, Checkpoints, Event, Index, ToolIdentity, Wanted, load_signer
+from agentd.audit import AuditLog, Checkpoints, Event, Index, Payload, ToolIdentity, Wanted, load_signer
 from agentd.store import Store
 from tests.bench.figures import Figure, milliseconds, percentile
 from tests.bench.undo import write_bytes
@@ -34,7 +34,9 @@ def _event(n: int) -> Event:
     """About as large as one of a call."""
     tool = ToolIdentity(name="files.write", version="0.1.0", digest="d" * 64, effect="files")
     detail = {"pad": "x" * 400}
-    return Event(kind="call.end", principal="unix:pi", call=f"c{n}", run=f"r{n // 20}", tool=tool, wall_us=n, detail=detail)
+    said = {"path": f"/home/pi/notes/{n}.txt", "text": Payload("water the plants, buy bread")} if n % 2 else None
+    who = {"principal": "unix:pi", "call": f"c{n}", "run": f"r{n // 20}"}
+    return Event(kind="call.end", **who, tool=tool, arguments=said, wall_us=n, detail=detail)
 
 
 def _appending(audit: AuditLog, folder: Path) -> list[Figure]:
@@ -73,12 +75,14 @@ def _some(audit: AuditLog) -> None:
 
 def _many(store: Store, audit: AuditLog, folder: Path) -> list[Figure]:
     chain = audit.entries(limit=1, newest_first=True)[0].chain
-    first, rows = audit.size() + 1, []
+    first, rows, payloads = audit.size() + 1, [], []
     for seq in range(first, first + _MANY):
-        body = _event(seq).body(seq=seq, time_ns=1_700_000_000_000_000_000 + seq, boot="b")
-        chain = audit.link(chain, body.encode())
-        rows.append((seq, body, chain))
+        sealed = _event(seq).sealed(seq=seq, time_ns=1_700_000_000_000_000_000 + seq, boot="b")
+        chain = audit.link(chain, sealed.body.encode())
+        rows.append((seq, sealed.body, chain))
+        payloads += [(each.seq, each.field, each.salt, each.value) for each in sealed.payloads]
     store.write(lambda db: db.executemany("INSERT INTO event VALUES (?, ?, ?)", rows))
+    store.write(lambda db: db.executemany("INSERT INTO payload VALUES (?, ?, ?, ?)", payloads))
     points = Checkpoints(store, audit, load_signer(folder / "audit.key", "o"))
     points.make()
     start = time.perf_counter()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from agentd_sandbox import (
     Access,
+    Contact,
     Job,
     Outcome,
     OutputTooLarge,
@@ -259,7 +260,7 @@ def test_only_granted_peers_can_be_connected_to(arena: Arena):
             server.accept()
         outcome = arena.run("connect", arena.access(peers=frozenset({peer})), host=peer[0], port=peer[1])
         assert outcome.error is None
-        assert outcome.peers == (peer,)
+        assert outcome.contacts == (Contact(*peer, connections=1, sent=5, received=0),)
         connection, _ = server.accept()
         assert connection.recv(16) == b"hello"
         connection.close()

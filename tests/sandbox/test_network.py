@@ -221,7 +221,8 @@ def test_what_a_name_leads_to_is_pinned_for_the_call():
         for _ in range(3):
             peers.dial("a.example", port).close()
     assert asked == ["a.example"]
-    assert peers.peers == [("a.example", port)] * 3
+    (contact,) = peers.traffic.contacts()
+    assert (contact.host, contact.port, contact.connections) == ("a.example", port, 3)
 
 
 def test_of_mixed_answers_only_public_and_granted_ones_are_tried():

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from agentd_sandbox import Access, Job, Outcome, PathRule, Sandbox
+from agentd_sandbox import Access, Contact, Job, Outcome, PathRule, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,6 +68,28 @@ def loop(port):
         writer.close()
         return got.decode()
     return {"got": asyncio.run(talk())}
+
+@tool("talk_often")
+def talk_often(port, times, fork):
+    for _ in range(times):
+        with socket.create_connection(("127.0.0.1", port), 5) as made:
+            if fork and os.fork():
+                made.close()
+                os.wait()
+                continue
+            made.sendall(b"x" * 60)
+            while made.recv(64):
+                pass
+            if fork:
+                os._exit(0)
+    return {}
+
+@tool("close_then_ask")
+def close_then_ask(port):
+    with socket.create_connection(("127.0.0.1", port), 5) as made:
+        made.sendall(b"that is all")
+    with socket.create_connection(("127.0.0.1", port), 5) as made:
+        return {"got": made.recv(64).decode()}
 
 @tool("many")
 def many(port, count):
@@ -164,7 +186,7 @@ def test_an_address_and_a_name_lead_to_the_same(sandbox: Sandbox, ports: tuple[i
     assert run(sandbox, "connect", literal, host="127.0.0.1", port=ports[1]).result == {"got": "heard hello"}
     outcome = run(sandbox, "connect", literal, named, host="device.example", port=ports[1])
     assert outcome.result == {"got": "heard hello"}
-    assert outcome.peers == (named,)
+    assert outcome.contacts == (Contact(*named, connections=1, sent=5, received=11),)
 
 
 def test_what_a_program_had_set_is_kept(sandbox: Sandbox, ports: tuple[int, int]):
@@ -220,7 +242,43 @@ def test_the_proxy_fetches_for_ordinary_libraries(sandbox: Sandbox, ports: tuple
     peers = (("device.example", ports[0]), ("127.0.0.1", ports[0]))
     outcome = run(sandbox, "fetch", *peers, url=f"http://device.example:{ports[0]}/page")
     assert outcome.result == {"got": "device.example/page"}
-    assert outcome.peers == (("device.example", ports[0]),)
+    (contact,) = outcome.contacts
+    assert (contact.host, contact.port, contact.connections) == ("device.example", ports[0], 1)
+    assert (contact.received or 0) > len("device.example/page")
+
+
+def test_what_went_over_each_connection_is_counted(sandbox: Sandbox, ports: tuple[int, int]):
+    """By the kernel, without what TCP adds; by peer."""
+    peer = ("127.0.0.1", ports[1])
+    (contact,) = run(sandbox, "talk_often", peer, port=ports[1], times=5, fork=False).contacts
+    assert contact == Contact(*peer, connections=5, sent=300, received=5 * (6 + 60))
+
+
+def test_what_a_child_process_says_is_counted(sandbox: Sandbox, ports: tuple[int, int]):
+    peer = ("127.0.0.1", ports[1])
+    (contact,) = run(sandbox, "talk_often", peer, port=ports[1], times=1, fork=True).contacts
+    assert contact == Contact(*peer, connections=1, sent=60, received=6 + 60)
+
+
+def test_a_peer_learns_soon_that_a_connection_was_closed(sandbox: Sandbox):
+    """Though it is held to be counted: a tool may wait for what its peer does then."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def tell() -> None:
+            first, _ = server.accept()
+            with first:
+                while first.recv(64):
+                    pass
+            second, _ = server.accept()
+            with second:
+                second.sendall(b"seen")
+
+        telling = threading.Thread(target=tell)
+        telling.start()
+        outcome = run(sandbox, "close_then_ask", ("127.0.0.1", port), port=port)
+        telling.join(5)
+    assert outcome.result == {"got": "seen"}
 
 
 CURL = {"through the proxy": [], "without it": ["--noproxy", "*"], "by a tunnel": ["--proxytunnel"]}

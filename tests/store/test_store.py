@@ -254,7 +254,7 @@ def test_a_damaged_file_is_an_error_and_stays_as_it_is(tmp_path: Path, content: 
     (tmp_path / "agentd.db").write_bytes(content)
     with pytest.raises(StoreError) as caught:
         Store(tmp_path)
-    assert caught.value.reason is Reason.AUDIT_UNAVAILABLE
+    assert caught.value.reason is Reason.STORE_DAMAGED
     assert str(tmp_path / "agentd.db") in caught.value.message
     assert (tmp_path / "agentd.db").read_bytes() == content
 
