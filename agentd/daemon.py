@@ -16,7 +16,19 @@ from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import __version__, calls, models
 from agentd.api import ApiParts, ApiServer, AuditParts, Tcp
-from agentd.audit import Archive, AuditLog, Checkpoints, Event, Index, Redaction, Renewal, Upkeep, load_signer, settle_key
+from agentd.audit import (
+    Archive,
+    AuditLog,
+    Checkpoints,
+    Event,
+    Index,
+    Payload,
+    Redaction,
+    Renewal,
+    Upkeep,
+    load_signer,
+    settle_key,
+)
 from agentd.audit.anchors import found
 from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
@@ -31,7 +43,7 @@ from agentd.journal import Journal, Keep
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
 from agentd.runs import Limits, ModelSettings, Runs
-from agentd.runs.record import RunRecords, event_of
+from agentd.runs.record import RunRecords
 from agentd.store import Store
 from agentd.v1 import system_pb2
 
@@ -209,7 +221,7 @@ class Daemon:
     def _record_run(self, run: Run) -> None:
         engine, loaded = self._config.engine, self._engine.model
         model = {"name": loaded.name if loaded else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
-        self._audit.record(event_of(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature}))
+        self._audit.record(_run_event(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature}))
 
     def _wrong_token(self, peer: str, why: str) -> None:
         """Nobody waits for this to be durable."""
@@ -353,3 +365,14 @@ def _changed(before: dict[str, Any], rules: list[str]) -> dict[str, Any]:
     former = before.get("grants", [])
     added, removed = [rule for rule in rules if rule not in former], [rule for rule in former if rule not in rules]
     return {"added": added, "removed": removed} if added or removed else {}
+
+
+def _run_event(run: Run, model: dict[str, Any]) -> Event:
+    """What began, from which prompt, with which model; or how it ended."""
+    who: dict[str, Any] = {"principal": run.principal, "session": run.session, "run": run.id, "labels": run.labels.names}
+    if not run.ended:
+        return Event(kind="run.start", **who, detail={"prompt": Payload(run.prompt), **model})
+    used = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
+    stop = run.stop_reason.value if run.stop_reason else ""
+    detail: dict[str, Any] = {"state": run.state.value, "stop_reason": stop, "answer": Payload(run.answer), **used}
+    return Event(kind="run.end", **who, error=run.error[1] if run.error else "", detail=detail)

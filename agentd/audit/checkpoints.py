@@ -150,20 +150,37 @@ class Checkpoints:
 
         `anchors` are notes that were kept elsewhere; those of others do not count.
         """
-        size, kept = self._audit.size(), self.all()
-        points = [point for note in (*kept.values(), *anchors) if (point := self._own(note))]
-        if (most := max((point.size for point in points), default=0)) > size:
-            return f"{most - size} events are missing at its end, it had {most} when that was signed"
-        for point in points:
-            if point.size and not kept.get(point.size, "").startswith(point.text):
-                return f"its first {point.size} events were signed, and of that it knows nothing: it is an older one, put back"
+        size, kept, unknown = self._audit.size(), self.all(), 0
+        for note in (*anchors, kept[max(kept)] if kept else ""):
+            point = _unchecked(note)
+            if point is None or point.origin != self.verifier.name or (point.size <= size and _is(kept, point)):
+                continue
+            if not self._has_signed(note):  # looked at only here: an anchor file may have many, and nearly all are known
+                continue
+            if point.size > size:
+                return f"{point.size - size} events are missing at its end, it had {point.size} when that was signed"
+            unknown = max(unknown, point.size)
+        if unknown:
+            return f"its first {unknown} events were signed, and of that it knows nothing: it is an older one, put back"
         return ""
 
-    def _own(self, note: str) -> Checkpoint | None:
+    def _has_signed(self, note: str) -> bool:
         try:
-            return self.verifier.open(note)
+            self.verifier.open(note)
         except BadNote:
-            return None
+            return False
+        return True
+
+
+def _unchecked(note: str) -> Checkpoint | None:
+    try:
+        return Checkpoint.parse(note.partition("\n\n")[0] + "\n")
+    except BadNote:
+        return None
+
+
+def _is(kept: dict[int, str], point: Checkpoint) -> bool:
+    return not point.size or kept.get(point.size, "").startswith(point.text)
 
 
 def _out_of_range(field: str, why: str) -> RequestError:

@@ -60,12 +60,19 @@ def seal(payload: Payload, seq: int, field: str) -> tuple[dict[str, Any], Kept]:
     return told, Kept(seq, field, salt, text)
 
 
-def commitments(body: dict[str, Any]) -> dict[str, str]:
-    """Those in an event, by field: `arguments.text`, `error`."""
+def told_as_text(key: str, length: int, hexadecimal: str) -> str:
+    """How an event says this, up to where it may go on with `$kept`."""
+    return f'{text_of(key)}:{{"$bytes":{length},"$commitment":"{hexadecimal}"'
+
+
+def commitments(body: dict[str, Any], *, kept_not: bool = False) -> dict[str, str]:
+    """Those in an event, by field: `arguments.text`, `error`; with `kept_not` only those of values too long to be kept."""
     found: dict[str, str] = {}
     for name, value in body.items():
         inside = value if isinstance(value, dict) else {}
         for field, each in {name: value, **{f"{name}.{key}": item for key, item in inside.items()}}.items():
-            if isinstance(each, dict) and isinstance(each.get("$commitment"), str):
+            if not isinstance(each, dict) or (kept_not and each.get("$kept") is not False):
+                continue
+            if isinstance(each.get("$commitment"), str):
                 found[field] = each["$commitment"]
     return found

@@ -6,15 +6,12 @@ import asyncio
 import json
 import time
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agentd.audit import Event, Payload
 from agentd.errors import Reason, RequestError
 from agentd.runs.run import Run, RunEvent, State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import apsw
 
     from agentd.store import Store
@@ -94,17 +91,6 @@ class RunRecords:
         values = (session, _REMEMBERED_TURNS)
         rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
         return [Run.from_json(body) for (body,) in reversed(rows)]
-
-
-def event_of(run: Run, model: Mapping[str, Any]) -> Event:
-    """What began, from which prompt, with which model; or how it ended."""
-    who: dict[str, Any] = {"principal": run.principal, "session": run.session, "run": run.id, "labels": run.labels.names}
-    if not run.ended:
-        return Event(kind="run.start", **who, detail={"prompt": Payload(run.prompt), **model})
-    used = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
-    stop = run.stop_reason.value if run.stop_reason else ""
-    detail: dict[str, Any] = {"state": run.state.value, "stop_reason": stop, "answer": Payload(run.answer), **used}
-    return Event(kind="run.end", **who, error=run.error[1] if run.error else "", detail=detail)
 
 
 def unknown_run(run: str) -> RequestError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import apsw
 import pytest
 
-from agentd.audit import Archive, AuditLog, Checkpoints, Event, FileTouched, Index, Wanted, load_signer
+from agentd.audit import Archive, AuditLog, Checkpoints, Event, FileTouched, Index, Payload, Wanted, load_signer
 from agentd.audit.anchors import FileAnchor, read_notes
 from agentd.errors import Reason, StoreError
 from agentd.store import Store
@@ -79,12 +79,17 @@ def test_a_clock_that_is_set_back_a_year_changes_no_order(tmp_path: Path, monkey
 
 
 def test_huge_arguments_are_recorded_by_digest(tmp_path: Path):
-    """64 MiB of them in well under a kilobyte; deep ones, too."""
+    """64 MiB of them in well under a kilobyte, of which only the salt is kept; deep ones, too."""
     store, audit, _ = opened(tmp_path / "state")
-    audit.record(Event(kind="call.reject", arguments={"text": "x" * (64 << 20), "list": [{"a": "y" * 10_000}] * 3}))
+    arguments = {"text": Payload("x" * (64 << 20)), "list": Payload([{"a": "y" * 10_000}] * 3), "path": "/" + "z" * 5000}
+    audit.record(Event(kind="call.reject", arguments=arguments))
     (entry,) = audit.entries()
-    assert entry.body["arguments"]["text"]["$bytes"] == 64 << 20
+    assert entry.body["arguments"]["text"]["$bytes"] == (64 << 20) + 2
+    assert entry.body["arguments"]["text"]["$kept"] is False
+    assert entry.body["arguments"]["path"]["$bytes"] == 5001
     assert len(entry.text) < 1000
+    assert [kept.value for kept in audit.payloads([1])[1]] == [None, None]
+    assert audit.verify().bad is None
     store.close()
 
 

@@ -105,15 +105,17 @@ def test_a_connection_has_its_users_number_as_long_as_it_lasts(tmp_path: Path):
             pairs = [await asyncio.open_unix_connection(inner.outer) for _ in range(40)]
             await until(lambda: len(inner.came) == 40)
             assert len(set(inner.came)) == 40
-            assert [inner.relay.user(peer) for peer in inner.came] == [os.getuid()] * 40
+            who = [inner.relay.peer(peer) for peer in inner.came]
+            assert {(each.uid, each.pid) for each in who if each} == {(os.getuid(), os.getpid())}
+            assert len(who) == 40
             strangers = ("", "unix:", f"unix:{inner.outer}", inner.came[0][:-1], "ipv4:127.0.0.1:1", "unix-abstract:")
-            assert [inner.relay.user(peer) for peer in strangers] == [None] * len(strangers)
+            assert [inner.relay.peer(peer) for peer in strangers] == [None] * len(strangers)
             for _, writer in pairs[:20]:
                 writer.close()
-            await until(lambda: sum(inner.relay.user(peer) is None for peer in inner.came) == 20)
+            await until(lambda: sum(inner.relay.peer(peer) is None for peer in inner.came) == 20)
             for _, writer in pairs:
                 writer.close()
-            await until(lambda: not inner.relay._users)
+            await until(lambda: not inner.relay._peers)
 
     go(work)
 
@@ -131,7 +133,7 @@ def test_all_bytes_arrive_in_order_and_so_does_their_end(tmp_path: Path):
             async with asyncio.timeout(20):
                 assert await got == sent
             writer.close()
-            await until(lambda: not inner.relay._users)
+            await until(lambda: not inner.relay._peers)
 
     go(work)
 
@@ -146,7 +148,7 @@ def test_nobody_behind_the_relay_is_an_end_and_not_a_leak(tmp_path: Path):
             reader, writer = await asyncio.open_unix_connection(inner.outer)
             assert await asyncio.wait_for(reader.read(), 20) == b""
             writer.close()
-        assert not inner.relay._users
+        assert not inner.relay._peers
         await inner.listen()
         reader, writer = await asyncio.open_unix_connection(inner.outer)
         writer.write(b"there")
@@ -192,7 +194,7 @@ def test_a_client_that_never_read_is_let_go_of_when_it_goes(tmp_path: Path):
     async def work() -> None:
         async with relayed(tmp_path) as inner:
             (await fill(inner)).close()
-            await until(lambda: not inner.relay._users, 5)
+            await until(lambda: not inner.relay._peers, 5)
 
     go(work)
 
@@ -207,7 +209,7 @@ def test_stopping_ends_connections_that_are_going_on(tmp_path: Path):
         pairs = [await asyncio.open_unix_connection(inner.outer) for _ in range(10)]
         await until(lambda: len(inner.came) == 10)
         await inner.relay.stop()
-        assert not inner.relay._users
+        assert not inner.relay._peers
         for reader, writer in pairs:
             assert await asyncio.wait_for(reader.read(), 20) == b""
             writer.close()
@@ -229,13 +231,13 @@ def test_there_is_room_for_a_number_of_connections(tmp_path: Path):
             assert await asyncio.wait_for(reader.read(), 20) == b""
             writer.close()
             pairs[0][1].close()
-            await until(lambda: len(inner.relay._users) < CONNECTIONS)
+            await until(lambda: len(inner.relay._peers) < CONNECTIONS)
             reader, writer = await asyncio.open_unix_connection(inner.outer)
             writer.write(b"x")
             assert await asyncio.wait_for(reader.readexactly(1), 20) == b"x"
             for _, each in [*pairs[1:], (reader, writer)]:
                 each.close()
-            await until(lambda: not inner.relay._users)
+            await until(lambda: not inner.relay._peers)
 
     go(work)
 
