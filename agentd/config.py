@@ -145,7 +145,10 @@ class WitnessConfig(_Strict):
 
 
 class AuditConfig(_Strict):
-    """`origin` names the log in its checkpoints, from its first one on; they also go to `anchor_file` and to journald."""
+    """`origin` names the log in its checkpoints, from its first one on; they also go to `anchor_file` and to journald.
+
+    With `outputs` what tools give back is kept beside the log, as what they are asked is.
+    """
 
     origin: Annotated[str, Field(pattern=r"^[!-*,-~]{0,128}$")] = ""
     ship: tuple[ShipConfig, ...] = ()
@@ -153,6 +156,7 @@ class AuditConfig(_Strict):
     keep_events: int = Field(default=1_000_000, ge=1000)
     anchor_file: Folder | None = None
     journald: bool = True
+    outputs: bool = False
 
 
 class TaintConfig(_Strict):

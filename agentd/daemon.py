@@ -141,7 +141,10 @@ class Daemon:
         places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc, devices, self._own)
         taint = Taint(config.taint.trusted, config.taint.private)
         permission = Permission(self._grants, self._approvals, taint, self._journal, self._audit)
-        self._calls = Calls(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places)
+        self._calls = Calls(
+            *(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places),
+            keep_outputs=config.audit.outputs,
+        )
         self._engine = Engine(_engine_settings(config))
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
         settings = _model_settings(config, self._toolbox)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from agentd.audit.events import Event
 from agentd.audit.formats import Record
 from agentd.audit.payloads import Kept
-from agentd.audit.tree import leaf
+from agentd.audit.tree import leaf, linked
 from agentd.audit.verify import Claims, verify
 from agentd.errors import Reason, StoreError
 from agentd.store import new_id
@@ -278,7 +277,7 @@ class AuditLog:
         `rows` are those of the log and of its archives, if some of it is there.
         """
         kept = self.all_payloads()
-        return verify(rows or self.rows(), self.link, self.start, claims, kept, self.first(), progress)
+        return verify(rows or self.rows(), self.start, claims, kept, self.first(), progress)
 
 
 def _entry(seq: int, body: bytes, chain: bytes) -> Entry:
@@ -295,4 +294,4 @@ def _parsed(body: bytes) -> dict[str, Any]:
 
 
 def _link(chain: bytes, body: bytes) -> bytes:
-    return hashlib.sha256(chain + leaf(body)).digest()
+    return linked(chain, leaf(body))

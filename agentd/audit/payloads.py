@@ -10,6 +10,7 @@ import hashlib
 import json
 import secrets
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 SALT_BYTES = 32
@@ -36,9 +37,16 @@ class Kept:
     value: str | None
 
     @property
-    def commitment(self) -> str:
-        """Of a value that is kept."""
-        return commitment(self.salt, self.value or "")
+    def told_as_text(self) -> str:
+        """How the event says this of a value that is kept."""
+        text = self.value or ""
+        return f'{_key(self.field)}:{{"$bytes":{len(text)},"$commitment":"{commitment(self.salt, text)}"'
+
+
+@lru_cache
+def _key(field: str) -> str:
+    """The last part of its name, as JSON has it."""
+    return text_of(field.partition(".")[2] or field)
 
 
 def text_of(value: Any) -> str:
@@ -58,11 +66,6 @@ def seal(payload: Payload, seq: int, field: str) -> tuple[dict[str, Any], Kept]:
     if len(text) > LONGEST:
         return told | {"$kept": False}, Kept(seq, field, salt, None)
     return told, Kept(seq, field, salt, text)
-
-
-def told_as_text(key: str, length: int, hexadecimal: str) -> str:
-    """How an event says this, up to where it may go on with `$kept`."""
-    return f'{text_of(key)}:{{"$bytes":{length},"$commitment":"{hexadecimal}"'
 
 
 def commitments(body: dict[str, Any], *, kept_not: bool = False) -> dict[str, str]:

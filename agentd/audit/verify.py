@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agentd.audit.notes import BadNote, Verifier
-from agentd.audit.payloads import MARK, Kept, commitments, told_as_text
-from agentd.audit.tree import Tree, leaf
+from agentd.audit.payloads import MARK, Kept, commitments
+from agentd.audit.tree import Tree, leaf, linked
 from agentd.errors import StoreError
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from agentd.audit.witness import Witness
 
     Row = tuple[int, bytes, bytes]
-    Link = Callable[[bytes, bytes], bytes]
 
 
 REDACT = b'"kind":"redact"'
@@ -155,9 +154,8 @@ class _Beside:
 
 def _is_of(kept: Kept, body: bytes) -> bool:
     """Whether the event commits to this, in this field. As text, as parsing each event would take twice as long."""
-    key = kept.field.partition(".")[2] or kept.field
     if kept.value is not None:
-        return told_as_text(key, len(kept.value), kept.commitment).encode() in body
+        return kept.told_as_text.encode() in body
     return commitments(_parsed(body), kept_not=True).get(kept.field) is not None
 
 
@@ -174,7 +172,6 @@ def _parsed(body: bytes) -> dict[str, Any]:
 class _Walk:
     """Over all rows: chain, tree, and what was found so far."""
 
-    link: Link
     claims: _Claims
     beside: _Beside
     chain: bytes
@@ -195,12 +192,13 @@ class _Walk:
             expected = self.tree.size + 1
             if seq != expected:
                 return min(seq, expected), f"event {expected} is missing"
-            if (computed := self.link(self.chain, body)) != stored:
+            own = leaf(body)
+            if (computed := linked(self.chain, own)) != stored:
                 return seq, f"event {seq} does not continue the chain"
             if why := self.beside.fault(seq, body):
                 return seq, why
             self.chain = computed
-            self.tree.push(leaf(body))
+            self.tree.push(own)
         if roots := self.claims.roots.get(self.tree.size):
             if roots != {self.tree.root}:
                 first = self.attested + 1
@@ -212,7 +210,6 @@ class _Walk:
 
 def verify(
     rows: Iterable[Row | Jump],
-    link: Link,
     start: bytes,
     claims: Claims = _NO_CLAIMS,
     payloads: Iterable[Kept | None] = (),
@@ -223,7 +220,7 @@ def verify(
 
     `progress` gets the number of events so far, now and then; what it raises ends the matter.
     """
-    walk = _Walk(link, claims.read(), _Beside(iter(payloads), first_kept), start)
+    walk = _Walk(claims.read(), _Beside(iter(payloads), first_kept), start)
     found: tuple[int, str] | None = None
     try:
         for row in rows:

@@ -88,11 +88,14 @@ class Calls:
         sandbox: Sandbox,
         level: Level,
         places: Places,
+        *,
+        keep_outputs: bool = False,
     ) -> None:
+        """With `keep_outputs` the log has what tools give back, and not only its digest."""
         self.toolbox, self._permission = toolbox, permission
         self._journal, self._audit, self._sandbox = journal, audit, sandbox
         self._level, self._places = level, places
-        self._profile = level.filter_digest
+        self._profile, self._keep_outputs = level.filter_digest, keep_outputs
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
         self._changing = asyncio.Lock()
         self._running: dict[str, tuple[Prepared, threading.Event]] = {}
@@ -343,6 +346,7 @@ class Calls:
         output = output if output is not None else {"error": "the tool gave nothing back"}
         digest = hashlib.sha256(json.dumps(output, sort_keys=True).encode()).hexdigest()
         told = self._told(outcome) | {"result_digest": digest, "exit": "result" if outcome.error is None else "error"}
+        told |= {"detail": {"output": Payload(output)}} if self._keep_outputs else {}
         files: tuple[FileTouched, ...] = ()
         if outcome.error is None:
             files = self._end(prepared, transaction, told)
@@ -361,7 +365,8 @@ class Calls:
         """What the call has changed, on record. Raises JournalError, StoreError: then it is put back."""
         try:
             if prepared.rehearsed:
-                return transaction.rehearse(event("call.end", prepared, detail={"rehearsed": True}, **told))
+                told = {**told, "detail": {**told.get("detail", {}), "rehearsed": True}}
+                return transaction.rehearse(event("call.end", prepared, **told))
             return transaction.finish(event("call.end", prepared, **told))
         except JournalError as e:
             transaction.roll_back(event("call.abort", prepared, error=e.message, **told))

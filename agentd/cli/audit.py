@@ -79,7 +79,12 @@ def _when(text: str) -> int:
 @click.option("-r", "--reverse", is_flag=True, help="Newest first.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is recorded from now on, until Ctrl-C.")
 @click.option(
-    "--after", "after", type=click.IntRange(min=0), metavar="NUMBER", help="Only events past this number, oldest first."
+    "--after",
+    "--after-cursor",
+    "after",
+    type=click.IntRange(min=0),
+    metavar="NUMBER",
+    help="Only events past this number, oldest first.",
 )
 @click.option(
     "-o", "--output", default="short", show_default=True, type=click.Choice(["short", "json", "json-pretty", "table"])

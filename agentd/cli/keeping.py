@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -18,6 +19,8 @@ from agentd.v1 import audit_pb2
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from agentd.audit.formats import Record
+
 _ROWS = 10_000  # of a parquet file that are held in memory
 
 
@@ -28,21 +31,22 @@ _ROWS = 10_000  # of a parquet file that are held in memory
     "--output",
     default="jsonl",
     show_default=True,
-    type=click.Choice(["jsonl", "csv", "syslog", "cef", "ocsf", "otlp", "parquet"]),
+    type=click.Choice(["jsonl", "csv", "syslog", "cef", "ocsf", "otlp", "parquet", "sqlite"]),
 )
 @click.option("--payloads", is_flag=True, help="With what people, models and tools have written; jsonl only.")
-@click.option("--to", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file; parquet needs one.")
+@click.option("--to", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file; parquet and sqlite need one.")
 @json_option
 @click.pass_obj
 def export(socket: Path | None, /, *, output: str, payloads: bool, to: Path | None, as_json: bool, **chosen: Any) -> None:
     """Print events in a format that other programs read, oldest first; filters as in `agentd audit list`.
 
-    A line of jsonl has each event exactly as it was hashed. --json is the same as -o jsonl. Parquet needs pyarrow. That you
-    did this is recorded.
+    A line of jsonl has each event exactly as it was hashed; --json is the same as -o jsonl. Parquet needs pyarrow. An SQLite
+    file has the tables events and paths, for datasette and others. That you did this is recorded.
     """
-    if output == "parquet" and to is None:
-        raise click.BadParameter("parquet is no text: give a file with --to")
-    wanted = "jsonl" if as_json or output == "parquet" else output
+    files = {"parquet": _write_parquet, "sqlite": _write_sqlite}
+    if output in files and (to is None or to.exists()):
+        raise click.BadParameter(f"{output} is no text: give a file with --to that is not there yet")
+    wanted = "jsonl" if as_json or output in files else output
     request = audit_pb2.ExportAuditEventsRequest(
         format=audit_pb2.ExportAuditEventsRequest.Format.Value(f"FORMAT_{wanted.upper()}"),
         filter=event_filter(**chosen),
@@ -50,17 +54,25 @@ def export(socket: Path | None, /, *, output: str, payloads: bool, to: Path | No
     )
     with Client(socket) as client:
         lines = client.export_audit_events(request)
-        if output == "parquet":
-            assert to is not None
-            _write_parquet(lines, to)
+        if output in files and to is not None:
+            files[output](lines, to)
             return
         with click.open_file(str(to) if to else "-", "w", encoding="utf-8") as file:
             for line in lines:
                 file.write(f"{line}\n")
 
 
+def _record(line: str) -> Record:
+    """Of a line of jsonl."""
+    from agentd.audit.formats import Record  # noqa: PLC0415 - the other commands must start fast
+
+    told = json.loads(line)
+    event = told.get("event", {"seq": told.get("seq"), "kind": "damaged"})
+    return Record(int(event["seq"]), json.dumps(event), bytes.fromhex(told["chain"]))
+
+
 def _write_parquet(lines: Iterator[str], to: Path) -> None:
-    from agentd.audit.formats import COLUMNS, Record, row  # noqa: PLC0415 - the other commands must start fast
+    from agentd.audit.formats import COLUMNS, row  # noqa: PLC0415 - the other commands must start fast
 
     try:
         import pyarrow as pa  # noqa: PLC0415 - an extra
@@ -69,11 +81,26 @@ def _write_parquet(lines: Iterator[str], to: Path) -> None:
         raise click.ClickException("Parquet needs pyarrow: pip install 'agentd[parquet]'.") from None
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     with parquet.ParquetWriter(to, schema) as writer:
-        while batch := [json.loads(line) for line in itertools.islice(lines, _ROWS)]:
-            events = ((each.get("event", {"seq": each.get("seq"), "kind": "damaged"}), each["chain"]) for each in batch)
-            rows = [row(Record(int(event["seq"]), json.dumps(event), bytes.fromhex(chain))) for event, chain in events]
+        while batch := [_record(line) for line in itertools.islice(lines, _ROWS)]:
+            rows = [row(record) for record in batch]
             columns = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def _write_sqlite(lines: Iterator[str], to: Path) -> None:
+    import apsw  # noqa: PLC0415 - the other commands must start fast
+
+    from agentd.audit.formats import COLUMNS, paths, row  # noqa: PLC0415
+
+    with contextlib.closing(apsw.Connection(str(to))) as db, db:
+        columns = ", ".join(f'"{name}" TEXT' for name in COLUMNS[1:])
+        db.execute(f"CREATE TABLE events (seq INTEGER PRIMARY KEY, {columns}, body TEXT)")
+        db.execute("CREATE TABLE paths (path TEXT, seq INTEGER REFERENCES events (seq))")
+        marks = ", ".join("?" * (len(COLUMNS) + 1))
+        for line in lines:
+            record = _record(line)
+            db.execute(f"INSERT INTO events VALUES ({marks})", (record.seq, *row(record)[1:], record.text))  # noqa: S608
+            db.executemany("INSERT INTO paths VALUES (?, ?)", ((path, record.seq) for path in paths(record.body)))
 
 
 @click.command(epilog="Example: agentd audit prune --keep 100000")

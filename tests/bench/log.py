@@ -54,7 +54,9 @@ def _appending(audit: AuditLog, folder: Path) -> list[Figure]:
         thread.join()
     together = time.perf_counter() - start
     base = 1000 / percentile(synced, 0.5)
+    cost = milliseconds(lambda: (audit.record(_event(1)), audit.record(_event(2))), 300, "what the log costs a call")
     return [
+        Figure("what the log costs a call, its intent and its end, p50", percentile(cost, 0.5), "ms", 5),
         Figure("durable events, one after another (over 300)", _EVENTS / took, "/s", None, "fdatasync of 1 KB", base),
         Figure(
             f"durable events, {_AT_ONCE} at a time (over 5,000)",

@@ -187,6 +187,28 @@ def test_events_are_exported_as_they_were_hashed(daemon: DaemonProcess, tmp_path
     assert daemon.command("audit", "export", "-o", "parquet", check=False).returncode == 2
 
 
+def test_an_sqlite_file_for_other_programs(daemon: DaemonProcess, tmp_path: Path):
+    """Events and paths, and nothing else of the store; a file that is there is not written over."""
+    with Client(daemon.socket) as client:
+        wrote(client, "tabled.txt")
+    file = tmp_path / "audit.db"
+    daemon.command("audit", "export", "-o", "sqlite", "--to", str(file))
+    with contextlib.closing(apsw.Connection(str(file))) as db:
+        assert {name for (name,) in db.execute("SELECT name FROM sqlite_schema")} == {"events", "paths"}
+        query = "SELECT tool, decision FROM events JOIN paths USING (seq) WHERE path LIKE '%/tabled.txt'"
+        assert next(iter(db.execute(query)))[0] == "files.write"
+    assert daemon.command("audit", "export", "-o", "sqlite", "--to", str(file), check=False).returncode == 2
+
+
+def test_what_tools_give_back_is_kept_where_that_is_wanted(tmp_path: Path):
+    """As a payload; otherwise its digest is all there is."""
+    with DaemonProcess(tmp_path, extra="[audit]\noutputs = true\n").running() as running, Client(running.socket) as client:
+        (running.home / "a.txt").write_text("what it says")
+        client.call("files.read", {"path": "a.txt"})
+        event = next(iter(client.audit_events(newest_first=True, with_payloads=True)))
+    assert [(each.field, json.loads(each.value)) for each in event.payloads] == [("detail.output", {"text": "what it says"})]
+
+
 def test_parquet_where_it_is_installed(daemon: DaemonProcess, tmp_path: Path):
     parquet = pytest.importorskip("pyarrow.parquet")
     daemon.command("audit", "export", "-o", "parquet", "--to", str(tmp_path / "events.parquet"))
