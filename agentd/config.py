@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -159,6 +159,16 @@ class AuditConfig(_Strict):
     outputs: bool = False
 
 
+class BudgetsConfig(_Strict):
+    """`device` decides the thresholds; the tables say others. Their keys are checked by agentd.budgets.policy."""
+
+    device: Literal["auto", "pi4", "pi5", "pizero2w", "android", "generic"] = "auto"
+    thermal: dict[str, Any] = {}
+    battery: dict[str, Any] = {}
+    memory: dict[str, Any] = {}
+    states: dict[str, Any] = {}
+
+
 class TaintConfig(_Strict):
     """What is read outside `trusted` makes a run untrusted, what is read in `private` makes it private."""
 
@@ -216,6 +226,7 @@ class Config(_Strict):
     approvals: ApprovalsConfig = ApprovalsConfig()
     audit: AuditConfig = AuditConfig()
     taint: TaintConfig = TaintConfig()
+    budgets: BudgetsConfig = BudgetsConfig()
     listen: ListenConfig | None = None
     socket_mode: Literal["0600", "0660", "0666"] = "0600"
     principals: tuple[PrincipalConfig, ...] = ()

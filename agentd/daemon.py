@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
-from agentd import __version__, calls, models
-from agentd.api import ApiParts, ApiServer, AuditParts, Tcp
+from agentd import __version__, calls, models, parts
+from agentd.api import ApiParts, ApiServer, AuditParts
 from agentd.audit import (
     Archive,
     AuditLog,
@@ -30,19 +31,17 @@ from agentd.audit import (
     settle_key,
 )
 from agentd.audit.anchors import found
-from agentd.audit.notes import BadNote
-from agentd.audit.ship import Shipper, receiver
-from agentd.audit.witness import Witness
+from agentd.budgets import State
 from agentd.calls import Calls, Permission, Places
 from agentd.config import DEVICES
-from agentd.engine.client import Engine, EngineSettings
-from agentd.engine.prompt import ToolSpec
-from agentd.errors import AgentdError, ConfigError, EngineError, Reason, RequestError, SandboxError
-from agentd.grants import Approvals, Clock, Conditions, Grant, Grants, Notifier, Taint, moment, parse, propose
-from agentd.journal import Journal, Keep
+from agentd.engine.client import Engine
+from agentd.engine.throttle import Throttle
+from agentd.errors import AgentdError, EngineError, Reason, SandboxError
+from agentd.grants import Approvals, Clock, Grant, Grants, Notifier, Taint, moment, propose
+from agentd.journal import Journal
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
-from agentd.runs import Limits, ModelSettings, Runs
+from agentd.runs import Limits, Runs
 from agentd.runs.record import RunRecords
 from agentd.store import Store
 from agentd.v1 import system_pb2
@@ -53,8 +52,9 @@ if TYPE_CHECKING:
 
     from agentd_sandbox import Level
 
-    from agentd.calls import Toolbox
+    from agentd.budgets import Allowance
     from agentd.config import Config
+    from agentd.grants import Moment
     from agentd.runs import Run
 
 _log = logging.getLogger(__name__)
@@ -80,11 +80,11 @@ class Daemon:
         signer = load_signer(self._key_file, config.audit.origin)
         anchors = found(config.audit.anchor_file, journal=config.audit.journald)
         self._index = Index(config.state / "index.db", self._audit)
-        self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors, _witnesses(config))
-        self._journal = Journal(self._store, self._audit, config.state / "objects", _keep(config))
+        self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors, parts.witnesses(config))
+        self._journal = Journal(self._store, self._audit, config.state / "objects", parts.keep(config))
         self._records = RunRecords(self._store)
         clock = Clock(self._audit.newest_ns())
-        self._grants = Grants(_rules(config), self._store, self._audit, lambda: moment(clock, config.tools.sysfs), self._own)
+        self._grants = Grants(parts.rules(config), self._store, self._audit, lambda: self._moment(clock), self._own)
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
         self._archive = Archive(self._store, self._audit, self._checkpoints, config.state / "archive")
@@ -93,7 +93,8 @@ class Daemon:
             *(self._audit, self._checkpoints, self._index, self._archive),
             *(config.audit.keep_events, config.audit.anchor_file),
         )
-        self._shippers = _shippers(config, self._store, self._audit)
+        self._shippers = parts.shippers(config, self._store, self._audit)
+        self._budgets = parts.budgets(config, self._on_limits, self._record_budget)
         self._recovered: list[str] = []
         self._model_error = ""
         self._model_digest = ""
@@ -144,13 +145,15 @@ class Daemon:
         self._calls = Calls(
             *(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places),
             keep_outputs=config.audit.outputs,
+            budget=self._budget_now,
         )
-        self._engine = Engine(_engine_settings(config))
+        self._engine = Engine(parts.engine_settings(config))
+        self._throttle = Throttle(self._engine, self._budgets.policy.states.hold_s)
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
-        settings = _model_settings(config, self._toolbox)
-        self._runs = Runs(self._records, self._engine, self._calls, settings, limits, self._record_run)
+        settings = parts.model_settings(config, self._toolbox)
+        self._runs = Runs(self._records, self._engine, self._calls, settings, limits, self._record_run, self._budgets.require)
         self._record_boot()
-        self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, _tcp(config))
+        self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, parts.tcp(config))
         await self._server.start()
         if config.approvals.notify:
             self._notifier.start()
@@ -159,6 +162,7 @@ class Daemon:
             shipper.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep the journal")
         self._upkeep.start()
+        self._budgets.start()
 
     async def stop(self) -> None:
         """In reverse order; each step even if the one before failed."""
@@ -167,6 +171,8 @@ class Daemon:
             self._sweeping.cancel()
             await asyncio.wait([self._preload, self._sweeping])
             await self._upkeep.stop()
+            await self._budgets.stop()
+            await self._throttle.stop()
             await self._notifier.stop()
             self._approvals.stop()
             self._audit.end()
@@ -193,7 +199,7 @@ class Daemon:
         )
         audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, redaction, renewal)
         return ApiParts(
-            *(self._runs, self._calls, audit, self._grants, self._approvals, tokens, roster),
+            *(self._runs, self._calls, audit, self._budgets, self._grants, self._approvals, tokens, roster),
             *(self.status, self._propose),
         )
 
@@ -226,6 +232,31 @@ class Daemon:
         model = {"name": loaded.name if loaded else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
         self._audit.record(_run_event(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature}))
 
+    def _moment(self, clock: Clock) -> Moment:
+        """What conditions of grants are held against."""
+        now, limits, readings = moment(clock, self._config.tools.sysfs), self._budgets.limits, self._budgets.readings
+        charging = now.charging if readings.charging is None else readings.charging
+        return replace(now, charging=charging, nominal=limits.state is State.NOMINAL)
+
+    def _on_limits(self, limits: Allowance) -> None:
+        self._throttle.apply(limits)
+        pace = {"duty": limits.duty, "threads": limits.threads}
+        self._runs.notice({"state": limits.state.name, "reason": limits.reason, **pace})
+
+    def _record_budget(self, before: Allowance, after: Allowance) -> None:
+        """Nobody waits for this to be durable."""
+        detail = {"from": before.state.name.lower(), "to": after.state.name.lower(), "budget": after.cause or before.cause}
+        detail |= {"reason": after.reason}
+        event = Event(kind="budget.change", principal="agentd", detail=detail, budget=self._budget_now())
+        self._store.submit(lambda db: self._audit.append(db, event))
+
+    def _budget_now(self) -> dict[str, Any]:
+        readings = self._budgets.readings
+        known = {"temperature_c": readings.temperature_c, "battery_pct": readings.battery_pct, "charging": readings.charging}
+        known |= {"available_mib": round(readings.available_mib) if readings.available_mib else None}
+        told = {name: value for name, value in known.items() if value is not None}
+        return {"state": self._budgets.limits.state.name.lower(), **told}
+
     def _wrong_token(self, peer: str, why: str) -> None:
         """Nobody waits for this to be durable."""
         event = Event(kind="auth.fail", principal=peer, error=why)
@@ -257,6 +288,12 @@ class Daemon:
             tools=len(self._toolbox.tools),
             grants=len(self._grants.all()),
             audit_closed=self._audit.closed,
+            runs=[
+                system_pb2.Status.RunningRun(
+                    name=f"runs/{run.id}", principal=run.principal, seconds=(time.time_ns() - run.create_ns) / 1e9
+                )
+                for run in self._runs.going_on()
+            ],
             recovered_calls=[f"calls/{call}" for call in self._recovered],
         )
 
@@ -292,75 +329,6 @@ def _below_minimum(level: Level, minimum: str) -> SandboxError:
         hint=f"Missing: {'; '.join(level.missing) or 'nothing that was looked for'}. docs/sandbox.md explains the levels.",
         metadata={"level": level.name, "minimum": minimum},
     )
-
-
-def _rules(config: Config) -> list[Grant]:
-    """Raises ConfigError for a rule that says nothing."""
-    rules = []
-    for number, grant in enumerate(config.grants, 1):
-        where = f"agentd.toml, grant {number}"
-        try:
-            conditions = Conditions(grant.charging, grant.hours, grant.nominal)
-            made = Grant(grant.principal, grant.tool, parse(grant.scope), grant.decision, "config", where, grant.scope)
-        except RequestError as e:
-            hint = "docs/grants.md shows scopes of every kind."
-            raise ConfigError(Reason.CONFIG_INVALID, f"In {where}: {e.message}", hint=hint, metadata=e.metadata) from None
-        expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
-        rules.append(replace(made, conditions=conditions, expire_ns=expire, rehearse=grant.rehearse))
-    return rules
-
-
-def _witnesses(config: Config) -> tuple[Witness, ...]:
-    """Raises ConfigError."""
-    try:
-        return tuple(Witness.parse(witness.key, witness.url) for witness in config.audit.witness)
-    except BadNote as e:
-        hint = "`agentd witness --key` prints the key of a witness."
-        raise ConfigError(Reason.CONFIG_INVALID, f"In [[audit.witness]] of agentd.toml: {e}.", hint=hint) from None
-
-
-def _shippers(config: Config, store: Store, audit: AuditLog) -> tuple[Shipper, ...]:
-    """Raises ConfigError."""
-    made = []
-    for ship in config.audit.ship:
-        try:
-            made.append(Shipper(ship.name, ship.format, receiver(ship.to, ship.format), store, audit))
-        except ValueError as e:
-            message = f"In [[audit.ship]] {ship.name!r} of agentd.toml: {e}."
-            raise ConfigError(Reason.CONFIG_INVALID, message, hint="docs/audit.md shows receivers of every kind.") from None
-    return tuple(made)
-
-
-def _keep(config: Config) -> Keep:
-    journal = config.journal
-    sizes = (journal.file_limit_mib << 20, journal.call_limit_mib << 20, journal.total_mib << 20)
-    return Keep(*sizes, journal.days, journal.runs, journal.low_space_mib << 20)
-
-
-def _tcp(config: Config) -> Tcp | None:
-    """Raises ConfigError if certificate or key can't be read."""
-    listen = config.listen
-    if listen is None:
-        return None
-    try:
-        texts = [path.read_bytes() if path else b"" for path in (listen.certificate, listen.key, listen.client_ca)]
-    except OSError as e:
-        message = f"In [listen] of agentd.toml: {e.filename} can't be read: {e.strerror}."
-        raise ConfigError(Reason.CONFIG_INVALID, message, hint="Give the paths of PEM files.") from None
-    return Tcp(listen.address, *texts)
-
-
-def _engine_settings(config: Config) -> EngineSettings:
-    engine = config.engine
-    return EngineSettings(
-        models.locate(engine.model), engine.context, engine.batch, engine.threads, engine.repack, engine.load_timeout_s
-    )
-
-
-def _model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
-    specs = tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in toolbox.tools.values())
-    engine = config.engine
-    return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)
 
 
 def _changed(before: dict[str, Any], rules: list[str]) -> dict[str, Any]:

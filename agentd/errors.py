@@ -48,6 +48,9 @@ class Reason(Enum):
     TOOL_NOT_FOUND = Code.NOT_FOUND, "unknown tool"
     RUN_NOT_FOUND = Code.NOT_FOUND, "unknown run"
     EVENT_NOT_FOUND = Code.NOT_FOUND, "unknown event"
+    BUDGET_THERMAL = Code.RESOURCE_EXHAUSTED, "too hot"
+    BUDGET_BATTERY = Code.RESOURCE_EXHAUSTED, "battery low"
+    BUDGET_MEMORY = Code.RESOURCE_EXHAUSTED, "memory short"
     RUN_GOING_ON = Code.FAILED_PRECONDITION, "run going on"
     CALL_NOT_FOUND = Code.NOT_FOUND, "unknown call"
     GRANT_REQUIRED = Code.PERMISSION_DENIED, "not granted"
@@ -119,6 +122,8 @@ class AgentdError(Exception):
         self.hint = hint
         self.field = field
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
+        self.retry_s = 0.0
+        """When to try again, for errors that know."""
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()

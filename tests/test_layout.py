@@ -16,7 +16,8 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "store": {"errors"},
-    "engine": {"errors"},
+    "budgets": {"errors"},
+    "engine": {"budgets", "errors"},
     "models": set(),
     "audit": {"store", "errors"},
     "journal": {"store", "audit", "errors"},
@@ -24,7 +25,7 @@ BELOW: dict[str, set[str]] = {
     "principals": {"grants", "store", "audit", "errors"},
     "calls": {"grants", "journal", "audit", "store", "errors", "config"},
     "runs": {"engine", "calls", "grants", "store", "errors"},
-    "api": {"runs", "calls", "grants", "principals", "journal", "audit", "store", "v1", "errors"},
+    "api": {"runs", "calls", "grants", "principals", "journal", "audit", "budgets", "store", "v1", "errors"},
     "client": {"v1", "errors", "config"},
     "cli": {"client", "v1", "errors", "config", "models", "daemon", "audit"},
 }

@@ -17,6 +17,7 @@ import torch
 from transformers.models.gemma4 import Gemma4ForCausalLM
 
 from agentd.engine.model import Model
+from agentd.engine.pace import Pacer
 from agentd.engine.prompt import render
 from training import model as shape
 from training.dialogues import Dialogues
@@ -28,7 +29,9 @@ SAMPLES = 8
 
 def main() -> int:
     path = Path(sys.argv[1])
-    served = Model(path, context=2048, batch=128, threads=2, repack=False, should_stop=lambda: False)
+    served = Model(
+        path, context=2048, batch=128, threads=2, repack=False, should_stop=lambda: False, pacer=Pacer(lambda: False)
+    )
     trained = Gemma4ForCausalLM(shape.config(served.words.size)).eval()
     shape.load(trained, path)
     dialogues, worst = Dialogues(Random(7)), 1.0

@@ -141,6 +141,8 @@ def event_message(event: RunEvent, run: Run | None) -> run_pb2.WatchRunResponse:
             message.call.CopyFrom(call_message(body))
         case "approval":
             message.approval.CopyFrom(_notice(body))
+        case "budget":
+            message.budget.CopyFrom(run_pb2.BudgetNotice(**body | {"state": f"STATE_{body['state']}"}))
         case _ if run is not None:
             message.run.CopyFrom(run_message(run))
     return message

@@ -24,6 +24,7 @@ _NEEDED: dict[str, Role | None] = {
     "agentd.v1.GrantService": "admin",
     "agentd.v1.TokenService": "admin",
     "agentd.v1.SystemService": None,
+    "agentd.v1.BudgetService": None,
 }
 """The role that the methods of a service need; None: any. A service that is not here needs the role admin."""
 _NEEDED_BY_METHOD: dict[str, Role | None] = {

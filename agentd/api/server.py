@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from agentd.api.auditing import AuditParts, AuditServicer
+from agentd.api.budgeting import BudgetServicer
 from agentd.api.identity import Doorkeeper
 from agentd.api.people import ApprovalServicer, GrantServicer, TokenServicer
 from agentd.api.relay import CONNECTIONS, Relay
@@ -29,6 +30,8 @@ from agentd.v1 import (
     approval_pb2_grpc,
     audit_pb2,
     audit_pb2_grpc,
+    budget_pb2,
+    budget_pb2_grpc,
     grant_pb2,
     grant_pb2_grpc,
     journal_pb2,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from agentd.budgets import Budgets
     from agentd.calls import Calls
     from agentd.grants import Approvals, Grant, Grants
     from agentd.principals import Roster, Tokens
@@ -65,6 +69,7 @@ class ApiParts:
     runs: Runs
     calls: Calls
     audit: AuditParts
+    budgets: Budgets
     grants: Grants
     approvals: Approvals
     tokens: Tokens
@@ -137,8 +142,9 @@ class ApiServer:
         approval_pb2_grpc.add_ApprovalServiceServicer_to_server(ApprovalServicer(parts.approvals), server)
         token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(parts.tokens), server)
         system_pb2_grpc.add_SystemServiceServicer_to_server(SystemServicer(parts.status), server)
+        budget_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetServicer(parts.budgets), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = (run_pb2, tool_pb2, audit_pb2, journal_pb2, grant_pb2, approval_pb2, token_pb2, system_pb2)
+        files = (run_pb2, tool_pb2, audit_pb2, journal_pb2, grant_pb2, approval_pb2, token_pb2, system_pb2, budget_pb2)
         names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         return names

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 DOMAIN = "agentd.local"
+_PUSHBACK = "grpc-retry-pushback-ms"
 _UNDECODABLE = object()
 _log = logging.getLogger(__name__)
 _RETRY_AFTER_S = {
@@ -49,14 +50,26 @@ def to_status(error: AgentdError) -> status_pb2.Status:
         subject = error.reason.name.lower()
         quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message)
         details.append(error_details_pb2.QuotaFailure(violations=[quota]))
-    if seconds := _RETRY_AFTER_S.get(error.reason):
-        details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=seconds)))
+    if seconds := retry_after_s(error):
+        details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=round(seconds))))
     status = status_pb2.Status(code=error.reason.code.value, message=str(error))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def retry_after_s(error: AgentdError) -> float:
+    """0 where trying again is of no use."""
+    return error.retry_s or _RETRY_AFTER_S.get(error.reason, 0)
+
+
+async def _refuse(error: AgentdError, context: Any) -> None:
+    status = rpc_status.to_status(to_status(error))
+    if seconds := retry_after_s(error):  # for clients that retry by themselves: gRPC's proposal A6
+        status = status._replace(trailing_metadata=(*status.trailing_metadata, (_PUSHBACK, str(round(seconds * 1000)))))
+    await context.abort_with_status(status)
 
 
 class ErrorsToStatuses(grpc.aio.ServerInterceptor):
@@ -109,7 +122,7 @@ def _unary(method: Callable[[Any, Any], Awaitable[Any]], admit: Callable[[Any], 
             admit(context)
             return await method(_decoded(request), context)
         except AgentdError as e:
-            await context.abort_with_status(rpc_status.to_status(to_status(e)))
+            await _refuse(e, context)
         except grpc.aio.AbortError:
             raise
         except Exception:  # a bug: kept here, numbered for the client
@@ -125,7 +138,7 @@ def _stream(method: Callable[[Any, Any], Any], admit: Callable[[Any], None]) -> 
             async for response in method(_decoded(request), context):
                 yield response
         except AgentdError as e:
-            await context.abort_with_status(rpc_status.to_status(to_status(e)))
+            await _refuse(e, context)
         except (grpc.aio.AbortError, GeneratorExit):
             raise
         except Exception:  # as above

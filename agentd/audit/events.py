@@ -21,7 +21,7 @@ _LONGEST_ERROR = 1000
 
 Kind = Literal[
     "boot", "stop", "gap", "prune", "clock.jump", "policy.change", "run.start", "run.end",
-    "redact", "payload.read", "export", "renew",
+    "redact", "payload.read", "export", "renew", "budget.change",
     "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
     "undo.intent", "undo.end", "rehearsal.apply", "rehearsal.end", "rehearsal.drop", "journal.pin", "journal.evict",
     "grant.create", "grant.revoke", "approval.request", "approval.answer",
@@ -133,6 +133,8 @@ class Event(_Part):
     sandbox: SandboxUse | None = None
     files: tuple[FileTouched, ...] = ()
     undoable: bool | None = None
+    budget: dict[str, Any] | None = None
+    """State and readings of battery, heat and memory when the call began, or ended."""
     result_digest: str = ""
     exit: str = ""
     """How the worker ended: result, error, timeout, cancelled, revoked, died, offence, output."""

@@ -90,8 +90,10 @@ class Calls:
         places: Places,
         *,
         keep_outputs: bool = False,
+        budget: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """With `keep_outputs` the log has what tools give back, and not only its digest."""
+        """With `keep_outputs` the log has what tools give back, and not only its digest. `budget` tells how the device is."""
+        self._budget = budget
         self.toolbox, self._permission = toolbox, permission
         self._journal, self._audit, self._sandbox = journal, audit, sandbox
         self._level, self._places = level, places
@@ -302,7 +304,8 @@ class Calls:
                 metadata={"kernel": self._level.kernel},
             )
         paths = [os.fsencode(scope.value) for scope in prepared.scopes if scope.kind == "write"]
-        transaction = self._journal.begin(prepared.id, event("call.intent", prepared, prepared.decision), paths)
+        intent = event("call.intent", prepared, prepared.decision, budget=self._budget() or None)
+        transaction = self._journal.begin(prepared.id, intent, paths)
         revoked = threading.Event()
         self._running[prepared.id] = prepared, revoked
         try:
@@ -382,7 +385,8 @@ class Calls:
             peers=tuple(Peer(**asdict(contact)) for contact in outcome.contacts),
             profile=self._profile,
         )
-        return {"sandbox": use, "wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us, "rss_kb": outcome.rss_kb}
+        used = {"wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us, "rss_kb": outcome.rss_kb}
+        return {"sandbox": use, **used, "budget": self._budget() or None}
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:

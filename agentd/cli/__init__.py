@@ -11,6 +11,7 @@ import click
 from agentd import __version__
 from agentd.cli.approvals import approvals
 from agentd.cli.audit import audit
+from agentd.cli.budget import budget, top
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
 from agentd.cli.grants import grants
@@ -61,6 +62,8 @@ for command in (
     rollback,
     rehearsals,
     pin,
+    budget,
+    top,
     doctor,
     demo,
     witness,

@@ -27,6 +27,8 @@ from agentd.v1 import (
     approval_pb2_grpc,
     audit_pb2,
     audit_pb2_grpc,
+    budget_pb2,
+    budget_pb2_grpc,
     grant_pb2,
     grant_pb2_grpc,
     journal_pb2,
@@ -74,6 +76,7 @@ class Client:
         self._system = system_pb2_grpc.SystemServiceStub(self._channel)
         self._grants = grant_pb2_grpc.GrantServiceStub(self._channel)
         self._approvals = approval_pb2_grpc.ApprovalServiceStub(self._channel)
+        self._budgets = budget_pb2_grpc.BudgetServiceStub(self._channel)
         self._tokens = token_pb2_grpc.TokenServiceStub(self._channel)
 
     def __enter__(self) -> Self:
@@ -330,6 +333,18 @@ class Client:
 
     def revoke_token(self, name: str) -> token_pb2.Token:
         return self._call(self._tokens.RevokeToken, token_pb2.RevokeTokenRequest(name=name))
+
+    def budgets(self) -> budget_pb2.Budgets:
+        """What battery, heat and memory allow now."""
+        return self._call(self._budgets.GetBudgets, budget_pb2.GetBudgetsRequest())
+
+    def watch_budgets(self) -> Iterator[budget_pb2.Budgets]:
+        """The same, and each time it changes, until the iterator is closed."""
+        stream = self._budgets.WatchBudgets(budget_pb2.WatchBudgetsRequest())
+        try:
+            yield from self._read(stream)
+        finally:
+            stream.cancel()
 
     def status(self) -> system_pb2.Status:
         return self._call(self._system.GetStatus, system_pb2.GetStatusRequest())

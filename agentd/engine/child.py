@@ -31,6 +31,7 @@ from agentd.engine.link import (
     Generate,
     Load,
     Malformed,
+    Pace,
     Ready,
     ToolCall,
     frame,
@@ -38,6 +39,7 @@ from agentd.engine.link import (
     unpack,
 )
 from agentd.engine.model import Aborted, Model, greedy_or_sampled
+from agentd.engine.pace import OutOfBudget, Pacer
 from agentd.engine.parser import CallOut, MalformedOut, StreamParser, TextOut
 from agentd.engine.prompt import CALL_OPEN, RESPONSE_OPEN
 from agentd.errors import EngineError, Reason
@@ -62,6 +64,7 @@ class Inbox:
         self._requests: queue.SimpleQueue[Load | Generate] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
         self.working_on = 0
+        self.pacer = Pacer(self.cancelled)
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def next(self) -> Load | Generate:
@@ -78,6 +81,9 @@ class Inbox:
             message = to_engine.validate_json(self._exactly(length))
             if isinstance(message, Cancel):
                 self._cancelled.add(message.id)
+                self.pacer.wake()
+            elif isinstance(message, Pace):
+                self.pacer.told(message)
             else:
                 self._requests.put(message)
 
@@ -107,6 +113,7 @@ class Engine:
                 threads=load.threads,
                 repack=load.repack,
                 should_stop=self._inbox.cancelled,
+                pacer=self._inbox.pacer,
             )
             self._grammars = Grammars(model.vocabulary_pointer, model.words.size)
         except EngineError as e:
@@ -138,7 +145,7 @@ class Engine:
         started = time.monotonic()
         cached = model.rewind(prompt)
         generated: list[int] = []
-        reason: Ending | Literal["cancelled"]
+        reason: Ending | Literal["cancelled", "budget"]
         decoding = started
         try:
             model.decode(prompt[cached:])
@@ -146,6 +153,8 @@ class Engine:
             reason = self._decode(request, generated)
         except Aborted:
             reason = "cancelled"
+        except OutOfBudget:
+            reason = "budget"
         now = time.monotonic()
         self._send(
             Done(

@@ -25,6 +25,7 @@ from agentd.engine.link import (
     Generate,
     Load,
     Malformed,
+    Pace,
     Ready,
     ToolCall,
     frame,
@@ -82,6 +83,7 @@ class Engine:
         self._waiting = 0
         self._ids = itertools.count(1)
         self._repack: bool | None = False if settings.repack == "off" else None
+        self._pace = Pace()
 
     @property
     def model(self) -> Ready | None:
@@ -121,12 +123,28 @@ class Engine:
         finally:
             self._waiting -= 1
         try:
+            if self._pace.stop:  # loading the model would take the very memory that is to be given back
+                yield _nothing(request.id)
+                return
             process = await self._started()
             async with contextlib.aclosing(self._exchange(process, request)) as outputs:
                 async for output in outputs:
                     yield output
         finally:
             self._turn.release()
+
+    def pace(self, pace: Pace) -> None:
+        """How fast it may go from now on, what is being generated included."""
+        self._pace = pace
+        if process := self._process:
+            with contextlib.suppress(RuntimeError):  # the link is closed: whoever waits on it is told so
+                process.writer.write(frame(pace))
+
+    async def unload(self) -> None:
+        """Give all its memory back, the file's cached pages included; the next request loads it again."""
+        async with self._turn:
+            await self.stop()
+            await asyncio.to_thread(_forget, self.settings.path)
 
     async def stop(self) -> None:
         """End the process; a running generation fails with ENGINE_CRASHED."""
@@ -203,6 +221,7 @@ class Engine:
             child.kill()
             await _ended(child)
             raise _error(message) if isinstance(message, Failed) else _crashed(child)
+        writer.write(frame(self._pace))
         self._process = _Process(child, reader, writer, message)
         return self._process
 
@@ -225,6 +244,21 @@ class Engine:
         except (asyncio.IncompleteReadError, ConnectionError, ValidationError):
             await _ended(child)
             raise _crashed(child) from None
+
+
+def _nothing(request: int) -> Done:
+    """The end of a generation that the budgets did not let begin."""
+    return Done(id=request, reason="budget", ids=(), prompt_tokens=0, cached_tokens=0, prefill_ms=0, decode_ms=0)
+
+
+def _forget(path: Path) -> None:
+    """Its pages leave the page cache: unmapping does not do that (measured: all 200 MB of a file stayed)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 async def _ended(child: subprocess.Popen[bytes]) -> None:

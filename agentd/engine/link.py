@@ -51,6 +51,19 @@ class Cancel(_Message):
     id: int
 
 
+class Pace(_Message):
+    """How fast it may go from now on: `threads` 0 means all, `duty` is the share of the time in which it computes.
+
+    With `hold` nothing more is decoded until another one comes; with `stop` what is generated ends with what it has.
+    """
+
+    kind: Literal["pace"] = "pace"
+    threads: int = Field(default=0, ge=0)
+    duty: float = Field(default=1.0, gt=0, le=1)
+    hold: bool = False
+    stop: bool = False
+
+
 class Ready(_Message):
     """The model is loaded. `size` is the bytes of its tensors, `context` in tokens, `load_ms` wall time."""
 
@@ -93,7 +106,7 @@ class Done(_Message):
 
     kind: Literal["done"] = "done"
     id: int
-    reason: Literal["stop", "tool", "length", "context", "cancelled"]
+    reason: Literal["stop", "tool", "length", "context", "cancelled", "budget"]
     ids: tuple[int, ...]
     prompt_tokens: int
     cached_tokens: int
@@ -112,9 +125,9 @@ class Failed(_Message):
     metadata: dict[str, str] = {}
 
 
-ToEngine = Annotated[Load | Generate | Cancel, Field(discriminator="kind")]
+ToEngine = Annotated[Load | Generate | Cancel | Pace, Field(discriminator="kind")]
 FromEngine = Annotated[Ready | Delta | ToolCall | Malformed | Done | Failed, Field(discriminator="kind")]
-to_engine: TypeAdapter[Load | Generate | Cancel] = TypeAdapter(ToEngine)
+to_engine: TypeAdapter[Load | Generate | Cancel | Pace] = TypeAdapter(ToEngine)
 from_engine: TypeAdapter[Ready | Delta | ToolCall | Malformed | Done | Failed] = TypeAdapter(FromEngine)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+    from agentd.engine.pace import Pacer
 
 ARCHITECTURE = "gemma4"
 _USE_ANOTHER = "Use a GGUF file of a Gemma 4 text model, downloaded completely."
@@ -50,7 +53,15 @@ class Model:
     """
 
     def __init__(
-        self, path: Path, *, context: int, batch: int, threads: int, repack: bool, should_stop: Callable[[], bool]
+        self,
+        path: Path,
+        *,
+        context: int,
+        batch: int,
+        threads: int,
+        repack: bool,
+        should_stop: Callable[[], bool],
+        pacer: Pacer,
     ) -> None:
         _check_file(path)
         C.llama_log_set(_keep_complaints, None)
@@ -63,7 +74,9 @@ class Model:
         self.words = Vocabulary(self.vocabulary_pointer)
         # Keep a reference: the C side holds only the pointer. It is asked about 900 times in a decode.
         self._abort = C.ggml_abort_callback(lambda _data: should_stop())
-        self._context = self._new_context(context, batch, threads or os.cpu_count() or 1)
+        self._pacer, self._most = pacer, threads or os.cpu_count() or 1
+        self._threads = self._most
+        self._context = self._new_context(context, batch, self._most)
         self._memory = C.llama_get_memory(self._context)
         self.context: int = C.llama_n_ctx(self._context)
         self._batch = batch
@@ -91,9 +104,14 @@ class Model:
         return shared
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Append tokens; afterwards `logits` are those behind the last one. Raises Aborted, EngineError."""
+        """Append tokens; afterwards `logits` are those behind the last one. Raises Aborted, OutOfBudget, EngineError.
+
+        The pieces are the same at any pace: others could end in other logits.
+        """
         for start in range(0, len(tokens), self._batch):
             part = tokens[start : start + self._batch]
+            self._keep_pace()
+            begun = time.monotonic()
             array = (C.llama_token * len(part))(*part)
             code = C.llama_decode(self._context, C.llama_batch_get_one(array, len(part)))
             if code == _ABORTED:
@@ -102,6 +120,14 @@ class Model:
             if code != 0:
                 raise EngineError(Reason.ENGINE_CRASHED, f"The model could not be evaluated (code {code}).")
             self.tokens.extend(part)
+            self._pacer.rest(time.monotonic() - begun)
+
+    def _keep_pace(self) -> None:
+        """As many threads as there may be now: they count from the next decode on."""
+        threads = min(self._pacer.threads or self._most, self._most)
+        if threads != self._threads:
+            C.llama_set_n_threads(self._context, threads, threads)
+            self._threads = threads
 
     def logits(self) -> NDArray[np.float32]:
         """A view (no copy) of the last token's logits, shape [vocabulary]."""

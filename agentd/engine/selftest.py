@@ -31,10 +31,19 @@ def main() -> int:
     import numpy as np
 
     from agentd.engine.model import Model
+    from agentd.engine.pace import Pacer
 
     results = []
     for repack in (False, True):
-        model = Model(Path(sys.argv[1]), context=256, batch=64, threads=0, repack=repack, should_stop=lambda: False)
+        model = Model(
+            Path(sys.argv[1]),
+            context=256,
+            batch=64,
+            threads=0,
+            repack=repack,
+            should_stop=lambda: False,
+            pacer=Pacer(lambda: False),
+        )
         step = max(1, model.words.size // _TOKENS)
         model.decode([model.words.special["<bos>"], *range(0, model.words.size - 1, step)][:_TOKENS])
         results.append(model.logits().astype(np.float64))

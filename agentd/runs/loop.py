@@ -29,6 +29,9 @@ _PASSED_ON = frozenset({Reason.STORE_FULL, Reason.AUDIT_UNAVAILABLE, Reason.SAND
 """Errors of calls that no other call could do better: they end the run instead of going to the model."""
 
 
+_ENDINGS = {"length": StopReason.TOKEN_LIMIT, "context": StopReason.CONTEXT_FULL, "budget": StopReason.BUDGET}
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Of one run: model steps, generated tokens, seconds, and how often the very same call may be made."""
@@ -112,8 +115,8 @@ class Loop:
             for call in step.calls:
                 if (stop := await self._make(call)) is not None:
                     return stop
-            if step.done.reason in ("length", "context"):
-                return StopReason.TOKEN_LIMIT if step.done.reason == "length" else StopReason.CONTEXT_FULL
+            if (ended := _ENDINGS.get(step.done.reason)) is not None:
+                return ended
             if not step.calls and step.done.reason == "tool":  # it waits for a result that nobody asked for
                 if (stop := self._reject(_NO_TOOL, "no call was made")) is not None:
                     return stop

@@ -35,6 +35,7 @@ class StopReason(Enum):
     REPEATED_CALL = "repeated_call"
     MALFORMED_CALLS = "malformed_calls"
     CONTEXT_FULL = "context_full"
+    BUDGET = "budget"
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,10 +75,12 @@ class Runs:
         settings: ModelSettings,
         limits: Limits,
         record: Callable[[Run], None] = _nobody,
+        admit: Callable[[], None] = lambda: None,
     ) -> None:
         """`record` gets each run when it begins and when it has ended, on a thread of its own; what it raises keeps a run from
-        beginning.
+        beginning. So does what `admit` raises.
         """
+        self._admit = admit
         self._records, self._model, self._caller, self._record = records, model, caller, record
         self._settings, self._limits = settings, limits
         self._live: dict[str, _Live] = {}
@@ -106,6 +108,7 @@ class Runs:
         _check(prompt, session, request_id)
         if self._stopping:
             raise DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
+        self._admit()
         run = Run(new_id(), principal, prompt, session or new_id(), State.RUNNING, time.time_ns())
         earlier = await self._records.history(session) if session else []
         history = [each for each in earlier if each.principal == principal]  # a session's name is no key to others' words
@@ -123,6 +126,16 @@ class Runs:
         loop.labels, loop.within, loop.rehearse = labels, within, rehearse
         live.task = asyncio.create_task(self._go(live, loop), name=f"run {run.id}")
         return run
+
+    def going_on(self) -> list[Run]:
+        """Oldest first."""
+        return [live.run for live in self._live.values() if not live.run.ended]
+
+    def notice(self, body: dict[str, Any]) -> None:
+        """What battery, heat and memory allow has changed: whoever watches a run is told."""
+        for live in self._live.values():
+            if not live.run.ended:
+                live.add("budget", body)
 
     async def get(self, run: str) -> Run:
         """Raises RequestError (RUN_NOT_FOUND)."""

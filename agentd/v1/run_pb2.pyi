@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from agentd.v1 import approval_pb2 as _approval_pb2
+from agentd.v1 import budget_pb2 as _budget_pb2
 from agentd.v1 import tool_pb2 as _tool_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -82,6 +83,8 @@ class Run(_message.Message):
         """The model kept writing calls that are none."""
         STOP_REASON_CONTEXT_FULL: Run._StopReason.ValueType  # 7
         """Prompt and answer filled the context."""
+        STOP_REASON_BUDGET: Run._StopReason.ValueType  # 8
+        """Battery, heat or memory did not allow more; the answer is what there was of it."""
 
     class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper):
         """Why a run that succeeded has ended."""
@@ -102,6 +105,8 @@ class Run(_message.Message):
     """The model kept writing calls that are none."""
     STOP_REASON_CONTEXT_FULL: Run.StopReason.ValueType  # 7
     """Prompt and answer filled the context."""
+    STOP_REASON_BUDGET: Run.StopReason.ValueType  # 8
+    """Battery, heat or memory did not allow more; the answer is what there was of it."""
 
     @_typing.final
     class Usage(_message.Message):
@@ -273,6 +278,7 @@ class WatchRunResponse(_message.Message):
     CALL_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
     APPROVAL_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Its number within the run, from 1, without gaps."""
     text: _builtins.str
@@ -299,6 +305,10 @@ class WatchRunResponse(_message.Message):
     def approval(self) -> Global___ApprovalNotice:
         """A call waits for a person, or has waited for one."""
 
+    @_builtins.property
+    def budget(self) -> Global___BudgetNotice:
+        """What battery, heat and memory allow has changed."""
+
     def __init__(
         self,
         *,
@@ -310,12 +320,13 @@ class WatchRunResponse(_message.Message):
         call: _tool_pb2.ToolCall | None = ...,
         run: Global___Run | None = ...,
         approval: Global___ApprovalNotice | None = ...,
+        budget: Global___BudgetNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval", "budget"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -386,6 +397,40 @@ class ApprovalNotice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ApprovalNotice: _TypeAlias = ApprovalNotice  # noqa: Y015
+
+@_typing.final
+class BudgetNotice(_message.Message):
+    """What battery, heat and memory allow from here on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DUTY_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    state: _budget_pb2.Budgets.State.ValueType
+    """The worst of them."""
+    reason: _builtins.str
+    """Why; empty if all is nominal."""
+    duty: _builtins.float
+    """The share of the time in which the model computes."""
+    threads: _builtins.int
+    """How many threads it computes with; 0 for all."""
+    def __init__(
+        self,
+        *,
+        state: _budget_pb2.Budgets.State.ValueType = ...,
+        reason: _builtins.str = ...,
+        duty: _builtins.float = ...,
+        threads: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duty", b"duty", "reason", b"reason", "state", b"state", "threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BudgetNotice: _TypeAlias = BudgetNotice  # noqa: Y015
 
 @_typing.final
 class GetRunRequest(_message.Message):

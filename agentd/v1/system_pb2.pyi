@@ -94,6 +94,34 @@ class Status(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RunningRun(_message.Message):
+        """A run that is going on."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        PRINCIPAL_FIELD_NUMBER: _builtins.int
+        SECONDS_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """`runs/{run}`."""
+        principal: _builtins.str
+        """Whose it is."""
+        seconds: _builtins.float
+        """For how long."""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            principal: _builtins.str = ...,
+            seconds: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "principal", b"principal", "seconds", b"seconds"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     ZYGOTE_PID_FIELD_NUMBER: _builtins.int
@@ -106,6 +134,7 @@ class Status(_message.Message):
     GRANTS_FIELD_NUMBER: _builtins.int
     RECOVERED_CALLS_FIELD_NUMBER: _builtins.int
     AUDIT_CLOSED_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of agentd."""
     pid: _builtins.int
@@ -136,6 +165,10 @@ class Status(_message.Message):
     def recovered_calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Calls that were put back at start, because the daemon had been killed in them."""
 
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Status.RunningRun]:
+        """Those of the caller, or of all for whoever may see them."""
+
     def __init__(
         self,
         *,
@@ -151,10 +184,11 @@ class Status(_message.Message):
         grants: _builtins.int = ...,
         recovered_calls: _abc.Iterable[_builtins.str] | None = ...,
         audit_closed: _builtins.str = ...,
+        runs: _abc.Iterable[Global___Status.RunningRun] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "sandbox", b"sandbox"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_closed", b"audit_closed", "engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "sandbox", b"sandbox", "state_folder", b"state_folder", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_closed", b"audit_closed", "engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "runs", b"runs", "sandbox", b"sandbox", "state_folder", b"state_folder", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

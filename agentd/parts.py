@@ -1,0 +1,116 @@
+"""The parts of the daemon that the configuration describes, made from it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agentd import models
+from agentd.api import Tcp
+from agentd.audit.notes import BadNote
+from agentd.audit.ship import Shipper, receiver
+from agentd.audit.witness import Witness
+from agentd.budgets import Budgets, Device, Program, policy_for, this_device, total_mib
+from agentd.engine.client import EngineSettings
+from agentd.engine.prompt import ToolSpec
+from agentd.errors import ConfigError, Reason, RequestError
+from agentd.grants import Conditions, Grant, parse
+from agentd.journal import Keep
+from agentd.runs import ModelSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agentd.audit import AuditLog
+    from agentd.budgets import Allowance
+    from agentd.calls import Toolbox
+    from agentd.config import Config
+    from agentd.store import Store
+
+_TERMUX_S, _VCGENCMD_S = 60.0, 30.0  # between two questions
+
+
+def rules(config: Config) -> list[Grant]:
+    """Raises ConfigError for a rule that says nothing."""
+    made_all = []
+    for number, grant in enumerate(config.grants, 1):
+        where = f"agentd.toml, grant {number}"
+        try:
+            conditions = Conditions(grant.charging, grant.hours, grant.nominal)
+            made = Grant(grant.principal, grant.tool, parse(grant.scope), grant.decision, "config", where, grant.scope)
+        except RequestError as e:
+            hint = "docs/grants.md shows scopes of every kind."
+            raise ConfigError(Reason.CONFIG_INVALID, f"In {where}: {e.message}", hint=hint, metadata=e.metadata) from None
+        expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
+        made_all.append(replace(made, conditions=conditions, expire_ns=expire, rehearse=grant.rehearse))
+    return made_all
+
+
+def witnesses(config: Config) -> tuple[Witness, ...]:
+    """Raises ConfigError."""
+    try:
+        return tuple(Witness.parse(witness.key, witness.url) for witness in config.audit.witness)
+    except BadNote as e:
+        hint = "`agentd witness --key` prints the key of a witness."
+        raise ConfigError(Reason.CONFIG_INVALID, f"In [[audit.witness]] of agentd.toml: {e}.", hint=hint) from None
+
+
+def shippers(config: Config, store: Store, audit: AuditLog) -> tuple[Shipper, ...]:
+    """Raises ConfigError."""
+    made = []
+    for ship in config.audit.ship:
+        try:
+            made.append(Shipper(ship.name, ship.format, receiver(ship.to, ship.format), store, audit))
+        except ValueError as e:
+            message = f"In [[audit.ship]] {ship.name!r} of agentd.toml: {e}."
+            raise ConfigError(Reason.CONFIG_INVALID, message, hint="docs/audit.md shows receivers of every kind.") from None
+    return tuple(made)
+
+
+def budgets(config: Config, changed: Callable[[Allowance], None], record: Callable[[Allowance, Allowance], None]) -> Budgets:
+    """Raises ConfigError for thresholds that make no sense."""
+    given, sysfs, proc = config.budgets, Path(config.tools.sysfs), Path(config.tools.proc)
+    device = this_device(proc, os.environ) if given.device == "auto" else given.device
+    tables = {"thermal": given.thermal, "battery": given.battery, "memory": given.memory, "states": given.states}
+    policy = policy_for(device, total_mib(proc), tables)
+    asked = {"termux-battery-status": ("termux-battery-status",), "vcgencmd": ("vcgencmd", "get_throttled")}
+    pauses = {"termux-battery-status": _TERMUX_S, "vcgencmd": _VCGENCMD_S}
+    there = {name: Program(command, pauses[name]) for name, command in asked.items() if shutil.which(name)}
+    sensors = Device(sysfs, proc, policy.thermal.zones, there.get("termux-battery-status"), there.get("vcgencmd"))
+    threads = config.engine.threads or os.cpu_count() or 1
+    return Budgets(policy, sensors, threads, changed, record, tuple(there.values()))
+
+
+def keep(config: Config) -> Keep:
+    journal = config.journal
+    sizes = (journal.file_limit_mib << 20, journal.call_limit_mib << 20, journal.total_mib << 20)
+    return Keep(*sizes, journal.days, journal.runs, journal.low_space_mib << 20)
+
+
+def tcp(config: Config) -> Tcp | None:
+    """Raises ConfigError if certificate or key can't be read."""
+    listen = config.listen
+    if listen is None:
+        return None
+    try:
+        texts = [path.read_bytes() if path else b"" for path in (listen.certificate, listen.key, listen.client_ca)]
+    except OSError as e:
+        message = f"In [listen] of agentd.toml: {e.filename} can't be read: {e.strerror}."
+        raise ConfigError(Reason.CONFIG_INVALID, message, hint="Give the paths of PEM files.") from None
+    return Tcp(listen.address, *texts)
+
+
+def engine_settings(config: Config) -> EngineSettings:
+    engine = config.engine
+    return EngineSettings(
+        models.locate(engine.model), engine.context, engine.batch, engine.threads, engine.repack, engine.load_timeout_s
+    )
+
+
+def model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
+    specs = tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in toolbox.tools.values())
+    engine = config.engine
+    return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)
