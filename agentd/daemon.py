@@ -10,7 +10,7 @@ import signal
 import time
 from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
@@ -36,7 +36,7 @@ from agentd.calls import Calls, Permission, Places
 from agentd.config import DEVICES
 from agentd.engine.client import Engine
 from agentd.engine.throttle import Throttle
-from agentd.errors import AgentdError, EngineError, Reason, SandboxError
+from agentd.errors import AgentdError, EngineError, Reason, SandboxError, StoreError
 from agentd.grants import Approvals, Clock, Grant, Grants, Notifier, Taint, moment, propose
 from agentd.journal import Journal
 from agentd.principals import Roster, Tokens
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from agentd.grants import Moment
     from agentd.runs import Run
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
 _SWEEP_S = 3600.0
@@ -93,6 +94,7 @@ class Daemon:
             *(self._audit, self._checkpoints, self._index, self._archive),
             *(config.audit.keep_events, config.audit.anchor_file),
         )
+        self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
         self._shippers = parts.shippers(config, self._store, self._audit)
         self._budgets = parts.budgets(config, self._on_limits, self._record_budget)
         self._recovered: list[str] = []
@@ -123,6 +125,7 @@ class Daemon:
         """Recover, confine, listen; the model loads meanwhile. Raises DaemonError."""
         config = self._config
         self._upkeep.look()
+        self._unless_damaged(self._redaction.finish)
         self._recovered = self._journal.recover()
         self._records.close_lost()
         self._level = probe()
@@ -192,12 +195,11 @@ class Daemon:
         roles = {principal.name: frozenset(principal.roles) for principal in self._config.principals}
         tokens = Tokens(self._store, self._audit, self._grants.now_ns)
         roster = Roster(os.getuid(), roles, tokens, self._wrong_token)
-        redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
         renewal = Renewal(
             *(self._store, self._audit, self._checkpoints, self._index, self._archive),
             *(self._key_file, self._config.state / "archive"),
         )
-        audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, redaction, renewal)
+        audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, self._redaction, renewal)
         return ApiParts(
             *(self._runs, self._calls, audit, self._budgets, self._grants, self._approvals, tokens, roster),
             *(self.status, self._propose),
@@ -218,14 +220,24 @@ class Daemon:
             "recovered": self._recovered,
             "key": str(self._checkpoints.verifier),
         }
+        before = self._unless_damaged(lambda: self._audit.newest("boot"))
         try:
-            before = self._audit.newest("boot")
             self._audit.record(Event(kind="boot", principal="agentd", detail=detail))
-            if before and (changed := _changed(before.body.get("detail", {}), rules)):
+            if before and (changed := _changed(before.body.get("detail"), rules)):
                 self._audit.record(Event(kind="policy.change", principal="agentd", detail=changed))
         except AgentdError:
             if not self._audit.closed:
                 raise
+
+    def _unless_damaged(self, do: Callable[[], T]) -> T | None:
+        """Where it meets pages that can't be read, the log is closed, and the daemon goes on. Raises StoreError."""
+        try:
+            return do()
+        except StoreError as e:
+            if e.reason is not Reason.STORE_DAMAGED:
+                raise
+            self._upkeep.damaged(e)
+            return None
 
     def _record_run(self, run: Run) -> None:
         engine, loaded = self._config.engine, self._engine.model
@@ -331,9 +343,9 @@ def _below_minimum(level: Level, minimum: str) -> SandboxError:
     )
 
 
-def _changed(before: dict[str, Any], rules: list[str]) -> dict[str, Any]:
+def _changed(before: object, rules: list[str]) -> dict[str, Any]:
     """The rules that were not there at the last start, and those that were: people edit agentd.toml while nobody looks."""
-    former = before.get("grants", [])
+    former = before.get("grants", []) if isinstance(before, dict) else rules
     added, removed = [rule for rule in rules if rule not in former], [rule for rule in former if rule not in rules]
     return {"added": added, "removed": removed} if added or removed else {}
 

@@ -71,6 +71,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         _require_positive(after)
         call = convert.identifier(request.call, "calls") if request.call else ""
         wanted = replace(_wanted(request.filter, call=call), after=after, newest_first=request.newest_first)
+        await self._searching(wanted)
         entries = await asyncio.to_thread(self._entries, wanted, size + 1)
         token = convert.page_token(str(entries[size - 1].seq)) if len(entries) > size else ""
         events = await self._messages(entries[:size], with_payloads=request.with_payloads)
@@ -82,6 +83,7 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         _require_positive(request.after_sequence)
         wanted, after = _wanted(request.filter), request.after_sequence
         wanted.fits({})  # an unknown field is said now, and not at the first event
+        await self._searching(wanted)
         with self._log.announcements() as more:
             while not self._log.ended:
                 more.clear()
@@ -100,6 +102,12 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
         if wanted.everything:
             return self._log.entries(after=wanted.after, limit=limit, newest_first=wanted.newest_first)
         return self._log.numbered(self._index.find(wanted, limit))
+
+    async def _searching(self, wanted: Wanted) -> None:
+        """Who looks for words can read what was written one by one: that is on record, the words themselves are not."""
+        if wanted.words:
+            looked = Event(kind="payload.read", principal=caller().name, detail={"words": len(wanted.words.split())})
+            await asyncio.to_thread(self._log.record, looked)
 
     async def _messages(self, entries: Sequence[Entry], *, with_payloads: bool) -> list[audit_pb2.AuditEvent]:
         """That somebody reads what was written is durable before they get it."""
@@ -129,7 +137,10 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
             raise RequestError(Reason.BAD_FIELD, f"{form} has no place for payloads; jsonl has.", field="with_payloads")
         wanted = replace(_wanted(request.filter), after=request.after_sequence)
         wanted.fits({})
-        asked = {"format": form, "payloads": request.with_payloads, "filter": json_format.MessageToDict(request.filter)}
+        sought = json_format.MessageToDict(request.filter)
+        if "words" in sought:  # they may be the very ones that were to be taken out
+            sought["words"] = True
+        asked = {"format": form, "payloads": request.with_payloads, "filter": sought}
         exported = Event(kind="export", principal=caller().name, detail=asked)
         last = await asyncio.to_thread(self._log.record, exported)
         if form == "csv":

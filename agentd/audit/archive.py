@@ -63,13 +63,30 @@ class Archive:
         return [Segment(*row) for row in rows]
 
     def rows(self) -> Iterator[Row | Jump]:
-        """All of the log from its first event on; where a file is missing or damaged, what goes on after it."""
-        for segment in self.segments():
-            try:
-                yield from self._read(segment)
-            except (OSError, ValueError, zstandard.ZstdError):
-                yield Jump(segment.last, segment.chain, segment.peaks)
-        yield from self._audit.rows()
+        """All of the log from its first event on; where a file is missing or damaged, what goes on after it.
+
+        Events that are moved to a file meanwhile are read there.
+        """
+        at = 0
+        while True:
+            for segment in self.segments():
+                if segment.last > at:
+                    yield from self._from(segment, at)
+                    at = segment.last
+            for row in self._audit.rows(after=at):
+                if row[0] > at + 1 and any(segment.last > at for segment in self.segments()):
+                    break  # there was no gap a moment ago
+                yield row
+                at = row[0]
+            else:
+                if not any(segment.last > at for segment in self.segments()):
+                    return
+
+    def _from(self, segment: Segment, at: int) -> Iterator[Row | Jump]:
+        try:
+            yield from (row for row in self._read(segment) if row[0] > at)
+        except (OSError, ValueError, zstandard.ZstdError):
+            yield Jump(segment.last, segment.chain, segment.peaks)
 
     def prune(self, keep: int, principal: str, least: int = LEAST) -> Segment | None:
         """Move what is older than the newest `keep` events into a file, up to the last checkpoint before that.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from agentd.audit.notes import BadNote, Checkpoint
 from agentd.audit.tree import Tree, consistency, inclusion, leaf, proved
 from agentd.audit.verify import Claims, Jump
-from agentd.errors import AgentdError, Reason, RequestError
+from agentd.errors import AgentdError, Reason, RequestError, StoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -47,8 +47,8 @@ class Checkpoints:
 
     def latest(self) -> str:
         """The newest note; empty if there is none yet."""
-        query = "SELECT note FROM checkpoint ORDER BY size DESC LIMIT 1"
-        return str(self._store.read(lambda db: db.execute(query).get) or "")
+        query = "SELECT CAST(note AS BLOB) FROM checkpoint ORDER BY size DESC LIMIT 1"
+        return bytes(self._store.read(lambda db: db.execute(query).get) or b"").decode("utf-8", "replace")
 
     def is_due(self) -> bool:
         """Whether there are many new events, or some and the last checkpoint was long ago."""
@@ -77,11 +77,10 @@ class Checkpoints:
             return self.latest()
 
     def begin_anew(self, signer: Signer) -> None:
-        """With another name and key, for a log that has begun in the place of a closed one. Raises StoreError."""
+        """With another name and key, for a log that has begun in the place of a closed one."""
         with self._making:
             self._signer = signer
             self._unpublished.clear()
-        self.make()
 
     def _cosigned(self, note: str, size: int) -> str:
         """By the witnesses that answer."""
@@ -111,11 +110,17 @@ class Checkpoints:
 
     def all(self) -> dict[int, str]:
         """Notes by size."""
-        return self._store.read(lambda db: {int(s): str(n) for s, n in db.execute("SELECT size, note FROM checkpoint")})
+        query = "SELECT size, coalesce(CAST(note AS BLOB), x'') FROM checkpoint"
+        rows = self._store.read(lambda db: list(db.execute(query)))
+        return {int(size): note.decode("utf-8", "replace") for size, note in rows}
 
     def verify(self, anchors: Iterable[str] = (), progress: Callable[[int], None] = lambda _: None) -> Verification:
         """All that can be said of the log; `anchors` are notes that somebody has kept elsewhere."""
-        claims = Claims(self.verifier, tuple(self.all().values()), tuple(anchors), self.witnesses)
+        try:
+            kept, broken = tuple(self.all().values()), ""
+        except StoreError as e:
+            kept, broken = (), f"the checkpoints in the store can't be read: {e.message}"
+        claims = Claims(self.verifier, kept, tuple(anchors), self.witnesses, broken)
         return self._audit.verify(claims, self.rows(), progress)
 
     # -- proofs

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from agentd import __version__
+from agentd.audit.events import parsed
 from agentd.audit.payloads import Kept, text_of
 
 if TYPE_CHECKING:
@@ -48,11 +49,7 @@ class Record:
     @property
     def body(self) -> dict[str, Any]:
         """A damaged one is shown as such."""
-        try:
-            parsed = json.loads(self.text)
-        except ValueError:
-            parsed = None
-        return parsed if isinstance(parsed, dict) else {"kind": "damaged", "time_ns": "0"}
+        return parsed(self.text)
 
 
 def jsonl(record: Record) -> str:

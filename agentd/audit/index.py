@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import threading
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import apsw
 
 from agentd.audit.ask import Answer, ask
+from agentd.audit.events import parsed
 from agentd.errors import Reason, RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Wanted:
             and (not self.path or self.path in _paths(body))
             and (not self.since_ns or time_ns >= self.since_ns)
             and (not self.until_ns or time_ns < self.until_ns)
-            and (not self.words or self._has_words([body, *(json.loads(each.value) for each in written if each.value)]))
+            and (not self.words or self._has_words([body, *(each.said for each in written)]))
         )
 
     def _has_words(self, said: list[Any]) -> bool:
@@ -193,7 +193,8 @@ class Index:
     def _connected(self) -> apsw.Connection:
         db = apsw.Connection(str(self._file))
         os.chmod(self._file, 0o600)
-        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=OFF")
+        for pragma in ("journal_mode=WAL", "synchronous=OFF"):
+            db.execute(f"PRAGMA {pragma}").fetchall()
         return db
 
     def _throw_away(self) -> None:
@@ -215,16 +216,19 @@ class Index:
         while batch := list(itertools.islice(rows, _BATCH)):
             with db:
                 for seq, text, written in batch:
-                    _add(db, seq, _parsed(text), written)
+                    _add(db, seq, parsed(text), written)
         self._have = size
 
 
-def _add(db: apsw.Connection, seq: int, body: dict[str, Any], written: str) -> None:
+def _add(db: apsw.Connection, seq: int, body: dict[str, Any], written: list[Kept]) -> None:
     own = _named(body)
     row = (seq, int(body.get("time_ns", 0)), *(own[name] for name in FIELDS))
     db.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
     db.executemany("INSERT OR IGNORE INTO touched VALUES (?, ?)", ((path, seq) for path in _paths(body)))
-    db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (seq, _valid(" ".join(_texts([body, json.loads(written)])))))
+    db.execute(
+        "INSERT INTO words (rowid, text) VALUES (?, ?)",
+        (seq, _valid(" ".join(_texts([body, *(each.said for each in written)])))),
+    )
 
 
 def _named(body: Mapping[str, Any]) -> dict[str, str]:
@@ -252,15 +256,6 @@ def _require(name: str) -> None:
         message = f"Events can't be found by {name!r}."
         hint = f"By {', '.join(FIELDS)} and path they can; other words with --grep."
         raise RequestError(Reason.BAD_FIELD, message, hint=hint, field="matches", metadata={"field": name})
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(text)
-        int(body["time_ns"])
-    except (ValueError, KeyError, TypeError):
-        return {"kind": "damaged"}
-    return body if isinstance(body, dict) else {"kind": "damaged"}
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from agentd.audit.events import Event
+from agentd.audit.events import Event, parsed
 from agentd.audit.formats import Record
 from agentd.audit.payloads import Kept
 from agentd.audit.tree import leaf, linked
@@ -33,7 +32,11 @@ if TYPE_CHECKING:
 
 _START = bytes(32)
 _NO_CLAIMS = Claims()
+# What is damaged may be neither text nor there at all, whatever the table says.
+_ROW = "seq, coalesce(CAST(body AS BLOB), x''), coalesce(CAST(chain AS BLOB), x'')"
+_KEPT = "seq, coalesce(CAST(field AS BLOB), x''), coalesce(CAST(salt AS BLOB), x''), CAST(value AS BLOB)"
 _PAGE = 500
+_MARGIN = 100_000  # events that there may be after the newest checkpoint, at most
 _JUMP_NS = 60 * 10**9  # what a clock is set by, and more than it drifts
 
 
@@ -68,7 +71,7 @@ class AuditLog:
         return self._insert(db, event, now)
 
     def _insert(self, db: apsw.Connection, event: Event, now_ns: int) -> int:
-        head = db.execute("SELECT seq, chain FROM event ORDER BY seq DESC LIMIT 1").get
+        head = db.execute("SELECT seq, coalesce(CAST(chain AS BLOB), x'') FROM event ORDER BY seq DESC LIMIT 1").get
         seq, chain = (head[0] + 1, head[1]) if head else (1, _START)
         sealed = event.sealed(seq=seq, time_ns=now_ns, boot=self.boot)
         db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, sealed.body, _link(chain, sealed.body.encode())))
@@ -131,7 +134,7 @@ class AuditLog:
     def numbered(self, numbers: Sequence[int]) -> list[Entry]:
         """The entries of these numbers, in their order."""
         marks = ", ".join("?" * len(numbers))
-        query = f"SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq IN ({marks})"  # noqa: S608
+        query = f"SELECT {_ROW} FROM event WHERE seq IN ({marks})"  # noqa: S608
         rows = self._store.read(lambda db: list(db.execute(query, numbers)))
         found = {seq: _entry(seq, body, chain) for seq, body, chain in rows}
         return [found[seq] for seq in numbers if seq in found]
@@ -141,7 +144,7 @@ class AuditLog:
         order, compare = ("DESC", "<") if newest_first else ("ASC", ">")
         start = after or (1 << 62 if newest_first else 0)
         where = f"seq {compare} ?" + (" AND body ->> 'call' = ?" if call else "")
-        query = f"SELECT seq, CAST(body AS BLOB), chain FROM event WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608
+        query = f"SELECT {_ROW} FROM event WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608
         values = (start, call, limit) if call else (start, limit)
         rows = self._store.read(lambda db: list(db.execute(query, values)))
         return [_entry(seq, body, chain) for seq, body, chain in rows]
@@ -159,7 +162,7 @@ class AuditLog:
             newest = self.entries(limit=_PAGE, newest_first=True)
         except StoreError:  # its pages are damaged: `Upkeep.look` says so
             return 0
-        return max((int(entry.body.get("time_ns", 0)) for entry in newest), default=0)
+        return max((int(entry.body["time_ns"]) for entry in newest), default=0)
 
     @staticmethod
     def link(chain: bytes, body: bytes) -> bytes:
@@ -176,24 +179,28 @@ class AuditLog:
         """The number of the newest event, within a transaction; 0 if there is none."""
         return int(db.execute("SELECT coalesce(max(seq), 0) FROM event").get)
 
-    def readable(self, bound: int) -> Iterator[Record]:
+    def readable(self, signed: int) -> Iterator[Record]:
         """All that can be read, with payloads, in order; what stands on damaged pages is left out.
 
-        `bound` is a number that no event has, for where not even the newest can be read.
+        There are `signed` events at least, whatever the damaged pages say.
         """
         at = 0
         try:
-            size = self.size()
+            size = max(self.size(), signed)
         except StoreError:
-            size = bound
+            size = signed + _MARGIN
         while at < size:
             try:
                 page = self.records(after=at, limit=_PAGE)
-                at = page[-1].seq if page else size
+                end = page[-1].seq if len(page) == _PAGE else size
             except StoreError:
                 page = [each for n in range(at + 1, at + _PAGE + 1) for each in self._record(n)]
-                at += _PAGE
-            yield from (self._with_payloads(each) for each in page)
+                end = at + _PAGE
+            for each in page:
+                if at < each.seq <= size:  # numbers on a damaged page may go backwards
+                    at = each.seq
+                    yield self._with_payloads(each)
+            at = max(at, end if end > at else at + 1)
 
     def _record(self, seq: int) -> list[Record]:
         try:
@@ -213,7 +220,7 @@ class AuditLog:
 
     def rows(self, *, after: int = 0) -> Iterator[tuple[int, bytes, bytes]]:
         """(number, body, chain) as stored, in order; a page at a time, so that others can read meanwhile."""
-        query = "SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq > ? ORDER BY seq LIMIT ?"
+        query = f"SELECT {_ROW} FROM event WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608
         while page := self._store.read(lambda db, after=after: list(db.execute(query, (after, _PAGE)))):  # type: ignore[misc]
             yield from page
             after = page[-1][0]
@@ -222,43 +229,50 @@ class AuditLog:
         """(number, body) as stored, in order."""
         return ((seq, body) for seq, body, _ in self.rows(after=after))
 
+    def naming(self, field: str, value: str, limit: int) -> list[Entry]:
+        """Up to so many events with this id in `field` (call, run), oldest first, without the index."""
+        query = f"SELECT {_ROW} FROM event WHERE instr(body, ?) ORDER BY seq LIMIT ?"  # noqa: S608
+        rows = self._store.read(lambda db: list(db.execute(query, (f'"{field}":"{value}"', limit))))
+        return [entry for row in rows if (entry := _entry(*row)).body.get(field) == value]
+
     def newest(self, kind: str) -> Entry | None:
         """The last event of a kind, if it is still in the store."""
-        query = """SELECT seq, CAST(body AS BLOB), chain FROM event WHERE instr(body, ?) ORDER BY seq DESC LIMIT 1"""
+        query = f"SELECT {_ROW} FROM event WHERE instr(body, ?) ORDER BY seq DESC LIMIT 1"  # noqa: S608
         row = self._store.read(lambda db: db.execute(query, (f'"kind":"{kind}"',)).fetchone())
         return _entry(*row) if row else None
 
     def payloads(self, numbers: Sequence[int]) -> dict[int, list[Kept]]:
         """What is kept beside these events; nothing where it was taken out."""
         marks = ", ".join("?" * len(numbers))
-        query = f"SELECT seq, field, salt, value FROM payload WHERE seq IN ({marks}) ORDER BY seq, field"  # noqa: S608
+        query = f"SELECT {_KEPT} FROM payload WHERE seq IN ({marks}) ORDER BY seq, field"  # noqa: S608
         found: dict[int, list[Kept]] = {}
         for row in self._store.read(lambda db: list(db.execute(query, numbers))):
-            found.setdefault(row[0], []).append(Kept(*row))
+            found.setdefault(row[0], []).append(Kept.of(*row))
         return found
 
     def all_payloads(self) -> Iterator[Kept | None]:
         """In the order of their events. None where there is no more, so far: to go on when there are new events."""
-        query = "SELECT seq, field, salt, value FROM payload WHERE (seq, field) > (?, ?) ORDER BY seq, field LIMIT ?"
-        after = (0, "")
+        query = f"SELECT {_KEPT} FROM payload WHERE seq > ? ORDER BY seq, field LIMIT ?"  # noqa: S608
+        after = 0
         while True:
-            page = self._store.read(lambda db, after=after: list(db.execute(query, (*after, _PAGE))))  # type: ignore[misc]
-            yield from (Kept(*row) for row in page)
-            after = page[-1][:2] if page else after
-            if not page:
+            page = self._store.read(lambda db, after=after: list(db.execute(query, (after, _PAGE))))  # type: ignore[misc]
+            whole = page if len(page) < _PAGE or page[0][0] == page[-1][0] else [row for row in page if row[0] < page[-1][0]]
+            yield from (Kept.of(*row) for row in whole)  # an event's are not torn apart
+            after = whole[-1][0] if whole else after
+            if not whole:
                 yield None
 
-    def texts(self, *, after: int = 0) -> Iterator[tuple[int, bytes, str]]:
-        """(number, body, values of its payloads as JSON) in order: what there is to look for."""
-        query = """SELECT seq, CAST(body AS BLOB), coalesce((SELECT json_group_array(json(value)) FROM payload
-                   WHERE payload.seq = event.seq AND value IS NOT NULL), '[]') FROM event WHERE seq > ? ORDER BY seq LIMIT ?"""
+    def texts(self, *, after: int = 0) -> Iterator[tuple[int, bytes, list[Kept]]]:
+        """(number, body, payloads) in order: what there is to look for."""
+        query = f"SELECT {_ROW} FROM event WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608
         while page := self._store.read(lambda db, after=after: list(db.execute(query, (after, _PAGE)))):  # type: ignore[misc]
-            yield from page
+            written = self.payloads([seq for seq, _, _ in page])
+            yield from ((seq, body, written.get(seq, [])) for seq, body, _ in page)
             after = page[-1][0]
 
     def records(self, *, after: int, limit: int) -> list[Record]:
         """As they are stored, for other programs."""
-        query = "SELECT seq, CAST(body AS BLOB), chain FROM event WHERE seq > ? ORDER BY seq LIMIT ?"
+        query = f"SELECT {_ROW} FROM event WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608
         rows = self._store.read(lambda db: list(db.execute(query, (after, limit))))
         return [Record(seq, body.decode("utf-8", "replace"), chain) for seq, body, chain in rows]
 
@@ -276,21 +290,11 @@ class AuditLog:
 
         `rows` are those of the log and of its archives, if some of it is there.
         """
-        kept = self.all_payloads()
-        return verify(rows or self.rows(), self.start, claims, kept, self.first(), progress)
+        return verify(rows or self.rows(), self.start, claims, self.all_payloads(), self.first, progress)
 
 
 def _entry(seq: int, body: bytes, chain: bytes) -> Entry:
-    return Entry(seq, _parsed(body), chain, body.decode("utf-8", "replace"))
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    """A body that somebody has damaged is shown as such, so that the rest can still be read."""
-    try:
-        parsed = json.loads(body)
-    except ValueError:
-        parsed = None
-    return parsed if isinstance(parsed, dict) else {"kind": "damaged", "time_ns": "0"}
+    return Entry(seq, parsed(body), chain, body.decode("utf-8", "replace"))
 
 
 def _link(chain: bytes, body: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """Payloads: what people, models and tools have written. The log commits to them and does not have them in it.
 
-An event says SHA-256(0x02 || 32 random bytes || value); the bytes and the value stand in a table beside it. Once they are taken
-out nobody can find the value again by guessing, and the chain still verifies. The idea is that of RFC 9901 (SD-JWT), 4.2.
+An event says SHA-256(0x02 || 32 random bytes || field || 0x00 || value); the bytes and the value stand in a table beside it.
+Once they are taken out nobody can find the value again by guessing, and the chain still verifies. The idea, and that the name
+of the field is part of what is hashed, is that of RFC 9901 (SD-JWT), 4.2.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 import json
 import secrets
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 SALT_BYTES = 32
@@ -36,17 +36,18 @@ class Kept:
     salt: bytes
     value: str | None
 
+    @classmethod
+    def of(cls, seq: int, field: bytes, salt: bytes, value: bytes | None) -> Kept:
+        """From a row of the store, whose texts somebody may have made into none."""
+        return cls(seq, field.decode("utf-8", "replace"), salt, None if value is None else value.decode("utf-8", "replace"))
+
     @property
-    def told_as_text(self) -> str:
-        """How the event says this of a value that is kept."""
-        text = self.value or ""
-        return f'{_key(self.field)}:{{"$bytes":{len(text)},"$commitment":"{commitment(self.salt, text)}"'
-
-
-@lru_cache
-def _key(field: str) -> str:
-    """The last part of its name, as JSON has it."""
-    return text_of(field.partition(".")[2] or field)
+    def said(self) -> Any:
+        """The value; None where it is not kept, or is damaged."""
+        try:
+            return json.loads(self.value) if self.value is not None else None
+        except ValueError:
+            return None
 
 
 def text_of(value: Any) -> str:
@@ -54,28 +55,36 @@ def text_of(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def commitment(salt: bytes, text: str) -> str:
+def commitment(salt: bytes, field: str, text: str) -> str:
     """As it stands in the event, in hexadecimal."""
-    return hashlib.sha256(b"\x02" + salt + text.encode("ascii")).hexdigest()
+    return hashlib.sha256(b"\x02" + salt + f"{field}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def seal(payload: Payload, seq: int, field: str) -> tuple[dict[str, Any], Kept]:
     """What the event says, and what is kept beside it."""
     text, salt = text_of(payload.value), secrets.token_bytes(SALT_BYTES)
-    told: dict[str, Any] = {"$commitment": commitment(salt, text), "$bytes": len(text)}
+    told: dict[str, Any] = {"$commitment": commitment(salt, field, text), "$bytes": len(text)}
     if len(text) > LONGEST:
-        return told | {"$kept": False}, Kept(seq, field, salt, None)
+        return told | {"$kept": False, "$salt": hashlib.sha256(salt).hexdigest()}, Kept(seq, field, salt, None)
     return told, Kept(seq, field, salt, text)
 
 
-def commitments(body: dict[str, Any], *, kept_not: bool = False) -> dict[str, str]:
-    """Those in an event, by field: `arguments.text`, `error`; with `kept_not` only those of values too long to be kept."""
-    found: dict[str, str] = {}
+def commitments(body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those in an event, by field: `arguments.text`, `error`."""
+    fields: dict[str, Any] = dict(body)
     for name, value in body.items():
-        inside = value if isinstance(value, dict) else {}
-        for field, each in {name: value, **{f"{name}.{key}": item for key, item in inside.items()}}.items():
-            if not isinstance(each, dict) or (kept_not and each.get("$kept") is not False):
-                continue
-            if isinstance(each.get("$commitment"), str):
-                found[field] = each["$commitment"]
-    return found
+        fields |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {}
+    return {
+        field: each for field, each in fields.items() if isinstance(each, dict) and isinstance(each.get("$commitment"), str)
+    }
+
+
+def is_of(kept: Kept, body: bytes) -> bool:
+    """Whether the event with this body commits to what is kept. As text, as parsing each event would take twice as long."""
+    if kept.value is not None:
+        return MARK + commitment(kept.salt, kept.field, kept.value).encode() in body
+    try:
+        said = commitments(json.loads(body)).get(kept.field, {})
+    except (ValueError, AttributeError):
+        return False
+    return said.get("$kept") is False and said.get("$salt") == hashlib.sha256(kept.salt).hexdigest()

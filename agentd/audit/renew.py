@@ -10,10 +10,10 @@ import contextlib
 import hashlib
 import json
 import re
+import threading
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-import apsw
 import zstandard
 
 from agentd.audit.events import Event
@@ -23,17 +23,19 @@ from agentd.errors import Reason, RequestError, StoreError
 from agentd.store import arriving, sync_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from agentd.audit.archive import Archive
+    import apsw
+
+    from agentd.audit.archive import Archive, Segment
     from agentd.audit.checkpoints import Checkpoints
     from agentd.audit.index import Index
     from agentd.audit.log import AuditLog
     from agentd.store import Store
 
-_PAGE = 500
+T = TypeVar("T")
 _ATTEMPTS = 5
-_MARGIN = 100_000  # events that there may be after the newest checkpoint, at most
 _NUMBERED = re.compile(r"(.*)/([0-9]+)")
 _TABLES = ("event", "payload", "checkpoint", "segment", "shipped")
 LONGEST_REASON = 500
@@ -67,17 +69,23 @@ class Renewal:
     ) -> None:
         self._store, self._log, self._checkpoints, self._index = store, log, checkpoints, index
         self._archive, self._key_file, self._folder = archive, key_file, folder
+        self._renewing = threading.Lock()
 
     def renew(self, reason: str, principal: str) -> Renewed:
-        """Not for the event loop. Raises RequestError (BAD_FIELD), StoreError."""
+        """Not for the event loop. Raises RequestError (BAD_FIELD), StoreError; then the old log is the one."""
         if not reason.strip() or len(reason) > LONGEST_REASON:
             hint = "It is recorded for whoever asks later."
             raise RequestError(Reason.BAD_FIELD, f"A reason has 1 to {LONGEST_REASON} characters.", hint=hint, field="reason")
+        with self._renewing:
+            return self._renew(reason, principal)
+
+    def _renew(self, reason: str, principal: str) -> Renewed:
+        settle_key(self._key_file, self._log)  # of one before that was interrupted
         old = self._checkpoints.verifier
-        origin = _following(old.name)
-        signer = make_signer(_next(self._key_file), origin)
+        signer = make_signer(_next(self._key_file), _following(old.name))
         for _ in range(_ATTEMPTS):
-            name, digest, events, last = self._write_out()
+            size = _or(None, self._log.size)
+            name, digest, events = self._write_out()
             told = {
                 "renews": old.name,
                 "old_key": str(old),
@@ -85,31 +93,40 @@ class Renewal:
                 "why": self._log.closed,
                 "reason": reason,
             }
-            told |= {"archive": name, "sha256": digest, "events": str(events), "checkpoint": self._checkpoints.latest()}
+            told |= {"archive": name, "sha256": digest, "events": str(events), "checkpoint": _or("", self._checkpoints.latest)}
+            event = Event(kind="renew", principal=principal, detail=dict(told))
             with contextlib.suppress(_Grown):
-                self._store.write(lambda db, last=last, told=told: self._begin(db, last, told, principal))  # type: ignore[misc]
+                self._begin(event, size)
                 break
         else:
             raise StoreError(Reason.AUDIT_UNAVAILABLE, "The log grows faster than it can be put away.", hint="Try again.")
-        settle_key(self._key_file, self._log)
-        self._log.reopen()
-        self._index.start_anew()
         self._checkpoints.begin_anew(signer)
-        return Renewed(origin, name, events)
+        self._log.reopen()
+        settle_key(self._key_file, self._log)
+        self._index.start_anew()
+        self._checkpoints.make()
+        return Renewed(signer.verifier.name, name, events)
 
-    def _begin(self, db: apsw.Connection, last: int, told: dict[str, str], principal: str) -> None:
-        with contextlib.suppress(apsw.CorruptError):  # then nothing can have been added to it either
-            if self._log.last(db) != last:
-                raise _Grown
+    def _begin(self, event: Event, size: int | None) -> None:
+        """Empty what there is and record the first event. Where pages are damaged the tables are put aside, unread.
+
+        After SQLITE_CORRUPT a transaction can do nothing more, so that is another one. Raises _Grown, StoreError.
+        """
+        try:
+            self._store.write(lambda db: self._replace(db, event, size, _empty))
+        except StoreError as e:
+            if e.reason is not Reason.STORE_DAMAGED:
+                raise
+            self._store.write(lambda db: self._replace(db, event, None, self._put_aside))
+
+    def _replace(
+        self, db: apsw.Connection, event: Event, size: int | None, empty: Callable[[apsw.Connection, str], None]
+    ) -> None:
+        if size is not None and self._log.last(db) != size:
+            raise _Grown
         for table in _TABLES:
-            db.execute("SAVEPOINT emptying")
-            try:
-                db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
-            except apsw.CorruptError:  # its pages stay as they are, for whoever wants to look at them
-                db.execute("ROLLBACK TO emptying")
-                self._put_aside(db, table)
-            db.execute("RELEASE emptying")
-        self._log.append(db, Event(kind="renew", principal=principal, detail=dict(told)))
+            empty(db, table)
+        self._log.append(db, event)
 
     @staticmethod
     def _put_aside(db: apsw.Connection, table: str) -> None:
@@ -119,51 +136,73 @@ class Renewal:
         db.execute(f"ALTER TABLE {table} RENAME TO {aside}")
         db.execute(made)
 
-    def _write_out(self) -> tuple[str, str, int, int]:
-        """Name and digest of the file, how many events it has, and the number of the last."""
-        name, events, last = (
-            f"closed-{hashlib.sha256(str(self._checkpoints.verifier).encode()).hexdigest()[:16]}.jsonl.zst",
-            0,
-            0,
-        )
+    def _write_out(self) -> tuple[str, str, int]:
+        """Name and digest of the file, and how many events it has."""
+        name, events = f"closed-{hashlib.sha256(str(self._checkpoints.verifier).encode()).hexdigest()[:16]}.jsonl.zst", 0
+        known: dict[int, str] = {}
+        signed = max(_or(known, self._checkpoints.all), default=0)
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with arriving(self._folder / name) as file:
                 with zstandard.ZstdCompressor(level=10).stream_writer(file, closefd=False) as packed:
                     packed.write(self._heading().encode() + b"\n")
-                    for record in self._log.readable(max(self._checkpoints.all(), default=0) + _MARGIN):
+                    for record in self._log.readable(signed):
                         packed.write(jsonl(record).encode() + b"\n")
-                        events, last = events + 1, record.seq
+                        events += 1
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as e:
             message = f"The old log can't be written to {self._folder}: {e.strerror}. It stays as it is."
             raise StoreError(Reason.AUDIT_UNAVAILABLE, message, hint="Check the disk.") from e
-        return name, digest, events, last
+        return name, digest, events
 
     def _heading(self) -> str:
         """Whose log it was, all that was signed of it, and the files with its oldest part."""
-        segments = [asdict(each) | {"chain": each.chain.hex(), "peaks": each.peaks.hex()} for each in self._archive.segments()]
-        notes = list(self._checkpoints.all().values())
-        return json.dumps({"key": str(self._checkpoints.verifier), "checkpoints": notes, "segments": segments})
+        known: list[Segment] = []
+        notes: dict[int, str] = {}
+        known, notes = _or(known, self._archive.segments), _or(notes, self._checkpoints.all)
+        segments = [asdict(each) | {"chain": each.chain.hex(), "peaks": each.peaks.hex()} for each in known]
+        return json.dumps({"key": str(self._checkpoints.verifier), "checkpoints": list(notes.values()), "segments": segments})
 
 
 def settle_key(key_file: Path, log: AuditLog) -> None:
-    """After a kill: the key of a log that has begun takes its place, that of one that has not is removed. Raises OSError."""
+    """After a kill: the key of a log that has begun takes its place, that of one that has not is removed. Raises StoreError.
+
+    Where damage keeps that from being known, both stay.
+    """
     coming = _next(key_file)
     if not coming.exists():
         return
     try:
         key = str(load_signer(coming).verifier)
         firsts = [each.body for each in log.entries(limit=2)]  # the clock may have been set just before
+    except StoreError as e:
+        if e.reason is not Reason.STORE_DAMAGED:
+            raise
+        return
+    details = [body.get("detail") for body in firsts if body["kind"] == "renew"]
+    begun = any(isinstance(detail, dict) and detail.get("key") == key for detail in details)
+    try:
+        if begun:
+            coming.rename(key_file)
+        else:
+            coming.unlink()
+        sync_folder(key_file.parent)
+    except OSError as e:
+        message = f"The key of the audit log can't be moved to {key_file}: {e.strerror}."
+        raise StoreError(Reason.AUDIT_UNAVAILABLE, message, hint="Check the disk.", metadata={"path": str(key_file)}) from e
+
+
+def _empty(db: apsw.Connection, table: str) -> None:
+    db.execute(f"DELETE FROM {table}")  # noqa: S608 - names of our own
+
+
+def _or(otherwise: T, read: Callable[[], T]) -> T:
+    """What is read, or something else where pages are damaged."""
+    try:
+        return read()
     except StoreError:
-        key, firsts = "", []
-    begun = any(body.get("kind") == "renew" and body.get("detail", {}).get("key") == key for body in firsts)
-    if begun:
-        coming.rename(key_file)
-    else:
-        coming.unlink()
-    sync_folder(key_file.parent)
+        return otherwise
 
 
 def _next(key_file: Path) -> Path:

@@ -100,10 +100,23 @@ class Upkeep:
     async def _verify(self) -> None:
         while True:
             if not self._log.closed:
-                found = await asyncio.to_thread(self._checkpoints.verify, (), lambda _: time.sleep(_PAUSE_S))
-                if found.bad is not None and not self._log.closed:
-                    await asyncio.to_thread(self._close, found.why)
+                why = await asyncio.to_thread(self._fault)
+                if why and not self._log.closed:
+                    await asyncio.to_thread(self._close, why)
             await asyncio.sleep(_VERIFY_S)
+
+    def _fault(self) -> str:
+        """What is wrong with the log, gone through as slowly as befits the background; empty if nothing is."""
+        try:
+            return self._checkpoints.verify((), lambda _: time.sleep(_PAUSE_S)).why
+        except Exception as e:  # whatever makes verifying fail may be meant to
+            _log.exception("the audit log can't be verified")
+            return f"it can't be verified ({type(e).__name__})"
+
+    def damaged(self, error: StoreError) -> None:
+        """Somebody has found pages that can't be read."""
+        if not self._log.closed:
+            self._close(f"it is damaged ({error.metadata.get('error', '')})")
 
     def _close(self, why: str) -> None:
         self._log.close(why)

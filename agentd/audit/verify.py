@@ -6,13 +6,13 @@ has no key. An end that was cut off is found by an anchor only, as everything th
 
 from __future__ import annotations
 
-import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from agentd.audit.events import parsed
 from agentd.audit.notes import BadNote, Verifier
-from agentd.audit.payloads import MARK, Kept, commitments
+from agentd.audit.payloads import MARK, Kept, commitments, is_of
 from agentd.audit.tree import Tree, leaf, linked
 from agentd.errors import StoreError
 
@@ -103,9 +103,11 @@ class Claims:
     kept: tuple[str, ...] = ()
     anchors: tuple[str, ...] = ()
     witnesses: tuple[Witness, ...] = ()
+    broken: str = ""
+    """Why those beside the log can't be had."""
 
     def read(self) -> _Claims:
-        read = _Claims()
+        read = _Claims(broken=self.broken)
         if self.verifier:
             for note in self.kept:
                 read.add(self.verifier, note, self.witnesses, anchored=False)
@@ -123,49 +125,51 @@ class _Beside:
 
     coming: Iterator[Kept | None]
     first: int
-    gone: Counter[int] = field(default_factory=Counter)
-    """How many of each event's are not there, and no redaction says why so far."""
+    gone: set[tuple[int, str]] = field(default_factory=set)
+    """Event and field of what is not there, as long as no redaction says why."""
     _next: Kept | None = None
+    _at_end: bool = False
 
     def fault(self, seq: int, body: bytes) -> str:
         """What is wrong with those of this event."""
         if seq < self.first:
             return ""
         if REDACT in body:
-            self._forgive(body)
+            self._forgive(parsed(body))
         missing = body.count(MARK)
-        if missing and not self._next:
-            self._next = next(self.coming, None)
-        while self._next and self._next.seq <= seq:
-            if self._next.seq == seq:
-                if not _is_of(self._next, body):
-                    return f"the value of {self._next.field} of event {seq} is not what was written"
-                missing -= 1
-            self._next = next(self.coming, None)
-        if missing > 0:
-            self.gone[seq] += missing
+        if not missing and self._next is not None and self._next.seq > seq:
+            return ""  # as for most
+        own = self._of(seq, wait=missing > 0)
+        for kept in own:
+            if not is_of(kept, body):
+                return f"the value of {kept.field} of event {seq} is not what was written"
+        if missing != len(own):
+            self.gone |= {(seq, name) for name in commitments(parsed(body)).keys() - {kept.field for kept in own}}
         return ""
 
-    def _forgive(self, body: bytes) -> None:
-        told = _parsed(body)
-        events = told.get("detail", {}).get("events", []) if told.get("kind") == "redact" else []
-        self.gone.subtract(each for each in events if isinstance(each, int))
+    def _of(self, seq: int, *, wait: bool) -> list[Kept]:
+        """Those of one event, as far as they are there by now."""
+        own: list[Kept] = []
+        while True:
+            if self._next is None and (wait or not self._at_end):
+                self._next = next(self.coming, None)
+                self._at_end = self._next is None
+            if self._next is None or self._next.seq > seq:
+                return own
+            if self._next.seq == seq:
+                own.append(self._next)
+            self._next, wait = None, False
 
-
-def _is_of(kept: Kept, body: bytes) -> bool:
-    """Whether the event commits to this, in this field. As text, as parsing each event would take twice as long."""
-    if kept.value is not None:
-        return kept.told_as_text.encode() in body
-    return commitments(_parsed(body), kept_not=True).get(kept.field) is not None
-
-
-def _parsed(body: bytes) -> dict[str, Any]:
-    """What has the right chain value can still be nonsense: somebody may have recomputed it."""
-    try:
-        told = json.loads(body)
-    except ValueError:
-        told = None
-    return told if isinstance(told, dict) else {}
+    def _forgive(self, told: dict[str, Any]) -> None:
+        detail = told.get("detail")
+        if told["kind"] == "redact" and isinstance(detail, dict):
+            also = detail.get("also")
+            for name, events in [
+                (detail.get("field"), detail.get("events")),
+                *(also.items() if isinstance(also, dict) else ()),
+            ]:
+                if isinstance(name, str) and isinstance(events, list):
+                    self.gone -= {(each, name) for each in events if isinstance(each, int)}
 
 
 @dataclass(slots=True)
@@ -213,37 +217,39 @@ def verify(
     start: bytes,
     claims: Claims = _NO_CLAIMS,
     payloads: Iterable[Kept | None] = (),
-    first_kept: int = 1,
+    first_kept: Callable[[], int] = lambda: 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Verification:
-    """Recompute all of it, in constant memory. `payloads` are those of the events from number `first_kept` on.
-
-    `progress` gets the number of events so far, now and then; what it raises ends the matter.
+    """Recompute all of it, in constant memory. `payloads` are those of the events from number `first_kept` on, which may move
+    on meanwhile. `progress` gets the number of events so far, now and then; what it raises ends the matter.
     """
-    walk = _Walk(claims.read(), _Beside(iter(payloads), first_kept), start)
+    read = claims.read()
+    walk = _Walk(read, _Beside(iter(payloads), 1), start)
     found: tuple[int, str] | None = None
     try:
+        walk.beside.first = first_kept()
         for row in rows:
             if found := walk.step(row):
                 break
             if walk.tree.size % _PROGRESS_EVERY == 0:
                 progress(walk.tree.size)
+        moved = first_kept()
+        if found is None and (gone := min((each for each in walk.beside.gone if each[0] >= moved), default=None)):
+            found = gone[0], f"the value of {gone[1]} of event {gone[0]} is gone, and no redaction says so"
     except StoreError as e:
         at = walk.tree.size + 1
         found = at, f"event {at} can't be read: {e.message}"
-    read, size = walk.claims, walk.tree.size
-    if found is None and (gone := min(+walk.beside.gone, default=0)):
-        found = gone, f"something that was written in event {gone} is gone, and no redaction says so"
-    elif found is None and read.broken:
+    if found is None and read.broken:
         found = walk.attested + 1, read.broken
     bad, why = found or (None, "")
+    size = walk.tree.size
     return Verification(
         valid=size if bad is None else bad - 1,
         head=walk.chain,
         bad=bad,
         why=why,
         attested=walk.attested,
-        attested_ns=_time_ns(walk.attested_body),
+        attested_ns=int(parsed(walk.attested_body)["time_ns"]),
         anchored=walk.anchored,
         lost=0 if found else max([0, *(each - size for each in read.roots)]),
         absent=walk.absent,
@@ -254,10 +260,3 @@ def verify(
 def _newest(name: str, signed: Mapping[int, int], attested: int) -> Witnessed:
     size = max((each for each in signed if each <= attested), default=0)
     return Witnessed(name, size, signed.get(size, 0))
-
-
-def _time_ns(body: bytes) -> int:
-    try:
-        return int(json.loads(body)["time_ns"])
-    except (ValueError, KeyError, TypeError):
-        return 0

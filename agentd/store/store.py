@@ -30,6 +30,8 @@ _BUSY_MS = 5000
 _GROUP = 64  # pieces of work in one commit at most
 _LOCK_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10
+# secure_delete: what is taken out of the log must be in no gap of any page; pages are split and merged at any time.
+_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "journal_size_limit=4194304", "secure_delete=ON")
 
 
 @dataclass(slots=True)
@@ -132,11 +134,12 @@ class Store:
         os.chmod(self._path, 0o600)
         db.set_busy_timeout(_BUSY_MS)
         db.execute("PRAGMA page_size=1024")  # of a new store: a call changes few bytes of many pages, and writes half as much
-        db.execute("PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON")
-        db.execute("PRAGMA journal_size_limit=4194304")
-        synchronous = db.execute("PRAGMA synchronous").get
-        if synchronous != 2:  # some builds change the default: a log that can lose its end is none
-            raise apsw.Error(f"synchronous={synchronous} instead of FULL")
+        # One at a time: of several in one string, those after one that gives a row wait until that is fetched.
+        for pragma in _PRAGMAS:
+            db.execute(f"PRAGMA {pragma}").fetchall()
+        synchronous, foreign_keys = db.execute("PRAGMA synchronous").get, db.execute("PRAGMA foreign_keys").get
+        if (synchronous, foreign_keys) != (2, 1):  # some builds change the default: a log that can lose its end is none
+            raise apsw.Error(f"synchronous={synchronous} instead of FULL, foreign_keys={foreign_keys}")
         return db
 
     def _run(self) -> None:
@@ -170,7 +173,7 @@ class Store:
                     raise  # SQLite has taken back the whole transaction by itself
                 except Exception as e:
                     self._writer.execute("ROLLBACK TO piece")
-                    work.done.set_exception(e)
+                    work.done.set_exception(_unusable(e, self._path) if isinstance(e, apsw.Error) else e)
                 self._writer.execute("RELEASE piece")
             self._writer.execute("COMMIT")
         except apsw.Error as e:

@@ -31,10 +31,10 @@ def figures(folder: Path) -> list[Figure]:
 
 
 def _event(n: int) -> Event:
-    """About as large as one of a call."""
+    """About as large as one of a call. Every fourth has a payload: the intents of calls that write."""
     tool = ToolIdentity(name="files.write", version="0.1.0", digest="d" * 64, effect="files")
     detail = {"pad": "x" * 400}
-    said = {"path": f"/home/pi/notes/{n}.txt", "text": Payload("water the plants, buy bread")} if n % 2 else None
+    said = {"path": f"/home/pi/notes/{n}.txt", "text": Payload("water the plants, buy bread")} if n % 4 == 1 else None
     who = {"principal": "unix:pi", "call": f"c{n}", "run": f"r{n // 20}"}
     return Event(kind="call.end", **who, tool=tool, arguments=said, wall_us=n, detail=detail)
 

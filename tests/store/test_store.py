@@ -144,7 +144,7 @@ def test_a_piece_that_fails_takes_back_its_own_and_nothing_else(store: Store):
     after.result(WAIT_S)
     with pytest.raises(LookupError, match="mine"):
         failing.result(WAIT_S)
-    with pytest.raises(apsw.ConstraintError):
+    with pytest.raises(StoreError, match="NOT NULL"):
         breaking.result(WAIT_S)
     assert texts(store) == ["one", "two"]
 
