@@ -292,7 +292,10 @@ def test_a_run_is_on_record_with_prompt_model_and_end(daemon: DaemonProcess):
     with Client(daemon.socket) as client:
         (kept,) = client.audit_event(int(events[0]["sequence"]), with_payloads=True).payloads
     assert (kept.field, json.loads(kept.value)) == ("detail.prompt", prompt)
-    assert start["prompt"]["$commitment"] == hashlib.sha256(b"\x02" + kept.salt + b"detail.prompt\0" + kept.value.encode()).hexdigest()
+    assert (
+        start["prompt"]["$commitment"]
+        == hashlib.sha256(b"\x02" + kept.salt + b"detail.prompt\0" + kept.value.encode()).hexdigest()
+    )
     assert len(start["model"]["sha256"]) == 64
     assert start["model"]["file"].endswith("pocket.gguf")
     assert (end["state"], end["stop_reason"]) == ("succeeded", "answered")
