@@ -79,7 +79,7 @@ Global___AuditEvent: _TypeAlias = AuditEvent  # noqa: Y015
 
 @_typing.final
 class AuditPayload(_message.Message):
-    """What somebody has written. The event has a commitment to it: SHA-256(0x02 || salt || value)."""
+    """What somebody has written. The event has a commitment to it: SHA-256(0x02 || salt || field || 0x00 || value)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
