@@ -24,7 +24,8 @@ _FEED_FORWARD = 0.6
 _OVER = 3  # above the setpoint it answers harder than below, as the kernel's power allocator does (k_po, k_pu)
 _COLD, _HOT = -30.0, 150.0  # beyond these a reading is none
 _SEVERE, _CRITICAL = 3, 4  # of Android's thermal status
-_RETRY_BATTERY_S, _RETRY_MEMORY_S, _LONGEST_RETRY_S = 600.0, 30.0, 600.0
+_RETRY_BATTERY_S, _RETRY_MEMORY_S = 600.0, 30.0
+_LEAST_RETRY_S, _LONGEST_RETRY_S = 2.0, 600.0
 _COOLING_C_PER_S = 0.15  # a guess for a Pi in a case, until its own slope is known
 
 
@@ -226,18 +227,19 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
         threads=0 if threads == most else threads,
         duty=round(duty, 3),
         background=background,
-        retry_s=_retry(policy, cause, after) if worst.state >= State.PAUSED else 0.0,
+        retry_s=_retry(policy, cause, readings) if worst.state >= State.PAUSED else 0.0,
     )
     return after, limits
 
 
-def _retry(policy: Policy, cause: Name, after: Situation) -> float:
+def _retry(policy: Policy, cause: Name, readings: Readings) -> float:
+    """When it can be otherwise at the earliest, in seconds."""
     if cause == "battery":
         return _RETRY_BATTERY_S
     if cause == "memory":
         return _RETRY_MEMORY_S
-    above = (after.temperature_c or policy.thermal.pause_c) - policy.thermal.resume_c
-    return min(_LONGEST_RETRY_S, max(policy.states.paused_s, above / _COOLING_C_PER_S))
+    above = (_plausible(readings.temperature_c) or policy.thermal.pause_c) - policy.thermal.resume_c
+    return min(_LONGEST_RETRY_S, max(_LEAST_RETRY_S, policy.states.paused_s, above / _COOLING_C_PER_S))
 
 
 def _seen(before: Situation, readings: Readings) -> set[str]:
