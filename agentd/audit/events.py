@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentd.audit.payloads import Kept, Payload, seal, text_of
+from agentd.errors import Reason, RequestError
 
 LONGEST_TEXT = 4096
 """Longer strings in an event are recorded by digest and length."""
@@ -52,6 +53,17 @@ class Origin(_Part):
 
 origin: ContextVar[Origin | None] = ContextVar("origin", default=None)
 """Of the request that is being served: the events of all that it leads to say so."""
+
+
+LONGEST_REASON = 500
+
+
+def require_reason(reason: str) -> None:
+    """What an admin does to the log says why. Raises RequestError (BAD_FIELD)."""
+    if not reason.strip() or len(reason) > LONGEST_REASON:
+        message = f"A reason has 1 to {LONGEST_REASON} characters."
+        hint = "It is recorded for whoever asks later."
+        raise RequestError(Reason.BAD_FIELD, message, hint=hint, field="reason", metadata={"field": "reason"})
 
 
 def _origin() -> Origin | None:

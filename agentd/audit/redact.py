@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agentd.audit.events import Event
+from agentd.audit.events import Event, require_reason
 from agentd.audit.payloads import commitments
 from agentd.errors import Reason, RequestError
 
@@ -22,7 +22,6 @@ _OF_ONE_CALL = 64  # events
 _OF_ONE_RUN = 10_000
 _DECIDED = frozenset({"call.intent", "call.deny"})
 _OF_A_RUN = {"run.start": "detail.prompt", "run.end": "detail.answer"}
-LONGEST_REASON = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,7 @@ class Redaction:
         When it returns, no file of the store has it any more. Not for the event loop. Raises RequestError: BAD_FIELD,
         RUN_GOING_ON; StoreError, after which it is to be asked for again: what is left then are traces in files.
         """
-        if not reason.strip() or len(reason) > LONGEST_REASON:
-            raise _bad("reason", f"A reason has 1 to {LONGEST_REASON} characters.", "It is recorded for whoever asks later.")
+        require_reason(reason)
         entry = next(iter(self._audit.numbered([seq])), None)
         if entry is None:
             raise _bad(

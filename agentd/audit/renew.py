@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import zstandard
 
-from agentd.audit.events import Event
+from agentd.audit.events import Event, require_reason
 from agentd.audit.formats import jsonl
 from agentd.audit.notes import load_signer, make_signer
-from agentd.errors import Reason, RequestError, StoreError
+from agentd.errors import Reason, StoreError
 from agentd.store import arriving, sync_folder
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ T = TypeVar("T")
 _ATTEMPTS = 5
 _NUMBERED = re.compile(r"(.*)/([0-9]+)")
 _TABLES = ("event", "payload", "checkpoint", "segment", "shipped")
-LONGEST_REASON = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +72,7 @@ class Renewal:
 
     def renew(self, reason: str, principal: str) -> Renewed:
         """Not for the event loop. Raises RequestError (BAD_FIELD), StoreError; then the old log is the one."""
-        if not reason.strip() or len(reason) > LONGEST_REASON:
-            hint = "It is recorded for whoever asks later."
-            raise RequestError(Reason.BAD_FIELD, f"A reason has 1 to {LONGEST_REASON} characters.", hint=hint, field="reason")
+        require_reason(reason)
         with self._renewing:
             return self._renew(reason, principal)
 

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from agentd_sandbox import probe
@@ -16,6 +17,9 @@ from agentd import models
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
+
+if TYPE_CHECKING:
+    from agentd.v1 import budget_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,7 @@ def _model(config: configuration.Config) -> Finding:
 def _daemon(socket: Path) -> list[Finding]:
     try:
         with Client(socket) as client:
-            status = client.status()
+            status, budgets = client.status(), client.budgets()
     except AgentdError as e:
         running = e.reason is not Reason.DAEMON_UNREACHABLE
         return [Finding("daemon", not running, f"not running ({socket})" if not running else e.message, e.hint)]
@@ -97,8 +101,18 @@ def _daemon(socket: Path) -> list[Finding]:
     size = f"{model.parameters / 1e6:.1f} M parameters"
     loaded = f"{model.name}, {size}" if model.parameters else model.error or "no model loaded"
     found = f"version {status.version}, pid {status.pid}, {status.tools} tools; {loaded}"
-    findings = [Finding("daemon", not model.error, found)]
+    findings = [Finding("daemon", not model.error, found), _budgets(budgets)]
     if status.audit_closed:
         hint = "No tool may change anything. `agentd audit verify` says more, `agentd audit renew` begins a new log."
         findings.append(Finding("audit log", False, f"not what was signed: {status.audit_closed}", hint))
     return findings
+
+
+def _budgets(budgets: budget_pb2.Budgets) -> Finding:
+    """What is measured; what is not can't be enforced."""
+    sources = {reading.name: reading.source for reading in budgets.readings}
+    wanted = {"temperature_c": "heat", "battery_pct": "battery", "available_mib": "memory"}
+    measured = ", ".join(f"{what} by {sources[name]}" for name, what in wanted.items() if name in sources)
+    missing = [what for name, what in wanted.items() if name not in sources]
+    hint = f"not measured, so not enforced: {', '.join(missing)}" if missing else ""
+    return Finding("budgets", True, f"{measured or 'nothing is measured'} (thresholds of {budgets.device})", hint)
