@@ -128,19 +128,7 @@ class Daemon:
         self._unless_damaged(self._redaction.finish)
         self._recovered = self._journal.recover()
         self._records.close_lost()
-        self._level = probe()
-        if not self._level.reaches(config.sandbox.minimum):
-            raise _below_minimum(self._level, config.sandbox.minimum)
-        self._sandbox = Sandbox(
-            self._toolbox.programs,
-            config.tools.folder,
-            self._level,
-            self._credentials,
-            SandboxLimits(config.sandbox.processes, memory_mib=config.sandbox.memory_mib),
-            keep_open=(self._store.lock_descriptor,),
-        )
-        if self._level.confines:
-            self._start_sandbox()
+        self._confine()
         devices = DEVICES | config.devices
         places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc, devices, self._own)
         taint = Taint(config.taint.trusted, config.taint.private)
@@ -308,6 +296,23 @@ class Daemon:
             ],
             recovered_calls=[f"calls/{call}" for call in self._recovered],
         )
+
+    def _confine(self) -> None:
+        """Raises SandboxError where less can be confined than the configuration wants."""
+        config = self._config
+        self._level = probe()
+        if not self._level.reaches(config.sandbox.minimum):
+            raise _below_minimum(self._level, config.sandbox.minimum)
+        self._sandbox = Sandbox(
+            self._toolbox.programs,
+            config.tools.folder,
+            self._level,
+            self._credentials,
+            SandboxLimits(config.sandbox.processes, memory_mib=config.sandbox.memory_mib),
+            keep_open=(self._store.lock_descriptor,),
+        )
+        if self._level.confines:
+            self._start_sandbox()
 
     def _start_sandbox(self) -> None:
         try:

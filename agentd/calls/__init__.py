@@ -3,7 +3,8 @@
 from agentd.calls.credentials import load_credentials
 from agentd.calls.manifest import Tool, Toolbox, load
 from agentd.calls.permission import Denied, Permission
-from agentd.calls.service import Calls, Places
+from agentd.calls.places import Places
+from agentd.calls.service import Calls
 from agentd.calls.wanted import CallRequest, CallResult
 
 __all__ = [

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentd_sandbox import (
@@ -37,13 +37,13 @@ from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from agentd_sandbox import Level, Sandbox
 
     from agentd.audit import AuditLog
     from agentd.calls.manifest import Tool, Toolbox
     from agentd.calls.permission import Permission
+    from agentd.calls.places import Places
     from agentd.grants import Decision, Scope
     from agentd.journal import Difference, Journal, Plan, Rehearsal, Selection, Transaction, Undone
 
@@ -57,23 +57,6 @@ _EXITS: Mapping[type, str] = {
 }
 _REHEARSED = "nothing is changed yet: a person will look at it and apply or drop it"
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where calls happen: relative paths start at `folder`; `sysfs` and `proc` are where readings come from."""
-
-    folder: Path
-    sysfs: str = "/sys"
-    proc: str = "/proc"
-    devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """The nodes of each device that a scope can name, as globs."""
-    own: tuple[Path, ...] = ()
-    """The daemon's own files and folders, by real path: no call gets to them, whatever the grants say."""
-
-    def variables(self) -> dict[str, str]:
-        prefix = os.environ.get("PREFIX", "/usr")  # Termux keeps its programs in a folder of its own
-        return {"folder": str(self.folder), "sysfs": self.sysfs, "proc": self.proc, "prefix": prefix}
 
 
 class Calls:
