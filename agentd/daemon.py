@@ -96,7 +96,7 @@ class Daemon:
         )
         self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
         self._shippers = parts.shippers(config, self._store, self._audit)
-        self._budgets = parts.budgets(config, self._on_limits, self._record_budget)
+        self._budgets = parts.budgets(config, self._on_limits, self._record_budget, self._needs_mib)
         self._recovered: list[str] = []
         self._model_error = ""
         self._model_digest = ""
@@ -148,12 +148,12 @@ class Daemon:
         await self._server.start()
         if config.approvals.notify:
             self._notifier.start()
+        await self._budgets.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
         for shipper in self._shippers:
             shipper.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep the journal")
         self._upkeep.start()
-        self._budgets.start()
 
     async def stop(self) -> None:
         """In reverse order; each step even if the one before failed."""
@@ -235,13 +235,16 @@ class Daemon:
     def _moment(self, clock: Clock) -> Moment:
         """What conditions of grants are held against."""
         now, limits, readings = moment(clock, self._config.tools.sysfs), self._budgets.limits, self._budgets.readings
-        charging = now.charging if readings.charging is None else readings.charging
+        charging = readings.charging if now.charging is None else now.charging
         return replace(now, charging=charging, nominal=limits.state is State.NOMINAL)
 
     def _on_limits(self, limits: Allowance) -> None:
         self._throttle.apply(limits)
         pace = {"duty": limits.duty, "threads": limits.threads}
         self._runs.notice({"state": limits.state.name, "reason": limits.reason, **pace})
+
+    def _needs_mib(self) -> float:
+        return self._engine.needs_mib()
 
     def _record_budget(self, before: Allowance, after: Allowance) -> None:
         """Nobody waits for this to be durable."""
@@ -331,7 +334,8 @@ class Daemon:
     async def _load_model(self) -> None:
         """Ahead of the first request; if it fails, that request says why again."""
         try:
-            await self._engine.load()
+            if not self._budgets.limits.holds:
+                await self._engine.load()
             path, known = self._engine.settings.path, self._config.state / "model.json"
             self._model_digest = await asyncio.to_thread(models.digest, path, known)
         except EngineError as e:

@@ -13,7 +13,7 @@ from agentd.api import Tcp
 from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
 from agentd.audit.witness import Witness
-from agentd.budgets import Budgets, Device, Program, policy_for, this_device, total_mib
+from agentd.budgets import ZONES, Budgets, Device, Program, policy_for, this_device, total_mib
 from agentd.engine.client import EngineSettings
 from agentd.engine.prompt import ToolSpec
 from agentd.errors import ConfigError, Reason, RequestError
@@ -70,7 +70,12 @@ def shippers(config: Config, store: Store, audit: AuditLog) -> tuple[Shipper, ..
     return tuple(made)
 
 
-def budgets(config: Config, changed: Callable[[Allowance], None], record: Callable[[Allowance, Allowance], None]) -> Budgets:
+def budgets(
+    config: Config,
+    changed: Callable[[Allowance], None],
+    record: Callable[[Allowance, Allowance], None],
+    needs_mib: Callable[[], float],
+) -> Budgets:
     """Raises ConfigError for thresholds that make no sense."""
     given, sysfs, proc = config.budgets, Path(config.tools.sysfs), Path(config.tools.proc)
     device = this_device(proc, os.environ) if given.device == "auto" else given.device
@@ -79,9 +84,10 @@ def budgets(config: Config, changed: Callable[[Allowance], None], record: Callab
     asked = {"termux-battery-status": ("termux-battery-status",), "vcgencmd": ("vcgencmd", "get_throttled")}
     pauses = {"termux-battery-status": _TERMUX_S, "vcgencmd": _VCGENCMD_S}
     there = {name: Program(command, pauses[name]) for name, command in asked.items() if shutil.which(name)}
-    sensors = Device(sysfs, proc, policy.thermal.zones, there.get("termux-battery-status"), there.get("vcgencmd"))
+    zones = policy.thermal.zones or (() if device == "android" else ZONES)
+    sensors = Device(sysfs, proc, zones, there.get("termux-battery-status"), there.get("vcgencmd"))
     threads = config.engine.threads or os.cpu_count() or 1
-    return Budgets(policy, sensors, threads, changed, record, tuple(there.values()))
+    return Budgets(policy, sensors, threads, changed, record, needs_mib, tuple(there.values()))
 
 
 def keep(config: Config) -> Keep:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentd.budgets.governor import Situation, step
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 _JITTER = 0.2
 _LEAST_RETRY_S = 2.0
+_FIRST_S = 2.0  # that a start waits for the sensors
 _log = logging.getLogger(__name__)
 _REASONS = {"thermal": Reason.BUDGET_THERMAL, "battery": Reason.BUDGET_BATTERY, "memory": Reason.BUDGET_MEMORY}
 _WAY_OUT = {
@@ -51,28 +51,43 @@ class OverBudget(AgentdError):
 
 @dataclass(slots=True)
 class Budgets:
-    """Lives on the event loop. `changed` is called with each change of the limits, `record` with each of the state."""
+    """Lives on the event loop. `changed` is called with each change of what is allowed, `record` with each of the state.
+
+    `needs_mib` says what loading the model would take, 0 while it is loaded.
+    """
 
     policy: Policy
     sensors: Sensors
     threads: int
     changed: Callable[[Allowance], None]
     record: Callable[[Allowance, Allowance], None]
+    needs_mib: Callable[[], float] = lambda: 0.0
     programs: Sequence[Program] = ()
     clock: Callable[[], float] = time.monotonic
     limits: Allowance = field(default_factory=Allowance)
-    readings: Readings = field(default_factory=Readings)
     situation: Situation = field(default_factory=Situation)
-    _read_at: float = 0.0
+    _told: Allowance = field(default_factory=Allowance)
+    _read: Readings = field(default_factory=Readings)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
+    _has_read: threading.Event = field(default_factory=threading.Event)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
-    def start(self) -> None:
+    @property
+    def readings(self) -> Readings:
+        """The newest ones; none if they are old, as a driver that hangs keeps all others waiting."""
+        read = self._read
+        if read.at is None or self.clock() - read.at <= self.policy.states.stale_s:
+            return read
+        return Readings(faults={"sensors": f"nothing was read for {self.clock() - read.at:.0f} s"}, at=read.at)
+
+    async def start(self) -> None:
+        """What the device is like is known before anything is loaded, if its sensors answer in time."""
         for program in self.programs:
             program.start()
-        reading = threading.Thread(target=self._read, name="sensors", daemon=True)  # a driver may never answer
-        reading.start()
+        threading.Thread(target=self._keep_reading, name="sensors", daemon=True).start()  # a driver may never answer
+        await asyncio.to_thread(self._has_read.wait, _FIRST_S)
+        self._look_safely()
         self._tasks = [asyncio.create_task(self._govern(), name="budgets")]
 
     async def stop(self) -> None:
@@ -96,32 +111,49 @@ class Budgets:
             yield limits
             await more.wait()
 
-    def _read(self) -> None:
+    def _keep_reading(self) -> None:
         while not self._stopped.is_set():
-            self.readings, self._read_at = self.sensors.read(), self.clock()
+            at = self.clock()
+            try:
+                self._read = replace(self.sensors.read(), at=at)
+            except Exception as e:  # one that lies in a new way must not silence all others for ever
+                _log.exception("the sensors could not be read")
+                self._read = Readings(faults={"sensors": type(e).__name__}, at=at)
+            self._has_read.set()
             self._stopped.wait(self.policy.states.poll_s)
 
     async def _govern(self) -> None:
         while True:
-            try:
-                self.look()
-            except Exception:  # a bug here must not leave the device without a limit that is in force
-                _log.exception("the budgets could not be looked at")
             await asyncio.sleep(self.policy.states.poll_s)
+            self._look_safely()
+
+    def _look_safely(self) -> None:
+        try:
+            self.look()
+        except Exception:  # a bug here must not end what keeps the device within its limits
+            _log.exception("the budgets could not be looked at")
 
     def look(self) -> None:
-        """One step. Readings that are old, as a driver hangs, are none."""
+        """One step. What could not be told is told the next time."""
+        if self._read.at is None:
+            return
         now = self.clock()
-        fresh = self._read_at and now - self._read_at <= self.policy.states.stale_s
-        self.situation, limits = step(self.policy, self.situation, now, self.readings if fresh else Readings(), self.threads)
-        before, self.limits = self.limits, limits
+        self.situation, self.limits = step(
+            self.policy, self.situation, now, self._read, self.threads, needs_mib=self.needs_mib()
+        )
+        before, limits = self._told, self.limits
+        if _heard(limits) == _heard(before):
+            return
+        self.changed(limits)
+        self._told = limits
+        more, self._more = self._more, asyncio.Event()
+        more.set()
         if limits.state is not before.state:
-            _log.warning(
-                "budgets: %s, was %s%s", limits.state.name, before.state.name, f": {limits.reason}" * bool(limits.reason)
-            )
-            with contextlib.suppress(AgentdError):
-                self.record(before, limits)
-        if limits != before:
-            self.changed(limits)
-            more, self._more = self._more, asyncio.Event()
-            more.set()
+            why = f": {limits.reason}" if limits.reason else ""
+            _log.warning("budgets: %s, was %s%s", limits.state.name, before.state.name, why)
+            self.record(before, limits)
+
+
+def _heard(limits: Allowance) -> tuple[object, ...]:
+    """What makes a difference to anybody."""
+    return limits.state, limits.cause, limits.threads, limits.duty, limits.background

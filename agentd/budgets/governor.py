@@ -22,6 +22,11 @@ _LEAST_U = 0.05
 _SLEW_PER_S = 0.05
 _FEED_FORWARD = 0.6
 _OVER = 3  # above the setpoint it answers harder than below, as the kernel's power allocator does (k_po, k_pu)
+_CAUTIOUS_U = 0.5  # where heat can't be seen
+_DUTY_STEP = 0.05  # smaller changes would only be told, and make no difference
+_MARGIN = 1.25  # of memory, to get back
+_SENSORS: dict[Name, str] = {"thermal": "temperature_c", "battery": "battery_pct", "memory": "available_mib"}
+_WATCHED = tuple(_SENSORS.values())
 _COLD, _HOT = -30.0, 150.0  # beyond these a reading is none
 _SEVERE, _CRITICAL = 3, 4  # of Android's thermal status
 _RETRY_BATTERY_S, _RETRY_MEMORY_S = 600.0, 30.0
@@ -66,19 +71,34 @@ class _Call:
     reason: str = ""
     at_once: bool = False
     """Whether the least stay is waived: external power has come."""
+    silent: bool = False
+    """Whether nothing was said: that is no reason for anything to get better, and none for it to get worse yet."""
 
 
-def step(policy: Policy, before: Situation, now: float, readings: Readings, threads: int) -> tuple[Situation, Allowance]:
-    """`now` is a steady clock in seconds, `threads` how many the engine has at most."""
-    seen = {name: now if getattr(readings, name) is not None else before.seen[name] for name in _seen(before, readings)}
-    low = now if readings.undervoltage else before.low_voltage
+_NOTHING = _Call(State.NOMINAL, State.NOMINAL)
+
+
+def step(
+    policy: Policy, before: Situation, now: float, readings: Readings, threads: int, needs_mib: float = 0.0
+) -> tuple[Situation, Allowance]:
+    """`now` is a steady clock in seconds, `threads` how many the engine has at most, `needs_mib` what loading it would take.
+
+    Readings may be those of a former step: what calls for a worse state lasts from sample to sample, not from step to step.
+    """
+    at = now if readings.at is None else readings.at
+    if now - at > policy.states.stale_s:
+        readings = Readings(at=at)
+    seen = before.seen | {name: at for name in _WATCHED if getattr(readings, name) is not None}
+    low = at if readings.undervoltage and policy.thermal.enabled else before.low_voltage
     after = _warmed(policy.thermal, replace(before, seen=seen, low_voltage=low), now, readings)
     calls: dict[Name, _Call] = {
         "thermal": _thermal(policy, after, now, readings),
         "battery": _battery(policy.battery, before.budgets["battery"].state, readings),
-        "memory": _memory(policy.memory, readings),
+        "memory": _memory(policy.memory, before.budgets["memory"].state, readings, needs_mib),
     }
-    budgets = {name: _moved(policy.states, before.budgets[name], calls[name], now) for name in NAMES}
+    calls = {name: _silence(policy, name, after, now, calls[name]) for name in NAMES}
+    first = before.time is None  # what there is at a start is taken to have lasted
+    budgets = {name: _moved(policy.states, before.budgets[name], calls[name], (now, at), first=first) for name in NAMES}
     after = replace(after, budgets=budgets, time=now)
     return _limited(policy, after, now, readings, threads)
 
@@ -86,69 +106,95 @@ def step(policy: Policy, before: Situation, now: float, readings: Readings, thre
 # -- what each budget calls for
 
 
+def _silence(policy: Policy, name: Name, after: Situation, now: float, call: _Call) -> _Call:
+    """A sensor that spoke once and says nothing any more is bad news."""
+    sensor, enabled = _SENSORS[name], getattr(policy, name).enabled
+    if not call.silent or not enabled or sensor not in after.seen:
+        return call
+    silent_s = now - after.seen[sensor]
+    if silent_s <= policy.states.stale_s:
+        return call
+    reduced = max(State.REDUCED, after.budgets[name].state)
+    return _Call(reduced, reduced, f"no {sensor.rpartition('_')[0].replace('_', ' ')} has come for {silent_s:.0f} s")
+
+
 def _thermal(policy: Policy, after: Situation, now: float, readings: Readings) -> _Call:
-    thermal, states = policy.thermal, policy.states
+    thermal = policy.thermal
     if not thermal.enabled:
-        return _Call(State.NOMINAL, State.NOMINAL)
+        return _NOTHING
     status = readings.thermal_status
     if status is not None and status >= _SEVERE:
         state = State.SHED if status >= _CRITICAL else State.PAUSED
         return _Call(state, state, f"the device says that it is too hot (status {status})")
-    if (at := after.seen.get("temperature_c")) is not None and now - at > states.stale_s:
-        return _Call(State.REDUCED, State.REDUCED, f"no temperature has come for {now - at:.0f} s")
-    t = _plausible(readings.temperature_c)
+    t, smooth = _plausible(readings.temperature_c), after.temperature_c
     low = now - after.low_voltage < thermal.undervoltage_s
     reduced = State.REDUCED if after.controlling or low else State.NOMINAL
-    if t is None:
-        return _Call(reduced, reduced, "the supply voltage was too low" if low else "")
-    enter = State.SHED if t >= thermal.critical_c else State.PAUSED if t >= thermal.pause_c else reduced
-    stay = State.SHED if t >= thermal.pause_c else State.PAUSED if t > thermal.resume_c else reduced
+    if t is None or smooth is None:
+        why = "the supply voltage was too low"
+        return _Call(reduced, reduced, why) if low and "temperature_c" not in after.seen else replace(_NOTHING, silent=True)
+    # One sample may be wrong: what is held is the smoothed one, or the raw one for as long as `_moved` wants.
+    felt = max(t, smooth)
+    enter = State.SHED if felt >= thermal.critical_c else State.PAUSED if felt >= thermal.pause_c else reduced
+    stay = State.SHED if felt >= thermal.pause_c else State.PAUSED if felt > thermal.resume_c else reduced
     marks = {State.SHED: thermal.critical_c, State.PAUSED: thermal.pause_c, State.REDUCED: thermal.control_on_c}
-    reason = "the supply voltage was too low" if low and enter is State.REDUCED else f"it is {t:.1f} C hot"
-    reason += f" ({marks[enter]:g} and more)" if enter in marks and t >= marks[enter] else ""
+    reason = "the supply voltage was too low" if low and enter is State.REDUCED else f"it is {felt:.1f} C hot"
+    reason += f" ({marks[enter]:g} and more)" if enter in marks and felt >= marks[enter] else ""
     return _Call(enter, max(stay, enter), reason)
 
 
 def _battery(battery: BatteryPolicy, state: State, readings: Readings) -> _Call:
     level = readings.battery_pct
-    if not battery.enabled or level is None:
-        return _Call(State.NOMINAL, State.NOMINAL)
+    if not battery.enabled:
+        return _NOTHING
     if readings.charging:
-        return _Call(State.NOMINAL, State.NOMINAL, f"{level:.0f} %, charging", at_once=True)
+        return _Call(State.NOMINAL, State.NOMINAL, "charging", at_once=True)
+    if level is None:
+        return replace(_NOTHING, silent=True)
     marks = (battery.reduce_below_pct, battery.pause_below_pct, battery.shed_below_pct)
     enter = State(sum(level < mark for mark in marks))
     stay = State(sum(level < mark + battery.hysteresis_pct for mark in marks))
     return _Call(enter, min(stay, max(state, enter)), f"the battery is at {level:.0f} %")
 
 
-def _memory(memory: MemoryPolicy, readings: Readings) -> _Call:
+def _memory(memory: MemoryPolicy, state: State, readings: Readings, needs_mib: float) -> _Call:
+    """Past the margin there must be room for the model, too, or it would be loaded and shed over and over."""
     free, some, full = readings.available_mib, readings.pressure_some_pct or 0.0, readings.pressure_full_pct or 0.0
     if not memory.enabled:
-        return _Call(State.NOMINAL, State.NOMINAL)
-    if full >= memory.shed_pressure_full_pct:
-        return _Call(State.SHED, State.SHED, f"all tasks wait for memory {full:.0f} % of the time")
-    if free is not None and free < memory.shed_available_mib:
-        return _Call(State.SHED, State.SHED, f"{free:.0f} MiB of memory are left")
-    if some >= memory.reduce_pressure_some_pct:
-        return _Call(State.REDUCED, State.REDUCED, f"tasks wait for memory {some:.0f} % of the time")
-    if free is not None and free < memory.reduce_available_mib:
-        return _Call(State.REDUCED, State.REDUCED, f"{free:.0f} MiB of memory are left")
-    return _Call(State.NOMINAL, State.NOMINAL)
+        return _NOTHING
+    if free is None:
+        return replace(_NOTHING, silent=True)
+    stay, enter = State.NOMINAL, State.NOMINAL
+    if some >= memory.reduce_pressure_some_pct / 2 or free < memory.reduce_available_mib * _MARGIN:
+        stay = State.REDUCED
+    if full >= memory.shed_pressure_full_pct / 2 or free < memory.shed_available_mib * _MARGIN + needs_mib:
+        stay = State.SHED
+    reason = f"{free:.0f} MiB of memory are left"
+    if some >= memory.reduce_pressure_some_pct or free < memory.reduce_available_mib:
+        enter = State.REDUCED
+    if full >= memory.shed_pressure_full_pct or free < memory.shed_available_mib:
+        enter = State.SHED
+    if free >= memory.reduce_available_mib and enter:
+        reason = f"tasks wait for memory {max(some, full):.0f} % of the time"
+    return _Call(enter, min(stay, max(state, enter)), reason)
 
 
 # -- from state to state
 
 
-def _moved(states: StatesPolicy, budget: Budget, call: _Call, now: float) -> Budget:
+def _moved(states: StatesPolicy, budget: Budget, call: _Call, time: tuple[float, float], *, first: bool) -> Budget:
+    """`time` is now, and when the sample was taken."""
+    now, at = time
+    if budget.since is None:
+        budget = replace(budget, since=now)
+    if call.silent:
+        return budget
     if call.enter > budget.state:
-        since = budget.called_since if budget.called >= call.enter else now
-        called = replace(budget, called=call.enter, called_since=since)
+        since = budget.called_since if budget.called >= call.enter else at
         wait = states.critical_s if call.enter is State.SHED else states.escalate_s if call.enter is State.PAUSED else 0.0
-        if now - since >= wait:
+        if first or at - since >= wait:
             return Budget(call.enter, now, call.reason)
-        # What is called for less has lasted, too: heat passes through where it is slowed on its way to where it is held.
-        return called
-    budget = replace(budget, called=State.NOMINAL, called_since=now, since=now if budget.since is None else budget.since)
+        return replace(budget, called=call.enter, called_since=since)
+    budget = replace(budget, called=State.NOMINAL, called_since=at)
     if call.stay >= budget.state:
         return replace(budget, reason=call.reason or budget.reason)
     least = {State.REDUCED: states.reduced_s, State.PAUSED: states.paused_s, State.SHED: states.shed_s}[budget.state]
@@ -206,10 +252,9 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
     cause: Name = max(NAMES, key=lambda name: after.budgets[name].state)
     worst = after.budgets[cause]
     u = after.u if after.controlling else 1.0
-    if now - after.low_voltage < policy.thermal.undervoltage_s:
-        u = min(u, 0.5)
-    if "no temperature" in after.budgets["thermal"].reason:
-        u = min(u, 0.5)
+    blind = now - after.seen.get("temperature_c", now) > policy.states.stale_s
+    if policy.thermal.enabled and (blind or now - after.low_voltage < policy.thermal.undervoltage_s):
+        u = min(u, _CAUTIOUS_U)
     threads, duty = split(u, most)
     held = after.threads or most
     if threads != held and now - after.threads_since < policy.thermal.thread_change_s:
@@ -225,26 +270,23 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
         cause=cause if worst.state else None,
         reason=worst.reason if worst.state else "",
         threads=0 if threads == most else threads,
-        duty=round(duty, 3),
+        duty=max(_LEAST_U, round(duty / _DUTY_STEP) * _DUTY_STEP),
         background=background,
-        retry_s=_retry(policy, cause, readings) if worst.state >= State.PAUSED else 0.0,
+        retry_s=_retry(policy, cause, worst, now, readings) if worst.state >= State.PAUSED else 0.0,
     )
     return after, limits
 
 
-def _retry(policy: Policy, cause: Name, readings: Readings) -> float:
-    """When it can be otherwise at the earliest, in seconds."""
+def _retry(policy: Policy, cause: Name, worst: Budget, now: float, readings: Readings) -> float:
+    """When it can be otherwise at the earliest, in seconds: after the least stays at any rate."""
+    states = policy.states
+    least = states.paused_s + (states.shed_s if worst.state is State.SHED else 0.0) - (now - (worst.since or now))
     if cause == "battery":
         return _RETRY_BATTERY_S
     if cause == "memory":
-        return _RETRY_MEMORY_S
+        return max(_RETRY_MEMORY_S, least)
     above = (_plausible(readings.temperature_c) or policy.thermal.pause_c) - policy.thermal.resume_c
-    return min(_LONGEST_RETRY_S, max(_LEAST_RETRY_S, policy.states.paused_s, above / _COOLING_C_PER_S))
-
-
-def _seen(before: Situation, readings: Readings) -> set[str]:
-    named = ("temperature_c", "battery_pct", "available_mib")
-    return {name for name in named if name in before.seen or getattr(readings, name) is not None}
+    return min(_LONGEST_RETRY_S, max(_LEAST_RETRY_S, least, above / _COOLING_C_PER_S))
 
 
 def _plausible(celsius: float | None) -> float | None:

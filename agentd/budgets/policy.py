@@ -62,7 +62,7 @@ class BatteryPolicy(_Strict):
     pause_below_pct: float = Field(ge=0, le=100)
     shed_below_pct: float = Field(ge=0, le=100)
     hysteresis_pct: float = Field(default=5, gt=0, le=30)
-    reduced_duty: float = Field(default=0.5, gt=0, le=1)
+    reduced_duty: float = Field(default=0.5, ge=0.05, le=1)
     background_above_pct: float = Field(ge=0, le=101)
     """Work that can wait runs above this, or on external power; 101: on external power only."""
 
@@ -102,6 +102,12 @@ class StatesPolicy(_Strict):
     hold_s: float = Field(default=120, ge=0)
     """A generation is held for so long when the state is paused; then it ends with what it has."""
     poll_s: float = Field(default=2, ge=0.05, le=60)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.stale_s <= self.poll_s:
+            raise ValueError(f"stale_s ({self.stale_s:g}) must be more than poll_s ({self.poll_s:g})")
+        return self
 
 
 class Policy(_Strict):
@@ -188,7 +194,8 @@ def this_device(proc: Path, environment: Mapping[str, str]) -> Device:
         model = (proc / "device-tree" / "model").read_text(errors="replace")
     except OSError:
         return "generic"
-    for name, device in (("Pi 5", "pi5"), ("Pi 4", "pi4"), ("Zero 2", "pizero2w")):
+    boards = ("Pi 5", "pi5"), ("Module 5", "pi5"), ("Pi 4", "pi4"), ("Module 4", "pi4"), ("Zero 2", "pizero2w")
+    for name, device in boards:
         if name in model:
             return device  # type: ignore[return-value] # of the table above
     return "generic"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from agentd.budgets.programs import Program
 
 # Of the processor, on boards, PCs and phones; zone numbers mean nothing. From drivers/thermal and drivers/hwmon of Linux.
-_ZONES = ("cpu-thermal", "cpu_thermal", "x86_pkg_temp", "soc", "mtktscpu", "cpu-", "cpuss", "tsens_tz_sensor")
+ZONES = ("cpu-thermal", "cpu_thermal", "x86_pkg_temp", "soc-", "soc_", "mtktscpu", "cpu-", "cpuss", "tsens_tz_sensor")
 _CHIPS = ("cpu_thermal", "coretemp", "k10temp", "zenpower")
 _LONGEST = 4096
 _STATUSES = {"Charging": True, "Full": True, "Not charging": True, "Discharging": False}
@@ -53,11 +53,15 @@ class _Said:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The sensors of this machine. `termux` and `vcgencmd` are programs that run beside, where they exist."""
+    """The sensors of this machine. `termux` and `vcgencmd` are programs that run beside, where they exist.
+
+    `zones` are types of thermal zones, those of the processor if nothing else is said. A phone has none: its thresholds are
+    those of the battery.
+    """
 
     sysfs: Path
     proc: Path
-    zones: Sequence[str] = ()
+    zones: Sequence[str] = ZONES
     termux: Program | None = None
     vcgencmd: Program | None = None
 
@@ -76,15 +80,15 @@ class Device:
         found: dict[str, float] = {}
         for zone in _folders(self.sysfs / "class" / "thermal", "thermal_zone"):
             kind = _line(zone / "type")
-            if kind and kind.startswith(tuple(self.zones) or _ZONES):
+            if kind and self.zones and kind.startswith(tuple(self.zones)):
                 _note(found, said, f"{kind} ({zone.name})", zone / "temp")
         for chip in _folders(self.sysfs / "class" / "hwmon", "hwmon"):
             name = _line(chip / "name") or ""
             if name == "rpi_volt" and (alarm := _number(chip / "in0_lcrit_alarm")) is not None:
                 said.say("undervoltage", alarm != 0, "rpi_volt")
-            elif not found and name in (tuple(self.zones) or _CHIPS):
+            elif not found and self.zones and name in (*self.zones, *(_CHIPS if self.zones == ZONES else ())):
                 for file in sorted(chip.glob("temp*_input")):
-                    _note(found, said, f"{name} ({chip.name})", file)
+                    _note(found, said, f"{name} ({chip.name})", file, exact=True)
         if found:
             hottest = max(found, key=lambda name: found[name])
             said.say("temperature_c", found[hottest], hottest)
@@ -124,12 +128,14 @@ class Device:
                 said.say(f"pressure_{kind}_pct", share, "pressure")
 
 
-def _note(found: dict[str, float], said: _Said, name: str, file: Path) -> None:
-    """A temperature in the kernel's thousandths; some vendors say tenths or whole degrees instead."""
+def _note(found: dict[str, float], said: _Said, name: str, file: Path, *, exact: bool = False) -> None:
+    """A temperature in the kernel's thousandths; of zones some vendors say tenths or whole degrees instead."""
     value = _number(file)
-    celsius = None if value is None else value / 1000 if abs(value) > 1500 else value / 10 if abs(value) > 150 else value
+    if value is not None:
+        value /= 1000 if exact or abs(value) > 1500 else 10 if abs(value) > 150 else 1
+    celsius = value
     if celsius is None or not -30 <= celsius <= 150:
-        said.fail("temperature_c", f"{name} says {_line(file)!r}")
+        said.faults[name] = f"it says {_line(file)!r}"
     else:
         found[name] = celsius
 
@@ -139,13 +145,13 @@ def _termux(program: Program, said: _Said) -> None:
     told = program.latest()
     try:
         battery = json.loads(told) if told else None
-    except ValueError:
+    except (ValueError, RecursionError):
         battery = None
     if not isinstance(battery, dict):
         said.fail("battery_pct", program.trouble or "termux-battery-status has said nothing yet")
         return
     level, celsius = battery.get("percentage"), battery.get("temperature")
-    if isinstance(level, int | float) and 0 <= level <= 100:
+    if isinstance(level, int | float) and not isinstance(level, bool) and 0 <= level <= 100:
         said.say("battery_pct", float(level), "termux-battery-status")
     if (charging := _TERMUX_STATUSES.get(str(battery.get("status")))) is not None:
         said.say("charging", charging, "termux-battery-status")

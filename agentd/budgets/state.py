@@ -38,6 +38,8 @@ class Readings:
     pressure_full_pct: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
+    at: float | None = None
+    """When it was read, by the governor's clock; None for now."""
 
 
 @dataclass(frozen=True, slots=True)

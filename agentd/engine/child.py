@@ -73,6 +73,10 @@ class Inbox:
     def cancelled(self) -> bool:
         return self.working_on in self._cancelled
 
+    def ends(self) -> bool:
+        """Whether a decode under way is not to be finished."""
+        return self.pacer.stops or self.cancelled()
+
     def _read(self) -> None:
         while True:
             (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
@@ -112,7 +116,7 @@ class Engine:
                 batch=load.batch,
                 threads=load.threads,
                 repack=load.repack,
-                should_stop=self._inbox.cancelled,
+                should_stop=self._inbox.ends,
                 pacer=self._inbox.pacer,
             )
             self._grammars = Grammars(model.vocabulary_pointer, model.words.size)
@@ -151,10 +155,8 @@ class Engine:
             model.decode(prompt[cached:])
             decoding = time.monotonic()
             reason = self._decode(request, generated)
-        except Aborted:
-            reason = "cancelled"
-        except OutOfBudget:
-            reason = "budget"
+        except (Aborted, OutOfBudget):
+            reason = "cancelled" if self._inbox.cancelled() else "budget"
         now = time.monotonic()
         self._send(
             Done(
@@ -192,6 +194,10 @@ class Engine:
                     self._tell(request.id, parser.finish())
                     return "context"
                 model.decode([token])
+        except (Aborted, OutOfBudget):
+            self._tell(request.id, parser.finish())
+            raise
+        else:
             self._tell(request.id, parser.finish())
             return "length"
         finally:

@@ -84,6 +84,7 @@ class Engine:
         self._ids = itertools.count(1)
         self._repack: bool | None = False if settings.repack == "off" else None
         self._pace = Pace()
+        self._anonymous_mib = 0.0
 
     @property
     def model(self) -> Ready | None:
@@ -123,7 +124,7 @@ class Engine:
         finally:
             self._waiting -= 1
         try:
-            if self._pace.stop:  # loading the model would take the very memory that is to be given back
+            if self._holds_back():
                 yield _nothing(request.id)
                 return
             process = await self._started()
@@ -132,6 +133,14 @@ class Engine:
                     yield output
         finally:
             self._turn.release()
+
+    def _holds_back(self) -> bool:
+        """Whether nothing is to begin: loading would take the memory that is to be given back, and heat what is to cool."""
+        return self._pace.stop or (self._pace.hold and self._process is None)
+
+    def needs_mib(self) -> float:
+        """What loading it would take from other programs; 0 while it is loaded."""
+        return 0.0 if self._process else self._anonymous_mib
 
     def pace(self, pace: Pace) -> None:
         """How fast it may go from now on, what is being generated included."""
@@ -143,6 +152,8 @@ class Engine:
     async def unload(self) -> None:
         """Give all its memory back, the file's cached pages included; the next request loads it again."""
         async with self._turn:
+            if self._process:
+                self._anonymous_mib = _anonymous_mib(self._process.process.pid)
             await self.stop()
             await asyncio.to_thread(_forget, self.settings.path)
 
@@ -249,6 +260,13 @@ class Engine:
 def _nothing(request: int) -> Done:
     """The end of a generation that the budgets did not let begin."""
     return Done(id=request, reason="budget", ids=(), prompt_tokens=0, cached_tokens=0, prefill_ms=0, decode_ms=0)
+
+
+def _anonymous_mib(pid: int) -> float:
+    """Memory of a process that is no file's: what it takes from others (RssAnon of proc_pid_status(5))."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon:"))
+    return 0.0
 
 
 def _forget(path: Path) -> None:

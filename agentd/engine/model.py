@@ -110,6 +110,7 @@ class Model:
         """
         for start in range(0, len(tokens), self._batch):
             part = tokens[start : start + self._batch]
+            self._pacer.ready()
             self._keep_pace()
             begun = time.monotonic()
             array = (C.llama_token * len(part))(*part)

@@ -6,6 +6,7 @@ What is decided does not depend on it: the same tokens in the same pieces, whate
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from agentd.engine.link import Pace
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _LEAST_REST_S = 0.005  # shorter ones are saved up: a timer of the kernel is late by as much as they are long
-_LONGEST_REST_S = 5.0
 _LOOK_S = 0.2
 
 
@@ -46,15 +46,34 @@ class Pacer:
         with self._news:
             self._news.notify_all()
 
-    def rest(self, worked_s: float) -> None:
-        """After a piece of work: as long as the duty wants it, and for as long as nothing may be done. Raises OutOfBudget."""
+    @property
+    def stops(self) -> bool:
+        """Whether what is generated is to end with what it has; a piece under way need not be finished."""
+        return self._pace.stop
+
+    def ready(self) -> None:
+        """Before a piece of work: waits for as long as nothing may be done. Raises OutOfBudget."""
         with self._news:
-            self._debt += worked_s * (1 / self._pace.duty - 1)
-            if self._debt >= _LEAST_REST_S:
-                before = self._pace
-                rest, self._debt = min(self._debt, _LONGEST_REST_S), 0.0
-                self._news.wait_for(lambda: self._pace is not before or self._given_up(), rest)
             while self._pace.hold and not self._pace.stop and not self._given_up():
                 self._news.wait(_LOOK_S)
             if self._pace.stop:
                 raise OutOfBudget
+
+    def rest(self, worked_s: float) -> None:
+        """After a piece of work: as long as the duty wants it. What is owed stays owed when the pace changes."""
+        with self._news:
+            self._debt += worked_s * _idle(self._pace)
+            if self._debt < _LEAST_REST_S:
+                return
+            while self._debt > 0 and not self._pace.stop and not self._given_up():
+                before, begun = self._pace, time.monotonic()
+                self._news.wait(self._debt)
+                self._debt -= time.monotonic() - begun
+                if self._pace is not before:
+                    self._debt *= _idle(self._pace) / _idle(before) if _idle(before) else 0.0
+            self._debt = 0.0
+
+
+def _idle(pace: Pace) -> float:
+    """Seconds of rest for a second of work."""
+    return 1 / pace.duty - 1

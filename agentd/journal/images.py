@@ -90,7 +90,11 @@ class Images:
                 for chunk in first(source(), image.content.length):
                     found.update(chunk)
             if found.hexdigest() == image.before.digest:
-                yield from first(source(), image.content.length)
+                try:
+                    yield from first(source(), image.content.length)
+                except OSError as e:  # it could be read a moment ago
+                    message = f"{os.fsdecode(image.path)} can't be read now, so it can't be put back: {e.strerror}."
+                    raise JournalError(Reason.NOT_UNDOABLE, message, hint="Check the disk.") from e
                 return
         shown = os.fsdecode(image.path)
         message = f"{shown} was only appended to, and what it began with is not there any more, so it can't be put back."

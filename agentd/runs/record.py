@@ -50,6 +50,10 @@ class RunRecords:
 
         return await asyncio.wrap_future(self._store.submit(insert))
 
+    async def has_begun(self, request_id: str) -> bool:
+        query = "SELECT count(*) FROM run WHERE request_id = ?"
+        return bool(await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (request_id,)).get))
+
     async def finish(self, run: Run, events: list[RunEvent]) -> None:
         await asyncio.wrap_future(self._store.submit(lambda db: _finish(db, run, events)))
 

@@ -108,7 +108,8 @@ class Runs:
         _check(prompt, session, request_id)
         if self._stopping:
             raise DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
-        self._admit()
+        if not await self._records.has_begun(request_id):  # who asks once more is to get the run of the first time
+            self._admit()
         run = Run(new_id(), principal, prompt, session or new_id(), State.RUNNING, time.time_ns())
         earlier = await self._records.history(session) if session else []
         history = [each for each in earlier if each.principal == principal]  # a session's name is no key to others' words

@@ -148,13 +148,62 @@ def test_a_sensor_that_falls_silent_is_bad_news_until_it_speaks():
     run = Run()
     run.stay(60, available_mib=4000.0)
     assert run.allowed.state is State.NOMINAL
-    run.stay(10, temperature_c=50.0)
-    run.stay(PI5.states.stale_s + 2)
+    run.stay(10, temperature_c=50.0, available_mib=4000.0)
+    run.stay(PI5.states.stale_s + 4, available_mib=4000.0)
     assert (run.allowed.state, run.allowed.cause) == (State.REDUCED, "thermal")
     assert "no temperature" in run.allowed.reason
     assert (run.allowed.threads or 4) * run.allowed.duty <= 2
-    run.stay(PI5.states.reduced_s + 4, temperature_c=50.0)
+    run.stay(PI5.states.reduced_s + 4, temperature_c=50.0, available_mib=4000.0)
     assert run.allowed.state is State.NOMINAL
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature_c": 90.0}, {"battery_pct": 5.0, "charging": False}, {"available_mib": 100.0}],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_silence_makes_nothing_better(bad: dict[str, Any]):
+    """Neither a missed read nor a sensor that is gone ends what it has called for."""
+    run = Run()
+    run.stay(20, **bad)
+    state = run.allowed.state
+    assert state >= State.PAUSED
+    run.stay(600)
+    assert run.allowed.state is state
+
+
+def test_one_sample_seen_twice_is_one_sample():
+    """A driver that hangs, or is slower than the steps: what it said once does not last for that."""
+    run = Run()
+    run.look(temperature_c=50.0, at=2.0)
+    for _ in range(5):
+        assert run.look(2.0, temperature_c=110.0, at=3.0).state <= State.REDUCED
+    assert run.look(2.0, temperature_c=110.0, at=13.0).state is State.SHED
+
+
+@pytest.mark.parametrize("pair", [(81.9, 84.4), (81.5, 95.0), (84.0, None)])
+def test_noise_does_not_hide_that_it_is_too_hot(pair: tuple[float, float | None]):
+    """Every second sample below the mark, or missing."""
+    run = Run()
+    for n in range(60):
+        run.look(temperature_c=pair[n % 2])
+    assert run.allowed.state >= State.PAUSED
+
+
+def test_a_model_that_does_not_fit_is_not_loaded_over_and_over():
+    """Shed for memory; when its own is back there is not enough for it to come again."""
+    run = Run()
+    free, needed, loaded, loads = 350.0, 300.0, True, 0
+    for _ in range(1800):
+        now = free if loaded else free + needed
+        run.now += 2
+        readings = Readings(available_mib=now)
+        run.situation, run.allowed = step(PI5, run.situation, run.now, readings, 4, needs_mib=0 if loaded else needed)
+        if run.allowed.state is State.SHED:
+            loaded = False
+        elif not loaded and run.allowed.state <= State.REDUCED:
+            loaded, loads = True, loads + 1
+    assert loads <= 1
 
 
 @pytest.mark.parametrize(("readings", "state"), [

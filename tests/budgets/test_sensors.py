@@ -55,7 +55,7 @@ def test_temperatures_in_any_unit_of_the_vendors(tree: Tree, said: str, celsius:
     tree.put("class/thermal/thermal_zone3", type="cpu-thermal", temp=said)
     found = tree.read()
     assert found.temperature_c == celsius
-    assert ("temperature_c" in found.faults) is (celsius is None)
+    assert ("cpu-thermal (thermal_zone3)" in found.faults) is (celsius is None)
 
 
 def test_the_hottest_of_the_processors_zones_counts_and_no_other_zone(tree: Tree):
@@ -66,6 +66,7 @@ def test_the_hottest_of_the_processors_zones_counts_and_no_other_zone(tree: Tree
     found = tree.read()
     assert (found.temperature_c, found.sources["temperature_c"]) == (61.0, "soc_max (thermal_zone2)")
     assert tree.read(zones=("gpu",)).temperature_c == 90.0
+    assert tree.read(zones=()).temperature_c is None
 
 
 def test_a_chip_of_hwmon_where_there_is_no_zone(tree: Tree):
