@@ -96,7 +96,7 @@ class Daemon:
         )
         self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
         self._shippers = parts.shippers(config, self._store, self._audit)
-        self._budgets = parts.budgets(config, self._on_limits, self._record_budget, self._needs_mib)
+        self._budgets = parts.budgets(config, self._keep_pace, self._tell_runs, self._record_budget, self._needs_mib)
         self._recovered: list[str] = []
         self._model_error = ""
         self._model_digest = ""
@@ -238,8 +238,10 @@ class Daemon:
         charging = readings.charging if now.charging is None else now.charging
         return replace(now, charging=charging, nominal=limits.state is State.NOMINAL)
 
-    def _on_limits(self, limits: Allowance) -> None:
+    def _keep_pace(self, limits: Allowance) -> None:
         self._throttle.apply(limits)
+
+    def _tell_runs(self, limits: Allowance) -> None:
         pace = {"duty": limits.duty, "threads": limits.threads}
         self._runs.notice({"state": limits.state.name, "reason": limits.reason, **pace})
 

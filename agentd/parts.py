@@ -72,6 +72,7 @@ def shippers(config: Config, store: Store, audit: AuditLog) -> tuple[Shipper, ..
 
 def budgets(
     config: Config,
+    pace: Callable[[Allowance], None],
     changed: Callable[[Allowance], None],
     record: Callable[[Allowance, Allowance], None],
     needs_mib: Callable[[], float],
@@ -87,7 +88,7 @@ def budgets(
     zones = policy.thermal.zones or (() if device == "android" else ZONES)
     sensors = Device(sysfs, proc, zones, there.get("termux-battery-status"), there.get("vcgencmd"))
     threads = config.engine.threads or os.cpu_count() or 1
-    return Budgets(policy, sensors, threads, changed, record, needs_mib, tuple(there.values()))
+    return Budgets(policy, sensors, threads, pace, changed, record, needs_mib, tuple(there.values()))
 
 
 def keep(config: Config) -> Keep:

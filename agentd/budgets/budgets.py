@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _JITTER = 0.2
 _LEAST_RETRY_S = 2.0
+_NOTICED = 0.1  # of the duty
 _FIRST_S = 2.0  # that a start waits for the sensors
 _log = logging.getLogger(__name__)
 _REASONS = {"thermal": Reason.BUDGET_THERMAL, "battery": Reason.BUDGET_BATTERY, "memory": Reason.BUDGET_MEMORY}
@@ -51,7 +52,8 @@ class OverBudget(AgentdError):
 
 @dataclass(slots=True)
 class Budgets:
-    """Lives on the event loop. `changed` is called with each change of what is allowed, `record` with each of the state.
+    """Lives on the event loop. `pace` gets each change of what the engine may do, `changed` what makes a difference to people,
+    `record` each change of the state.
 
     `needs_mib` says what loading the model would take, 0 while it is loaded.
     """
@@ -59,6 +61,7 @@ class Budgets:
     policy: Policy
     sensors: Sensors
     threads: int
+    pace: Callable[[Allowance], None]
     changed: Callable[[Allowance], None]
     record: Callable[[Allowance, Allowance], None]
     needs_mib: Callable[[], float] = lambda: 0.0
@@ -66,6 +69,7 @@ class Budgets:
     clock: Callable[[], float] = time.monotonic
     limits: Allowance = field(default_factory=Allowance)
     situation: Situation = field(default_factory=Situation)
+    _paced: Allowance = field(default_factory=Allowance)
     _told: Allowance = field(default_factory=Allowance)
     _read: Readings = field(default_factory=Readings)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
@@ -142,7 +146,10 @@ class Budgets:
             self.policy, self.situation, now, self._read, self.threads, needs_mib=self.needs_mib()
         )
         before, limits = self._told, self.limits
-        if _heard(limits) == _heard(before):
+        if (limits.state, limits.threads, limits.duty) != (self._paced.state, self._paced.threads, self._paced.duty):
+            self.pace(limits)
+            self._paced = limits
+        if not _differ(before, limits):
             return
         self.changed(limits)
         self._told = limits
@@ -154,6 +161,7 @@ class Budgets:
             self.record(before, limits)
 
 
-def _heard(limits: Allowance) -> tuple[object, ...]:
-    """What makes a difference to anybody."""
-    return limits.state, limits.cause, limits.threads, limits.duty, limits.background
+def _differ(one: Allowance, other: Allowance) -> bool:
+    """Whether that makes a difference to people: a controller at work changes the duty a little all the time."""
+    same = ((each.state, each.cause, each.threads, each.background) for each in (one, other))
+    return next(same) != next(same) or abs(one.duty - other.duty) > _NOTICED

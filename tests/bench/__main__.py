@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from agentd.client import Client
-from tests.bench import confined, log, permission, undo
+from tests.bench import budgets, confined, log, permission, undo
 from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb
 from tests.e2e.conftest import DaemonProcess
 
@@ -121,6 +121,7 @@ def main() -> None:
         figures += permission.decisions(5000)
         figures += undo.figures(folder)
         figures += log.figures(folder)
+        figures += budgets.figures()
         figures += starts(folder, 5)
         figures += confined.figures(folder, args.calls)
     if args.json:
