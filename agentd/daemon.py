@@ -139,7 +139,8 @@ class Daemon:
             budget=self._budget_now,
         )
         self._engine = Engine(parts.engine_settings(config))
-        self._throttle = Throttle(self._engine, self._budgets.policy.states.hold_s)
+        policy = self._budgets.policy
+        self._throttle = Throttle(self._engine, policy.states.hold_s, policy.memory.idle_unload_s)
         limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
         settings = parts.model_settings(config, self._toolbox)
         self._runs = Runs(self._records, self._engine, self._calls, settings, limits, self._record_run, self._budgets.require)
@@ -149,6 +150,7 @@ class Daemon:
         if config.approvals.notify:
             self._notifier.start()
         await self._budgets.start()
+        self._throttle.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
         for shipper in self._shippers:
             shipper.start()

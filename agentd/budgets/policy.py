@@ -81,6 +81,8 @@ class MemoryPolicy(_Strict):
     shed_available_mib: float = Field(ge=0)
     reduce_pressure_some_pct: float = Field(default=10, gt=0, le=100)
     shed_pressure_full_pct: float = Field(default=20, gt=0, le=100)
+    idle_unload_s: float = Field(gt=0, le=1e7)
+    """A model that has had nothing to do for so long gives its memory back."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -136,6 +138,7 @@ _BATTERY: _Table = {  # reduce, pause, shed, background
     "generic": (40, 20, 10, 60),
 }
 _MEMORY: _Table = {"pi4": (700, 300), "pi5": (1000, 400), "pizero2w": (130, 70)}  # reduce, shed
+_IDLE_S = {"pi4": 900, "pi5": 1800, "pizero2w": 120, "android": 300, "generic": 900}
 _MEMORY_SHARE: _Table = {"android": (0.30, 0.20), "generic": (0.15, 0.05)}  # of all there is
 
 
@@ -159,7 +162,11 @@ def defaults(device: Device, total_mib: float) -> dict[str, dict[str, Any]]:
             "shed_below_pct": shed,
             "background_above_pct": background,
         },
-        "memory": {"reduce_available_mib": memory[0], "shed_available_mib": memory[1]},
+        "memory": {
+            "reduce_available_mib": memory[0],
+            "shed_available_mib": memory[1],
+            "idle_unload_s": _IDLE_S[device],
+        },
         "states": {"poll_s": 10, "stale_s": 180} if device == "android" else {},
     }
 

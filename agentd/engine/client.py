@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,7 @@ class Engine:
         self._repack: bool | None = False if settings.repack == "off" else None
         self._pace = Pace()
         self._anonymous_mib = 0.0
+        self._idle_since = 0.0
 
     @property
     def model(self) -> Ready | None:
@@ -132,6 +134,7 @@ class Engine:
                 async for output in outputs:
                     yield output
         finally:
+            self._idle_since = time.monotonic()
             self._turn.release()
 
     def _holds_back(self) -> bool:
@@ -141,6 +144,10 @@ class Engine:
     def needs_mib(self) -> float:
         """What loading it would take from other programs; 0 while it is loaded."""
         return 0.0 if self._process else self._anonymous_mib
+
+    def idle_s(self) -> float:
+        """For how long a loaded model has had nothing to do; 0 if it has, or is not loaded."""
+        return 0.0 if self._process is None or self._turn.locked() else time.monotonic() - self._idle_since
 
     def pace(self, pace: Pace) -> None:
         """How fast it may go from now on, what is being generated included."""
@@ -234,6 +241,7 @@ class Engine:
             raise _error(message) if isinstance(message, Failed) else _crashed(child)
         writer.write(frame(self._pace))
         self._process = _Process(child, reader, writer, message)
+        self._idle_since = time.monotonic()
         return self._process
 
     async def _send(self, process: _Process, message: BaseModel) -> None:

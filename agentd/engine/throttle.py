@@ -13,15 +13,23 @@ if TYPE_CHECKING:
     from agentd.engine.client import Engine
 
 
+_LOOK_S = 30.0
+
+
 @dataclass(slots=True)
 class Throttle:
-    """On the event loop. What is being generated is held for `hold_s` seconds at most, then it ends with what it has."""
+    """On the event loop. What is being generated is held for `hold_s` seconds at most, then it ends with what it has.
+
+    A model that has had nothing to do for `idle_s` seconds is unloaded.
+    """
 
     engine: Engine
     hold_s: float
+    idle_s: float
     _pace: Pace = field(default_factory=Pace)
     _ending: asyncio.TimerHandle | None = None
     _unloading: asyncio.Task[None] | None = None
+    _looking: asyncio.Task[None] | None = None
 
     def apply(self, limits: Allowance) -> None:
         held = self._pace.hold and limits.state is State.PAUSED  # since when it is held does not change by that
@@ -35,12 +43,23 @@ class Throttle:
         if limits.state is State.SHED and (self._unloading is None or self._unloading.done()):
             self._unloading = asyncio.create_task(self.engine.unload(), name="unload the model")
 
+    def start(self) -> None:
+        self._looking = asyncio.create_task(self._unload_idle(), name="unload an idle model")
+
     async def stop(self) -> None:
         if self._ending:
             self._ending.cancel()
-        if self._unloading:
-            self._unloading.cancel()
-            await asyncio.wait([self._unloading])
+        tasks = [task for task in (self._unloading, self._looking) if task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _unload_idle(self) -> None:
+        while True:
+            await asyncio.sleep(min(self.idle_s / 4, _LOOK_S))
+            if self.engine.idle_s() >= self.idle_s:
+                await self.engine.unload()
 
     def _end(self) -> None:
         self._tell(self._pace.model_copy(update={"stop": True}))

@@ -118,7 +118,7 @@ def test_when_memory_is_shed_it_ends_with_what_it_has_and_the_process_is_gone():
 
     async def work(engine: Engine) -> None:
         whole = (await answer(engine)).ids
-        throttle, pid = Throttle(engine, 60), engine.pid
+        throttle, pid = Throttle(engine, 60, 900), engine.pid
         engine.pace(SLOW)
         shed = Allowance(State.SHED, "memory", "there is none")
         asyncio.get_running_loop().call_later(0.3, throttle.apply, shed)
@@ -137,7 +137,7 @@ def test_when_memory_is_shed_it_ends_with_what_it_has_and_the_process_is_gone():
 
 def test_what_is_held_too_long_ends_with_what_it_has():
     async def work(engine: Engine) -> None:
-        throttle = Throttle(engine, 0.3)
+        throttle = Throttle(engine, 0.3, 900)
         throttle.apply(Allowance(State.PAUSED, "thermal", "hot"))
         throttle.apply(Allowance(State.PAUSED, "thermal", "still hot"))
         assert (await answer(engine)).reason == "budget"
@@ -156,5 +156,22 @@ def test_an_engine_that_died_keeps_its_pace_when_it_is_started_again():
         with contextlib.suppress(EngineError):  # if it has not been noticed yet
             await answer(engine)
         assert (await answer(engine)).reason != "budget"
+
+    with_engine(work)
+
+
+def test_a_model_with_nothing_to_do_gives_its_memory_back():
+    """And is loaded again by the next request; while it works it stays."""
+
+    async def work(engine: Engine) -> None:
+        throttle, whole = Throttle(engine, 60, 0.2), (await answer(engine)).ids
+        throttle.start()
+        async with asyncio.timeout(20):
+            while engine.pid is not None:  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.02)
+        assert engine.needs_mib() > 1
+        engine.pace(SLOW)
+        assert (await answer(engine)).ids == whole
+        await throttle.stop()
 
     with_engine(work)
