@@ -357,10 +357,17 @@ def _below_minimum(level: Level, minimum: str) -> SandboxError:
 
 
 def _changed(before: object, rules: list[str]) -> dict[str, Any]:
-    """The rules that were not there at the last start, and those that were: people edit agentd.toml while nobody looks."""
+    """Rules of agentd.toml that were not there at the last start, and those that were: people edit it while nobody looks."""
     former = before.get("grants", []) if isinstance(before, dict) else rules
-    added, removed = [rule for rule in rules if rule not in former], [rule for rule in former if rule not in rules]
+    then, now = _configured(former), _configured(rules)
+    added, removed = [rule for rule in now if rule not in then], [rule for rule in then if rule not in now]
     return {"added": added, "removed": removed} if added or removed else {}
+
+
+def _configured(rules: object) -> list[str]:
+    """Without their numbers, which move when one is put in between."""
+    told = (str(rule).rpartition(" (agentd.toml, grant ") for rule in rules) if isinstance(rules, list) else ()
+    return [rule for rule, configured, _ in told if configured]
 
 
 def _run_event(run: Run, model: dict[str, Any]) -> Event:

@@ -311,3 +311,23 @@ def test_damaged_pages_of_the_log_close_it_and_it_is_renewed(copied: DaemonProce
         assert reason_of(lambda: client.call("files.write", write)) is Reason.AUDIT_CLOSED
     assert copied.command("audit", "verify", check=False).returncode == TAMPERED
     renewed(copied)
+
+
+def test_rules_that_were_changed_while_nobody_looked_are_on_record(tmp_path: Path):
+    """Those of agentd.toml that came and went since the last start; what people grant by commands has events of its own."""
+    grant = '[[grants]]\ntool = "{}"\nscope = "read:/srv/{}"\n'
+    running = DaemonProcess(tmp_path, extra=grant.format("files.read", "a") + grant.format("files.list", "b"))
+    running.start()
+    running.command("grants", "add", "files.read", "read:/srv/other")
+    running.stop()
+    running.extra = grant.format("files.read", "new") + grant.format("files.read", "a")
+    running.start()
+    (event,) = running.json("audit", "list", "kind=policy.change")
+    assert event["body"]["detail"] == {
+        "added": ["allow files.read read:/srv/new"],
+        "removed": ["allow files.list read:/srv/b"],
+    }
+    running.stop()
+    running.start()
+    assert len(running.json("audit", "list", "kind=policy.change")) == 1
+    assert running.stop() == 0
