@@ -7,6 +7,7 @@ WAL with synchronous=FULL: a commit that was acknowledged survives a power cut (
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import fcntl
 import os
 import queue
@@ -70,13 +71,14 @@ class Store:
         self._thread.start()
 
     def submit(self, do: Callable[[apsw.Connection], T]) -> Future[T]:
-        """Run `do` in a transaction of the writer thread; the future resolves once it is durable.
+        """Run `do` in a transaction of the writer thread, in the caller's context; the future resolves once it is durable.
 
         The future fails with StoreError (STORE_FULL, AUDIT_UNAVAILABLE) if it can't be written, or with
         whatever `do` itself raised, and then nothing of it is kept.
         """
         done: Future[T] = Future()
-        self._queue.put(_Work(do, done))
+        context = contextvars.copy_context()  # events that are made in there say where the request came from
+        self._queue.put(_Work(lambda db: context.run(do, db), done))
         return done
 
     def write(self, do: Callable[[apsw.Connection], T]) -> T:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import secrets
 import shutil
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -331,3 +335,22 @@ def test_rules_that_were_changed_while_nobody_looked_are_on_record(tmp_path: Pat
     running.start()
     assert len(running.json("audit", "list", "kind=policy.change")) == 1
     assert running.stop() == 0
+
+
+_LOGGED_IN = "echo 1 > /proc/self/loginuid && exec "
+_CAN_LOG_IN = subprocess.run(["sh", "-c", f"{_LOGGED_IN} true"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not _CAN_LOG_IN, reason="only root can be somebody's login, and only where the kernel audits")
+def test_who_had_logged_in_is_on_record_whoever_that_is_now(tmp_path: Path):
+    """Of calls, of what a run of it does, and of what an admin does; the daemon's own doings have no such origin."""
+    with DaemonProcess(tmp_path).running() as running:
+        for command in ("tools call files.write path=a.txt text=x", "run 'what time is it'", "grants add files.read read:/srv"):
+            agentd = f"{sys.executable} -m agentd --socket {running.socket} {command}"
+            subprocess.run(["sh", "-c", _LOGGED_IN + agentd], check=True, capture_output=True)
+        bodies = [event["body"] for event in running.json("audit", "list", "-n", "100")]
+    told = {body["kind"]: body.get("origin", {}) for body in bodies}
+    name = pwd.getpwuid(1).pw_name
+    for kind in ("call.intent", "call.end", "run.start", "run.end", "grant.create"):
+        assert (told[kind]["login"], told[kind]["uid"]) == (name, os.getuid()), kind
+    assert told["boot"] == {}
