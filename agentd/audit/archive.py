@@ -103,6 +103,8 @@ class Archive:
         segment = self._write(first, max(sizes), start)
 
         def commit(db: apsw.Connection) -> None:
+            if db.execute("SELECT chain FROM event WHERE seq = ?", (segment.last,)).get != segment.chain:
+                raise _unfit(segment.last)  # meanwhile another log has begun in its place
             row = (segment.first, segment.last, segment.chain, segment.peaks, segment.name, segment.digest)
             db.execute("INSERT INTO segment (first, last, chain, peaks, name, digest) VALUES (?, ?, ?, ?, ?, ?)", row)
             db.execute("DELETE FROM event WHERE seq <= ?", (segment.last,))

@@ -76,9 +76,10 @@ class Checkpoints:
             self._publish()
             return self.latest()
 
-    def begin_anew(self, signer: Signer) -> None:
-        """With another name and key, for a log that has begun in the place of a closed one."""
+    def begin_anew(self, signer: Signer, begin: Callable[[], None]) -> None:
+        """With another name and key, for a log that `begin` puts in this one's place: no key may sign the other's events."""
         with self._making:
+            begin()
             self._signer = signer
             self._unpublished.clear()
 

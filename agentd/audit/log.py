@@ -76,9 +76,8 @@ class AuditLog:
         sealed = event.sealed(seq=seq, time_ns=now_ns, boot=self.boot)
         db.execute("INSERT INTO event VALUES (?, ?, ?)", (seq, sealed.body, _link(chain, sealed.body.encode())))
         rows = ((kept.seq, kept.field, kept.salt, kept.value) for kept in sealed.payloads)
-        db.executemany(
-            "INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?)", rows
-        )  # some may be left of an end that was cut off
+        # Some may be left of an end that was cut off: these are nobody's any more.
+        db.executemany("INSERT OR REPLACE INTO payload VALUES (?, ?, ?, ?)", rows)
         return seq
 
     def _jumped(self, now_ns: int) -> int:

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import zstandard
 
@@ -83,7 +83,7 @@ class Renewal:
         for _ in range(_ATTEMPTS):
             size = _or(None, self._log.size)
             name, digest, events = self._write_out()
-            told = {
+            told: dict[str, Any] = {
                 "renews": old.name,
                 "old_key": str(old),
                 "key": str(signer.verifier),
@@ -91,13 +91,12 @@ class Renewal:
                 "reason": reason,
             }
             told |= {"archive": name, "sha256": digest, "events": str(events), "checkpoint": _or("", self._checkpoints.latest)}
-            event = Event(kind="renew", principal=principal, detail=dict(told))
+            event = Event(kind="renew", principal=principal, detail=told)
             with contextlib.suppress(_Grown):
-                self._begin(event, size)
+                self._checkpoints.begin_anew(signer, lambda event=event, size=size: self._begin(event, size))  # type: ignore[misc]
                 break
         else:
             raise StoreError(Reason.AUDIT_UNAVAILABLE, "The log grows faster than it can be put away.", hint="Try again.")
-        self._checkpoints.begin_anew(signer)
         self._log.reopen()
         settle_key(self._key_file, self._log)
         self._index.start_anew()

@@ -344,3 +344,23 @@ def test_a_kill_at_any_moment_leaves_the_old_log_or_the_new_one(tmp_path: Path):
     number = int(name.removeprefix("pi/log/"))
     assert number > 2
     assert len(list((tmp_path / "archive").glob("closed-*.zst"))) >= number - 1
+
+
+def test_pruning_that_was_under_way_takes_nothing_from_the_new_log(tmp_path: Path):
+    """The oldest events are being written to a file when the log is renewed, and the new one grows past their numbers."""
+    log = Log(tmp_path).fill(30)
+    write = log.archive._write
+
+    def interrupted(*arguments: Any) -> Any:
+        segment = write(*arguments)
+        log.renew()
+        log.fill(40)
+        return segment
+
+    log.archive._write = interrupted  # type: ignore[method-assign]
+    log.audit.record(Event(kind="boot"))
+    with pytest.raises(RequestError, match="can't be pruned"):
+        log.archive.prune(1, "unix:pi", 1)
+    assert log.audit.size() == 41
+    assert log.is_whole(origin="pi/log/2")
+    log.close()
