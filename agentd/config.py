@@ -56,11 +56,15 @@ class EngineConfig(_Strict):
 
 
 class RunsConfig(_Strict):
-    """Limits of one run. `repeats` is how often the very same call may be made."""
+    """Limits of one run. `repeats` is how often the very same call may be made; `joules` counts where the device tells its
+    power.
+    """
 
     steps: int = Field(default=8, ge=1, le=100)
     tokens: int = Field(default=2048, ge=16)
     seconds: float = Field(default=300, gt=0)
+    calls: int = Field(default=32, ge=1, le=10000)
+    joules: float | None = Field(default=None, gt=0)
     repeats: int = Field(default=2, ge=1, le=10)
 
 
@@ -167,6 +171,20 @@ class BudgetsConfig(_Strict):
     battery: dict[str, Any] = {}
     memory: dict[str, Any] = {}
     states: dict[str, Any] = {}
+    admission: dict[str, Any] = {}
+
+
+class QuotaConfig(_Strict):
+    """What each principal of that name (`*` and `?` stand for others) may use of the model in an hour or a day, all runs
+    together: generated tokens, seconds of the model, calls of tools, and joules where the device tells its power.
+    """
+
+    principal: str = "*"
+    per: Literal["hour", "day"] = "day"
+    tokens: int | None = Field(default=None, ge=0)
+    seconds: float | None = Field(default=None, ge=0)
+    calls: int | None = Field(default=None, ge=0)
+    joules: float | None = Field(default=None, ge=0)
 
 
 class TaintConfig(_Strict):
@@ -233,6 +251,7 @@ class Config(_Strict):
     credentials: tuple[CredentialConfig, ...] = ()
     devices: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")], tuple[str, ...]] = {}
     grants: tuple[GrantConfig, ...] = ()
+    quotas: tuple[QuotaConfig, ...] = ()
 
 
 def default_file() -> Path:

@@ -10,7 +10,7 @@ import signal
 import time
 from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
@@ -21,9 +21,7 @@ from agentd.audit import (
     Archive,
     AuditLog,
     Checkpoints,
-    Event,
     Index,
-    Payload,
     Redaction,
     Renewal,
     Upkeep,
@@ -31,8 +29,9 @@ from agentd.audit import (
     settle_key,
 )
 from agentd.audit.anchors import found
-from agentd.budgets import State
+from agentd.budgets import Admission, Quotas, State
 from agentd.calls import Calls, Permission, Places
+from agentd.chronicle import Chronicle
 from agentd.config import DEVICES
 from agentd.engine.client import Engine
 from agentd.engine.throttle import Throttle
@@ -41,7 +40,7 @@ from agentd.grants import Approvals, Clock, Grant, Grants, Notifier, Taint, mome
 from agentd.journal import Journal
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
-from agentd.runs import Limits, Runs
+from agentd.runs import Runs
 from agentd.runs.record import RunRecords
 from agentd.store import Store
 from agentd.v1 import system_pb2
@@ -97,6 +96,13 @@ class Daemon:
         self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
         self._shippers = parts.shippers(config, self._store, self._audit)
         self._budgets = parts.budgets(config, self._keep_pace, self._tell_runs, self._record_budget, self._needs_mib)
+        self._chronicle = Chronicle(self._store, self._audit, self._budgets)
+        self._admission = Admission(self._budgets.policy.admission, lambda: self._budgets.limits)
+        self._quotas = Quotas(parts.quotas(config), self._store)
+        self._quotas.load()
+        roles = {principal.name: frozenset(principal.roles) for principal in config.principals}
+        self._tokens = Tokens(self._store, self._audit, self._grants.now_ns)
+        self._roster = Roster(os.getuid(), roles, self._tokens, self._chronicle.wrong_token)
         self._recovered: list[str] = []
         self._model_error = ""
         self._model_digest = ""
@@ -136,14 +142,20 @@ class Daemon:
         self._calls = Calls(
             *(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places),
             keep_outputs=config.audit.outputs,
-            budget=self._budget_now,
+            budget=self._chronicle.device,
+            spend=self._quotas.call,
         )
         self._engine = Engine(parts.engine_settings(config))
         policy = self._budgets.policy
         self._throttle = Throttle(self._engine, policy.states.hold_s, policy.memory.idle_unload_s)
-        limits = Limits(config.runs.steps, config.runs.tokens, config.runs.seconds, config.runs.repeats)
-        settings = parts.model_settings(config, self._toolbox)
-        self._runs = Runs(self._records, self._engine, self._calls, settings, limits, self._record_run, self._budgets.require)
+        self._runs = Runs(
+            *(self._records, self._engine, self._calls, parts.model_settings(config, self._toolbox), parts.limits(config)),
+            record=self._record_run,
+            admission=self._admission,
+            quotas=self._quotas,
+            energy=lambda: self._budgets.joules,
+            is_known=self._roster.knows,
+        )
         self._record_boot()
         self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, parts.tcp(config))
         await self._server.start()
@@ -151,6 +163,7 @@ class Daemon:
             self._notifier.start()
         await self._budgets.start()
         self._throttle.start()
+        await self._runs.resume()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
         for shipper in self._shippers:
             shipper.start()
@@ -182,39 +195,24 @@ class Daemon:
         self._store.close()
 
     def _parts(self) -> ApiParts:
-        roles = {principal.name: frozenset(principal.roles) for principal in self._config.principals}
-        tokens = Tokens(self._store, self._audit, self._grants.now_ns)
-        roster = Roster(os.getuid(), roles, tokens, self._wrong_token)
         renewal = Renewal(
             *(self._store, self._audit, self._checkpoints, self._index, self._archive),
             *(self._key_file, self._config.state / "archive"),
         )
         audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, self._redaction, renewal)
         return ApiParts(
-            *(self._runs, self._calls, audit, self._budgets, self._grants, self._approvals, tokens, roster),
+            *(self._runs, self._calls, audit, self._budgets, self._grants, self._approvals, self._tokens, self._roster),
             *(self.status, self._propose),
         )
 
     def _record_boot(self) -> None:
-        """What is in force from here on; and what of the rules has changed while nobody was looking."""
-        rules = [str(grant) for grant in self._grants.all()]
-        detail = {
-            "version": __version__,
-            "pid": os.getpid(),
-            "sandbox": self._level.name,
-            "profile": self._level.filter_digest,
-            "kernel": self._level.kernel,
-            "grants": rules,
-            "policy": self._grants.policy,
-            "tools": {tool.name: tool.digest for tool in self._toolbox.tools.values()},
-            "recovered": self._recovered,
-            "key": str(self._checkpoints.verifier),
-        }
+        chronicle, grants = self._chronicle, self._grants
+        tools = {tool.name: tool.digest for tool in self._toolbox.tools.values()}
         before = self._unless_damaged(lambda: self._audit.newest("boot"))
         try:
-            self._audit.record(Event(kind="boot", principal="agentd", detail=detail))
-            if before and (changed := _changed(before.body.get("detail"), rules)):
-                self._audit.record(Event(kind="policy.change", principal="agentd", detail=changed))
+            chronicle.boot(self._level, grants, tools, self._recovered, str(self._checkpoints.verifier))
+            if before:
+                chronicle.changed_rules(before.body.get("detail"), grants)
         except AgentdError:
             if not self._audit.closed:
                 raise
@@ -232,7 +230,7 @@ class Daemon:
     def _record_run(self, run: Run) -> None:
         engine, loaded = self._config.engine, self._engine.model
         model = {"name": loaded.name if loaded else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
-        self._audit.record(_run_event(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature}))
+        self._chronicle.run(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature})
 
     def _moment(self, clock: Clock) -> Moment:
         """What conditions of grants are held against."""
@@ -240,34 +238,18 @@ class Daemon:
         charging = readings.charging if now.charging is None else now.charging
         return replace(now, charging=charging, nominal=limits.state is State.NOMINAL)
 
+    def _record_budget(self, before: Allowance, after: Allowance) -> None:
+        self._chronicle.budget(before, after)
+
     def _keep_pace(self, limits: Allowance) -> None:
         self._throttle.apply(limits)
 
     def _tell_runs(self, limits: Allowance) -> None:
         pace = {"duty": limits.duty, "threads": limits.threads}
-        self._runs.notice({"state": limits.state.name, "reason": limits.reason, **pace})
+        self._runs.notice({"state": limits.state.name, "reason": limits.reason, **pace}, holds=limits.holds)
 
     def _needs_mib(self) -> float:
         return self._engine.needs_mib()
-
-    def _record_budget(self, before: Allowance, after: Allowance) -> None:
-        """Nobody waits for this to be durable."""
-        detail = {"from": before.state.name.lower(), "to": after.state.name.lower(), "budget": after.cause or before.cause}
-        detail |= {"reason": after.reason}
-        event = Event(kind="budget.change", principal="agentd", detail=detail, budget=self._budget_now())
-        self._store.submit(lambda db: self._audit.append(db, event))
-
-    def _budget_now(self) -> dict[str, Any]:
-        readings = self._budgets.readings
-        known = {"temperature_c": readings.temperature_c, "battery_pct": readings.battery_pct, "charging": readings.charging}
-        known |= {"available_mib": round(readings.available_mib) if readings.available_mib else None}
-        told = {name: value for name, value in known.items() if value is not None}
-        return {"state": self._budgets.limits.state.name.lower(), **told}
-
-    def _wrong_token(self, peer: str, why: str) -> None:
-        """Nobody waits for this to be durable."""
-        event = Event(kind="auth.fail", principal=peer, error=why)
-        self._store.submit(lambda db: self._audit.append(db, event))
 
     def _propose(self, since_ns: int) -> tuple[list[Grant], int]:
         bodies = (entry.body for entry in self._audit.since(since_ns))
@@ -354,28 +336,3 @@ def _below_minimum(level: Level, minimum: str) -> SandboxError:
         hint=f"Missing: {'; '.join(level.missing) or 'nothing that was looked for'}. docs/sandbox.md explains the levels.",
         metadata={"level": level.name, "minimum": minimum},
     )
-
-
-def _changed(before: object, rules: list[str]) -> dict[str, Any]:
-    """Rules of agentd.toml that were not there at the last start, and those that were: people edit it while nobody looks."""
-    former = before.get("grants", []) if isinstance(before, dict) else rules
-    then, now = _configured(former), _configured(rules)
-    added, removed = [rule for rule in now if rule not in then], [rule for rule in then if rule not in now]
-    return {"added": added, "removed": removed} if added or removed else {}
-
-
-def _configured(rules: object) -> list[str]:
-    """Without their numbers, which move when one is put in between."""
-    told = (str(rule).rpartition(" (agentd.toml, grant ") for rule in rules) if isinstance(rules, list) else ()
-    return [rule for rule, configured, _ in told if configured]
-
-
-def _run_event(run: Run, model: dict[str, Any]) -> Event:
-    """What began, from which prompt, with which model; or how it ended."""
-    who: dict[str, Any] = {"principal": run.principal, "session": run.session, "run": run.id, "labels": run.labels.names}
-    if not run.ended:
-        return Event(kind="run.start", **who, detail={"prompt": Payload(run.prompt), **model})
-    used = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
-    stop = run.stop_reason.value if run.stop_reason else ""
-    detail: dict[str, Any] = {"state": run.state.value, "stop_reason": stop, "answer": Payload(run.answer), **used}
-    return Event(kind="run.end", **who, error=run.error[1] if run.error else "", detail=detail)

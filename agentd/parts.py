@@ -13,13 +13,13 @@ from agentd.api import Tcp
 from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
 from agentd.audit.witness import Witness
-from agentd.budgets import ZONES, Budgets, Device, Program, policy_for, this_device, total_mib
+from agentd.budgets import ZONES, Budgets, Device, Program, Quota, policy_for, this_device, total_mib
 from agentd.engine.client import EngineSettings
 from agentd.engine.prompt import ToolSpec
 from agentd.errors import ConfigError, Reason, RequestError
 from agentd.grants import Conditions, Grant, parse
 from agentd.journal import Keep
-from agentd.runs import ModelSettings
+from agentd.runs import Limits, ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +80,8 @@ def budgets(
     """Raises ConfigError for thresholds that make no sense."""
     given, sysfs, proc = config.budgets, Path(config.tools.sysfs), Path(config.tools.proc)
     device = this_device(proc, os.environ) if given.device == "auto" else given.device
-    tables = {"thermal": given.thermal, "battery": given.battery, "memory": given.memory, "states": given.states}
+    names = ("thermal", "battery", "memory", "states", "admission")
+    tables = {name: getattr(given, name) for name in names}
     policy = policy_for(device, total_mib(proc), tables)
     asked = {"termux-battery-status": ("termux-battery-status",), "vcgencmd": ("vcgencmd", "get_throttled")}
     pauses = {"termux-battery-status": _TERMUX_S, "vcgencmd": _VCGENCMD_S}
@@ -89,6 +90,15 @@ def budgets(
     sensors = Device(sysfs, proc, zones, there.get("termux-battery-status"), there.get("vcgencmd"))
     threads = config.engine.threads or os.cpu_count() or 1
     return Budgets(policy, sensors, threads, pace, changed, record, needs_mib, tuple(there.values()))
+
+
+def quotas(config: Config) -> tuple[Quota, ...]:
+    return tuple(Quota(**each.model_dump()) for each in config.quotas)
+
+
+def limits(config: Config) -> Limits:
+    runs = config.runs
+    return Limits(runs.steps, runs.tokens, runs.seconds, runs.repeats, runs.calls, runs.joules)
 
 
 def keep(config: Config) -> Keep:

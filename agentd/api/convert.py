@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from agentd.api.status import to_status
+from agentd.budgets import Priority, Usage
 from agentd.errors import AgentdError, Reason, RequestError
-from agentd.runs import Run, State, StopReason
+from agentd.runs import Run, RunRequest, State, StopReason
 from agentd.v1 import approval_pb2, run_pb2, tool_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from agentd.calls import CallResult, Tool
+    from agentd.grants import Pattern
     from agentd.runs import RunEvent
 
 _DEFAULT_PAGE, _LARGEST_PAGE = 50, 500
@@ -103,6 +106,22 @@ def json_text(value: Any) -> str:
     return json.dumps(valid(value), ensure_ascii=False, sort_keys=True)
 
 
+def run_request(request: run_pb2.CreateRunRequest, principal: str, within: Iterable[Pattern]) -> RunRequest:
+    """Raises RequestError (BAD_FIELD)."""
+    run, budget = request.run, request.run.budget
+    if run.priority not in run_pb2.Run.Priority.values():
+        raise RequestError(Reason.BAD_FIELD, f"run.priority has no value {run.priority}.", field="run.priority")
+    priority = run_pb2.Run.Priority.Name(run.priority).removeprefix("PRIORITY_")
+    return RunRequest(
+        *(principal, run.prompt, run.session, request.request_id),
+        within=tuple(map(str, within)),
+        rehearse=request.rehearse,
+        priority=Priority[priority] if run.priority else Priority.NORMAL,
+        start_by_ns=run.start_by_time.seconds * 10**9 + run.start_by_time.nanos,
+        budget=Usage(budget.tokens, budget.seconds, budget.calls, budget.joules),
+    )
+
+
 def run_message(run: Run) -> run_pb2.Run:
     message = run_pb2.Run(
         name=f"runs/{run.id}",
@@ -113,7 +132,16 @@ def run_message(run: Run) -> run_pb2.Run:
         principal=run.principal,
         create_time=timestamp(run.create_ns),
         labels=run.labels.names,
-        usage=run_pb2.Run.Usage(prompt_tokens=run.prompt_tokens, generated_tokens=run.generated_tokens, calls=run.calls),
+        usage=run_pb2.Run.Usage(
+            prompt_tokens=run.prompt_tokens,
+            generated_tokens=run.generated_tokens,
+            calls=run.calls,
+            seconds=run.seconds,
+            joules=run.joules,
+        ),
+        priority=run_pb2.Run.Priority.Value(f"PRIORITY_{run.priority.name}"),
+        start_by_time=timestamp(run.start_by_ns),
+        budget=run_pb2.Run.Budget(**asdict(run.budget)),
     )
     if isinstance(run.stop_reason, StopReason):
         message.stop_reason = run_pb2.Run.StopReason.Value(f"STOP_REASON_{run.stop_reason.name}")
@@ -143,6 +171,8 @@ def event_message(event: RunEvent, run: Run | None) -> run_pb2.WatchRunResponse:
             message.approval.CopyFrom(_notice(body))
         case "budget":
             message.budget.CopyFrom(run_pb2.BudgetNotice(**body | {"state": f"STATE_{body['state']}"}))
+        case "queue":
+            message.queue.CopyFrom(run_pb2.QueueNotice(ahead=body["ahead"], reason=valid(body["reason"])))
         case _ if run is not None:
             message.run.CopyFrom(run_message(run))
     return message

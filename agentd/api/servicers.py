@@ -32,11 +32,8 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         self._runs = runs
 
     async def CreateRun(self, request: run_pb2.CreateRunRequest, context: Any) -> run_pb2.Run:  # noqa: N802
-        who, asked = caller(), request.run
-        run = await self._runs.create(
-            *(who.name, asked.prompt, asked.session, request.request_id), within=who.within, rehearse=request.rehearse
-        )
-        return convert.run_message(run)
+        who = caller()
+        return convert.run_message(await self._runs.create(convert.run_request(request, who.name, who.within)))
 
     async def WatchRun(  # noqa: N802
         self, request: run_pb2.WatchRunRequest, context: Any

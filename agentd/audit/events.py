@@ -22,7 +22,7 @@ LONGEST_TEXT = 4096
 _LONGEST_ERROR = 1000
 
 Kind = Literal[
-    "boot", "stop", "gap", "prune", "clock.jump", "policy.change", "run.start", "run.end",
+    "boot", "stop", "gap", "prune", "clock.jump", "policy.change", "run.queue", "run.start", "run.end",
     "redact", "payload.read", "export", "renew", "budget.change",
     "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
     "undo.intent", "undo.end", "rehearsal.apply", "rehearsal.end", "rehearsal.drop", "journal.pin", "journal.evict",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _OF_ONE_CALL = 64  # events
 _OF_ONE_RUN = 10_000
 _DECIDED = frozenset({"call.intent", "call.deny"})
-_OF_A_RUN = {"run.start": "detail.prompt", "run.end": "detail.answer"}
+_OF_A_RUN = {"run.queue": "detail.prompt", "run.start": "detail.prompt", "run.end": "detail.answer"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from agentd.budgets.governor import Situation, step
 from agentd.budgets.state import Allowance, Readings
-from agentd.errors import AgentdError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -21,33 +19,9 @@ if TYPE_CHECKING:
     from agentd.budgets.programs import Program
     from agentd.budgets.sensors import Sensors
 
-_JITTER = 0.2
-_LEAST_RETRY_S = 2.0
 _NOTICED = 0.1  # of the duty
 _FIRST_S = 2.0  # that a start waits for the sensors
 _log = logging.getLogger(__name__)
-_REASONS = {"thermal": Reason.BUDGET_THERMAL, "battery": Reason.BUDGET_BATTERY, "memory": Reason.BUDGET_MEMORY}
-_WAY_OUT = {
-    "thermal": "It goes on when the device has cooled down.",
-    "battery": "It goes on when the device is charging.",
-    "memory": "It goes on when other programs have given memory back.",
-}
-
-
-class OverBudget(AgentdError):
-    """Not now: BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY. `retry_s` is when to try again."""
-
-    def __init__(self, limits: Allowance) -> None:
-        cause = limits.cause or "thermal"
-        retry = max(_LEAST_RETRY_S, limits.retry_s) * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret
-        retry = max(_LEAST_RETRY_S, retry)
-        super().__init__(
-            _REASONS[cause],
-            f"The model is {limits.state.name.lower()}: {limits.reason}.",
-            hint=_WAY_OUT[cause],
-            metadata={"state": limits.state.name.lower(), "budget": cause, "retry_s": f"{retry:.0f}"},
-        )
-        self.retry_s = retry
 
 
 @dataclass(slots=True)
@@ -69,6 +43,8 @@ class Budgets:
     clock: Callable[[], float] = time.monotonic
     limits: Allowance = field(default_factory=Allowance)
     situation: Situation = field(default_factory=Situation)
+    joules: float = 0.0
+    """Used since the start, as far as the device's power is known."""
     _paced: Allowance = field(default_factory=Allowance)
     _told: Allowance = field(default_factory=Allowance)
     _read: Readings = field(default_factory=Readings)
@@ -102,11 +78,6 @@ class Budgets:
             await asyncio.wait(self._tasks)
         for program in self.programs:
             await asyncio.to_thread(program.stop)
-
-    def require(self) -> None:
-        """Raises OverBudget while nothing new is begun."""
-        if self.limits.holds:
-            raise OverBudget(self.limits)
 
     async def watch(self) -> AsyncIterator[Allowance]:
         """The limits now, and each time they change."""

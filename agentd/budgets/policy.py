@@ -112,6 +112,17 @@ class StatesPolicy(_Strict):
         return self
 
 
+class AdmissionPolicy(_Strict):
+    """How much work may wait for the model, and for how long."""
+
+    queue_max: int = Field(default=8, ge=1, le=1000)
+    """Runs of people and programs that have not begun."""
+    background_queue_max: int = Field(default=64, ge=1, le=10000)
+    wait_s: float = Field(default=300, gt=0, le=86400)
+    """A run that could not begin, or go on, for so long ends; one in the background that has not begun waits for `defer_s`."""
+    defer_s: float = Field(default=86400, gt=0, le=31536000)
+
+
 class Policy(_Strict):
     """All of them, for one device."""
 
@@ -120,6 +131,7 @@ class Policy(_Strict):
     battery: BatteryPolicy
     memory: MemoryPolicy
     states: StatesPolicy = StatesPolicy()
+    admission: AdmissionPolicy = AdmissionPolicy()
 
 
 _Table = dict[str, tuple[float, ...]]
@@ -168,6 +180,7 @@ def defaults(device: Device, total_mib: float) -> dict[str, dict[str, Any]]:
             "idle_unload_s": _IDLE_S[device],
         },
         "states": {"poll_s": 10, "stale_s": 180} if device == "android" else {},
+        "admission": {},
     }
 
 

@@ -74,9 +74,12 @@ class Calls:
         *,
         keep_outputs: bool = False,
         budget: Callable[[], dict[str, Any]] = dict,
+        spend: Callable[[str], None] = lambda _principal: None,
     ) -> None:
-        """With `keep_outputs` the log has what tools give back, and not only its digest. `budget` tells how the device is."""
-        self._budget = budget
+        """With `keep_outputs` the log has what tools give back, and not only its digest. `budget` tells how the device is,
+        `spend` counts each call of a principal, or raises QuotaSpent.
+        """
+        self._budget, self._spend = budget, spend
         self.toolbox, self._permission = toolbox, permission
         self._journal, self._audit, self._sandbox = journal, audit, sandbox
         self._level, self._places = level, places
@@ -91,7 +94,8 @@ class Calls:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def call(self, request: CallRequest) -> CallResult:
-        """`prepare` and `execute`: raises what they raise."""
+        """`prepare` and `execute`: raises what they raise, and QuotaSpent."""
+        self._spend(request.principal)
         return await self.execute(await self.prepare(request))
 
     async def prepare(self, request: CallRequest) -> Prepared:

@@ -20,6 +20,7 @@ from agentd.cli.proofs import checkpoint, key, prove, verify
 from agentd.cli.rehearsals import rehearsals
 from agentd.cli.rollback import diff, pin, rollback, undo
 from agentd.cli.run import chat, run
+from agentd.cli.runs import runs
 from agentd.cli.serve import serve
 from agentd.cli.token import token
 from agentd.cli.tools import tools
@@ -51,6 +52,7 @@ def cli(context: click.Context, socket: Path | None) -> None:
 for command in (
     serve,
     run,
+    runs,
     chat,
     tools,
     approvals,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 import uuid
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
 
-from agentd.cli.approvals import ask, present
+from agentd.cli.approvals import ask, duration_ns, present
 from agentd.cli.output import console, json_option, print_call, print_json, safe, shown
 from agentd.client import Client
 from agentd.errors import AgentdError
-from agentd.v1 import approval_pb2, run_pb2
+from agentd.v1 import approval_pb2, budget_pb2, run_pb2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,17 +25,51 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @click.option("--session", default="", help="Go on with the conversation of this name.")
 @click.option("--rehearse", is_flag=True, help="Put back what each call changes; look at it with `agentd rehearsals`.")
+@click.option(
+    "--background", is_flag=True, help="It can wait until the device is charging and cool. Ends at once; see `agentd runs`."
+)
+@click.option("--within", metavar="DURATION", help="With --background: it must have begun in 8h, 2d ...  [default: 1d]")
+@click.option("--tokens", type=click.IntRange(1), default=0, help="The most that the model may write.")
 @json_option
 @click.pass_obj
-def run(socket: Path | None, prompt: str, session: str, *, rehearse: bool, as_json: bool) -> None:
+def run(
+    socket: Path | None,
+    prompt: str,
+    session: str,
+    within: str | None,
+    tokens: int,
+    *,
+    rehearse: bool,
+    background: bool,
+    as_json: bool,
+) -> None:
     """Run PROMPT to its answer, showing every tool call on the way. Ctrl-C cancels the run.
 
     Exit status: 0 if the model answered, 1 if not. With --json: one event a line.
     """
+    if within and not background:
+        raise click.UsageError("--within goes with --background")
+    budget = run_pb2.Run.Budget(tokens=tokens)
     with Client(socket) as client:
-        ended = follow(client, prompt, session, rehearse=rehearse, as_json=as_json)
+        if background:
+            start_by = datetime.now(UTC) + timedelta(microseconds=duration_ns(within) / 1000) if within else None
+            priority = run_pb2.Run.PRIORITY_BACKGROUND
+            begun = client.create_run(
+                prompt, session=session, rehearse=rehearse, priority=priority, start_by=start_by, budget=budget
+            )
+            _print_begun(begun, as_json=as_json)
+            return
+        ended = follow(client, prompt, session, rehearse=rehearse, as_json=as_json, budget=budget)
     answered = ended is not None and ended.stop_reason == run_pb2.Run.STOP_REASON_ANSWERED
     sys.exit(0 if answered else 1)
+
+
+def _print_begun(run: run_pb2.Run, *, as_json: bool) -> None:
+    if as_json:
+        print_json(run)
+        return
+    name = run.name.removeprefix("runs/")
+    console.print(f"[green]waits for its turn:[/] {name}  [dim](agentd runs show {name}, agentd runs cancel {name})[/]")
 
 
 @click.command(epilog="Example: agentd chat")
@@ -64,10 +99,21 @@ def chat(socket: Path | None, *, as_json: bool) -> None:
                         console.print(f"[red]error:[/] {shown(str(e))}")
 
 
-def follow(client: Client, prompt: str, session: str, *, rehearse: bool = False, as_json: bool) -> run_pb2.Run | None:
-    """Show a run until it has ended; returns it as it ended."""
-    with present(client) if _is_dialogue(as_json=as_json) else contextlib.nullcontext():
-        return _follow(client, client.run(prompt, session=session, rehearse=rehearse), as_json=as_json)
+def follow(
+    client: Client,
+    prompt: str,
+    session: str,
+    *,
+    rehearse: bool = False,
+    as_json: bool,
+    budget: run_pb2.Run.Budget | None = None,
+) -> run_pb2.Run | None:
+    """Show a run until it has ended; returns it as it ended. Where a person sits here, it goes before what programs ask."""
+    dialogue = _is_dialogue(as_json=as_json)
+    priority = run_pb2.Run.PRIORITY_INTERACTIVE if dialogue else run_pb2.Run.PRIORITY_NORMAL
+    with present(client) if dialogue else contextlib.nullcontext():
+        events = client.run(prompt, session=session, rehearse=rehearse, priority=priority, budget=budget)
+        return show(client, events, as_json=as_json)
 
 
 def _is_dialogue(*, as_json: bool) -> bool:
@@ -75,7 +121,8 @@ def _is_dialogue(*, as_json: bool) -> bool:
     return not as_json and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def _follow(client: Client, events: Iterator[run_pb2.WatchRunResponse], *, as_json: bool) -> run_pb2.Run | None:
+def show(client: Client, events: Iterator[run_pb2.WatchRunResponse], *, as_json: bool) -> run_pb2.Run | None:
+    """The events of a run as they come; returns it as it ended."""
     ended: run_pb2.Run | None = None
     open_line = False
     for event in events:
@@ -88,19 +135,28 @@ def _follow(client: Client, events: Iterator[run_pb2.WatchRunResponse], *, as_js
         if open_line and kind not in ("text", "thought"):
             console.print()
             open_line = False
-        match kind:
-            case "text" | "thought":
-                console.print(
-                    safe(event.text or event.thought), style="dim" if kind == "thought" else "bold", end="", markup=False
-                )
-                open_line = True
-            case "call":
-                print_call(event.call)
-            case "approval" if event.approval.state == approval_pb2.Approval.STATE_PENDING:
-                _answer(client, event.approval)
-            case "run":
-                _print_end(event.run)
+        if kind in ("text", "thought"):
+            style = "dim" if kind == "thought" else "bold"
+            console.print(safe(event.text or event.thought), style=style, end="", markup=False)
+            open_line = True
+        else:
+            _print_event(client, event)
     return ended
+
+
+def _print_event(client: Client, event: run_pb2.WatchRunResponse) -> None:
+    match event.WhichOneof("event"):
+        case "call":
+            print_call(event.call)
+        case "approval" if event.approval.state == approval_pb2.Approval.STATE_PENDING:
+            _answer(client, event.approval)
+        case "queue":
+            _print_waiting(event.queue.ahead, event.queue.reason)
+        case "budget" if event.budget.reason:
+            state = budget_pb2.Budgets.State.Name(event.budget.state).removeprefix("STATE_").lower()
+            console.print(f"  [yellow]{state}:[/] [dim]{shown(event.budget.reason)}[/]")
+        case "run":
+            _print_end(event.run)
 
 
 def _answer(client: Client, notice: run_pb2.ApprovalNotice) -> None:
@@ -111,6 +167,11 @@ def _answer(client: Client, notice: run_pb2.ApprovalNotice) -> None:
                 ask(client, question)
                 return
     console.print(f"  [yellow]waits for an approval:[/] {shown(notice.tool)}, {shown(', '.join(notice.scopes))}")
+
+
+def _print_waiting(ahead: int, reason: str) -> None:
+    before = f"{ahead} before it" if ahead else ""
+    console.print(f"  [yellow]waits:[/] [dim]{shown(', '.join(filter(None, (before, reason))))}[/]")
 
 
 def _print_end(run: run_pb2.Run) -> None:

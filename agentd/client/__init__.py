@@ -45,6 +45,7 @@ from agentd.v1 import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from datetime import datetime
     from pathlib import Path
 
 __all__ = ["Client"]
@@ -88,9 +89,24 @@ class Client:
     def close(self) -> None:
         self._close()
 
-    def create_run(self, prompt: str, *, session: str = "", request_id: str = "", rehearse: bool = False) -> run_pb2.Run:
-        """Start a run; sending the same `request_id` again gives the same run. `rehearse`: what it changes is put back."""
-        run = run_pb2.Run(prompt=prompt, session=session)
+    def create_run(
+        self,
+        prompt: str,
+        *,
+        session: str = "",
+        request_id: str = "",
+        rehearse: bool = False,
+        priority: run_pb2.Run.Priority.ValueType = run_pb2.Run.PRIORITY_NORMAL,
+        start_by: datetime | None = None,
+        budget: run_pb2.Run.Budget | None = None,
+    ) -> run_pb2.Run:
+        """Start a run; sending the same `request_id` again gives the same run. `rehearse`: what it changes is put back.
+
+        It may have to wait for its turn; if it has not begun at `start_by`, it fails.
+        """
+        run = run_pb2.Run(prompt=prompt, session=session, priority=priority, budget=budget)
+        if start_by:
+            run.start_by_time.FromDatetime(start_by)
         request = run_pb2.CreateRunRequest(run=run, request_id=request_id or uuid.uuid4().hex, rehearse=rehearse)
         return self._call(self._runs.CreateRun, request)
 
@@ -101,9 +117,17 @@ class Client:
         except grpc.RpcError as e:
             raise self._error(e) from None
 
-    def run(self, prompt: str, *, session: str = "", rehearse: bool = False) -> Iterator[run_pb2.WatchRunResponse]:
+    def run(
+        self,
+        prompt: str,
+        *,
+        session: str = "",
+        rehearse: bool = False,
+        priority: run_pb2.Run.Priority.ValueType = run_pb2.Run.PRIORITY_NORMAL,
+        budget: run_pb2.Run.Budget | None = None,
+    ) -> Iterator[run_pb2.WatchRunResponse]:
         """Start a run and follow it. Closing the iterator early cancels the run."""
-        run = self.create_run(prompt, session=session, rehearse=rehearse)
+        run = self.create_run(prompt, session=session, rehearse=rehearse, priority=priority, budget=budget)
         ended = False
         try:
             for event in self.watch_run(run.name):

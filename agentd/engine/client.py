@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 STOP_TIMEOUT_S = 5.0
 CANCEL_TIMEOUT_S = 10.0
-WAITING_REQUESTS = 16
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH", "PREFIX", "LANG")
 _ENGINE_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "GOMP_SPINCOUNT": "1000"}
 """libgomp's threads spin for long at a barrier by default: on 2 cores with another busy program, 20 tokens took 6.5 s
@@ -75,13 +74,12 @@ class _Process:
 
 
 class Engine:
-    """Loads on first use, or on `load`. One generation at a time; others wait, up to WAITING_REQUESTS."""
+    """Loads on first use, or on `load`. One generation at a time; others wait."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self._process: _Process | None = None
         self._turn = asyncio.Lock()
-        self._waiting = 0
         self._ids = itertools.count(1)
         self._repack: bool | None = False if settings.repack == "off" else None
         self._pace = Pace()
@@ -107,11 +105,8 @@ class Engine:
     ) -> AsyncGenerator[Output, None]:
         """Go on with a conversation; ends with Done. Closing the iterator cancels the generation.
 
-        Raises EngineError: PROMPT_TOO_LONG, MODEL_BUSY, MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT.
+        Raises EngineError: PROMPT_TOO_LONG, MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT.
         """
-        if self._waiting >= WAITING_REQUESTS:
-            message = f"The model is busy and {self._waiting} requests wait already."
-            raise EngineError(Reason.MODEL_BUSY, message, hint="Try again later.", metadata={"waiting": str(self._waiting)})
         request = Generate(
             id=next(self._ids),
             prompt=pack(render(conversation)),
@@ -120,11 +115,7 @@ class Engine:
             temperature=temperature,
             seed=seed,
         )
-        self._waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self._waiting -= 1
+        await self._turn.acquire()
         try:
             if self._holds_back():
                 yield _nothing(request.id)

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentd.errors import Reason, RequestError
-from agentd.principals.principal import ROLES, Principal
+from agentd.principals.principal import ROLES, Principal, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from agentd.principals.principal import Role
     from agentd.principals.tokens import Tokens
 
 FREE_ATTEMPTS = 5  # wrong tokens of one peer in a minute that are recorded one by one
@@ -67,6 +66,14 @@ class Roster:
             )
         self._count(peer)
         raise nobody("This token is not one that agentd knows: it was revoked, has expired, or never was.")
+
+    def knows(self, name: str) -> bool:
+        """Whether a principal of that name may still have runs: its token was not revoked, its role not taken away."""
+        if name.startswith("token:"):
+            holder = self.tokens.labelled(name.removeprefix("token:"))
+            return holder is not None and holder.has("user")
+        own = ROLES if name == f"unix:{user_name(self.owner)}" else frozenset[Role]()
+        return bool({"user", "admin"} & (own | self.roles.get(name, frozenset())))
 
     def _count(self, peer: str) -> None:
         now = self.clock()

@@ -104,9 +104,14 @@ class Tokens:
         with self._lock:
             hashed, token = self._kept.get(identity, (b"", None))
         matches = hmac.compare_digest(hashed, _hash(secret))
-        if token is None or not matches or (token.expire_ns and self._now() >= token.expire_ns):
-            return None
-        return token.principal()
+        return token.principal() if token and matches and self._holds(token) else None
+
+    def labelled(self, label: str) -> Principal | None:
+        """Whom a token of that label stands for now, if there is one that still holds."""
+        return next((token.principal() for token in self.all() if token.label == label and self._holds(token)), None)
+
+    def _holds(self, token: Token) -> bool:
+        return not token.expire_ns or self._now() < token.expire_ns
 
 
 def _hash(secret: str) -> bytes:

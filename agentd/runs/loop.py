@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from agentd.budgets import QuotaSpent, Usage
 from agentd.calls import CallRequest, CallResult, Denied
 from agentd.engine.link import Delta, Done, Malformed, ToolCall
 from agentd.engine.prompt import Called, Conversation, Generated, Part, Responded, Said, ToolSpec, Turn
@@ -17,6 +19,7 @@ from agentd.runs.run import StopReason, told
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
+    from contextlib import AbstractAsyncContextManager
 
     from agentd.grants import Pattern
     from agentd.runs.run import Run
@@ -34,12 +37,24 @@ _ENDINGS = {"length": StopReason.TOKEN_LIMIT, "context": StopReason.CONTEXT_FULL
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one run: model steps, generated tokens, seconds, and how often the very same call may be made."""
+    """Of one run: model steps, generated tokens, seconds, how often the very same call may be made, calls, joules."""
 
     steps: int
     tokens: int
     seconds: float
     repeats: int
+    calls: int = 32
+    joules: float | None = None
+
+    def within(self, budget: Usage) -> Limits:
+        """What a budget leaves of them; 0 in it leaves all."""
+        return replace(
+            self,
+            tokens=min(self.tokens, budget.tokens or self.tokens),
+            seconds=min(self.seconds, budget.seconds or self.seconds),
+            calls=min(self.calls, budget.calls or self.calls),
+            joules=min(each for each in (self.joules, budget.joules) if each) if self.joules or budget.joules else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +74,16 @@ class Model(Protocol):
     def generate(
         self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
     ) -> AsyncGenerator[Delta | ToolCall | Malformed | Done, None]: ...
+
+
+class Purse(Protocol):
+    """The part of the quotas that the loop uses."""
+
+    def tokens_left(self, principal: str) -> float: ...
+
+    def require(self, principal: str) -> None: ...
+
+    def spend(self, principal: str, used: Usage) -> None: ...
 
 
 class Caller(Protocol):
@@ -89,6 +114,11 @@ class Loop:
     limits: Limits
     history: list[Turn]
     emit: Callable[[str, dict[str, Any]], None]
+    turn: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
+    """Around each generation: the model is this run's alone."""
+    purse: Purse | None = None
+    energy: Callable[[], float] = lambda: 0.0
+    """Joules that the device has used so far."""
     within: tuple[Pattern, ...] = ()
     """The most that its calls may touch, if whoever started it is bounded."""
     rehearse: bool = False
@@ -101,6 +131,8 @@ class Loop:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     calls: int = 0
+    seconds: float = 0.0
+    joules: float = 0.0
     transcript: list[Part] = field(default_factory=list)
     _parts: list[Part] = field(default_factory=list)
     _malformed: int = 0
@@ -109,6 +141,8 @@ class Loop:
     async def go(self) -> StopReason:
         """Until the answer or a limit of steps, tokens or repetition. Raises AgentdError if it can't go on."""
         for _ in range(self.limits.steps):
+            if (stop := self._spent()) is not None:
+                return stop
             step = await self._generate()
             assert step.done is not None
             self._parts.append(Generated(step.done.ids))
@@ -126,6 +160,16 @@ class Loop:
                 return StopReason.ANSWERED
         return StopReason.STEP_LIMIT
 
+    def _spent(self) -> StopReason | None:
+        if self.limits.joules is not None and self.joules >= self.limits.joules:
+            return StopReason.ENERGY_LIMIT
+        try:
+            if self.purse:
+                self.purse.require(self.run.principal)
+        except QuotaSpent:
+            return StopReason.QUOTA
+        return None
+
     async def _generate(self) -> _Step:
         while True:
             try:
@@ -136,11 +180,31 @@ class Loop:
                 self.history.pop(0)  # the oldest turn of the session has to go
 
     async def _generate_once(self) -> _Step:
+        async with self.turn():
+            before = self.energy()
+            step = await self._ask()
+            used = self.energy() - before
+        done = step.done
+        assert done is not None
+        seconds = (done.prefill_ms + done.decode_ms) / 1000
+        self.generated_tokens += len(done.ids)
+        self.prompt_tokens += done.prompt_tokens - done.cached_tokens
+        self.seconds += seconds
+        self.joules += used
+        if self.purse:
+            self.purse.spend(self.run.principal, Usage(len(done.ids), seconds, 0, used))
+        return step
+
+    async def _ask(self) -> _Step:
         settings, step = self.settings, _Step()
         turns = (*self.history, Turn(self.run.prompt, tuple(self._parts)))
         conversation = Conversation(settings.system, settings.tools, turns, settings.thinking)
-        left = max(1, self.limits.tokens - self.generated_tokens)
-        outputs = self.model.generate(conversation, max_tokens=left, temperature=settings.temperature, seed=settings.seed)
+        most = min(
+            self.limits.tokens - self.generated_tokens, self.purse.tokens_left(self.run.principal) if self.purse else math.inf
+        )
+        outputs = self.model.generate(
+            conversation, max_tokens=max(1, int(most)), temperature=settings.temperature, seed=settings.seed
+        )
         async with contextlib.aclosing(outputs) as stream:
             async for output in stream:
                 match output:
@@ -151,8 +215,6 @@ class Loop:
                         step.calls.append(output)
                     case Done():
                         step.done = output
-                        self.generated_tokens += len(output.ids)
-                        self.prompt_tokens += output.prompt_tokens - output.cached_tokens
         return step
 
     async def _make(self, call: ToolCall | Malformed) -> StopReason | None:
@@ -168,11 +230,13 @@ class Loop:
         if self._made[key] > self.limits.repeats:
             self._tell(call, {"error": "this very call was made before"}, {})
             return StopReason.REPEATED_CALL
+        if self.calls >= self.limits.calls:
+            self._tell(call, {"error": "this run may make no more calls"}, {})
+            return StopReason.CALL_LIMIT
         self.calls += 1
-        await self._execute(call)
-        return None
+        return await self._execute(call)
 
-    async def _execute(self, call: ToolCall) -> None:
+    async def _execute(self, call: ToolCall) -> StopReason | None:
         run = self.run
         request = CallRequest(
             *(run.principal, call.tool, call.arguments, run.session, run.id),
@@ -187,6 +251,9 @@ class Loop:
         except Denied as e:
             refused = {"call": e.call, "scopes": e.scopes, "decision": e.decision.verdict, "reason": e.decision.reason}
             self._tell(call, {"error": f"denied: {e.decision.reason}"}, refused)
+        except QuotaSpent as e:
+            self._tell(call, {"error": e.message}, {})
+            return StopReason.QUOTA
         except AgentdError as e:
             if e.reason in _PASSED_ON:
                 raise
@@ -195,6 +262,7 @@ class Loop:
             self.labels |= result.labels
             self.read |= dict.fromkeys(scope for scope in result.scopes if scope.startswith(_TAKES_IN))
             self._tell(call, result.output, result.told())
+        return None
 
     def _tell(self, call: ToolCall, output: dict[str, Any], told: dict[str, Any]) -> None:
         """Give the model the output and everyone else the event."""

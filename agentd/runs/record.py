@@ -26,10 +26,15 @@ class RunRecords:
         self._store = store
 
     def close_lost(self) -> int:
-        """Mark what a killed daemon left running as failed; returns how many. Called once, before any run starts."""
+        """Mark what a killed daemon left running as failed; returns how many. Called once, before any run starts.
+
+        What can wait and had not begun goes on waiting.
+        """
 
         def close(db: apsw.Connection) -> int:
-            lost = [Run.from_json(body) for (body,) in db.execute("SELECT body FROM run WHERE state = 'running'")]
+            found = db.execute("SELECT body FROM run WHERE state IN ('queued', 'running')")
+            open_runs = [Run.from_json(body) for (body,) in found]
+            lost = [run for run in open_runs if not (run.deferrable and run.state is State.QUEUED)]
             for run in lost:
                 ended = replace(run, state=State.FAILED, error=_LOST, end_ns=time.time_ns())
                 _finish(db, ended, [RunEvent(1, ended.end_ns, "run", {})])
@@ -50,9 +55,22 @@ class RunRecords:
 
         return await asyncio.wrap_future(self._store.submit(insert))
 
-    async def has_begun(self, request_id: str) -> bool:
-        query = "SELECT count(*) FROM run WHERE request_id = ?"
-        return bool(await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (request_id,)).get))
+    async def asked_for(self, request_id: str) -> Run | None:
+        query = "SELECT body FROM run WHERE request_id = ?"
+        body = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (request_id,)).get)
+        return None if body is None else Run.from_json(str(body))
+
+    async def begin(self, run: Run) -> None:
+        """From now on it is lost if the daemon is killed: nothing is done twice."""
+        update = "UPDATE run SET state = ?, body = ? WHERE id = ?"
+        values = (run.state.value, run.to_json(), run.id)
+        await asyncio.wrap_future(self._store.submit(lambda db: db.execute(update, values).get))
+
+    async def deferred(self) -> list[Run]:
+        """What waits, oldest first."""
+        query = "SELECT body FROM run WHERE state = 'queued' ORDER BY id"
+        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query)))
+        return [Run.from_json(body) for (body,) in rows]
 
     async def finish(self, run: Run, events: list[RunEvent]) -> None:
         await asyncio.wrap_future(self._store.submit(lambda db: _finish(db, run, events)))

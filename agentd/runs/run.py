@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from agentd.budgets import Priority, Usage
 from agentd.engine.prompt import Called, Part, Responded, Said, Turn
 from agentd.grants import Labels
 from agentd.grants import State as ApprovalState
@@ -15,10 +16,12 @@ if TYPE_CHECKING:
     from agentd.grants import Approval
 
 _NONE = Labels()
+_UNBOUNDED = Usage()
 WAITS = ApprovalState.PENDING
 
 
 class State(Enum):
+    QUEUED = "queued"
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -36,6 +39,30 @@ class StopReason(Enum):
     MALFORMED_CALLS = "malformed_calls"
     CONTEXT_FULL = "context_full"
     BUDGET = "budget"
+    CALL_LIMIT = "call_limit"
+    ENERGY_LIMIT = "energy_limit"
+    QUOTA = "quota"
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What somebody asks for. The same `request_id` gives the run it started the first time.
+
+    `labels` are those of what the prompt was made from, `within` the most that its calls may touch. With `rehearse` what
+    they change is put back, for a person to look at. `start_by_ns` is when it must have begun, 0 for the policy's own time;
+    `budget` is what it may use at most, 0 for as much as the daemon's limits allow.
+    """
+
+    principal: str
+    prompt: str
+    session: str = ""
+    request_id: str = ""
+    labels: Labels = _NONE
+    within: tuple[str, ...] = ()
+    rehearse: bool = False
+    priority: Priority = Priority.NORMAL
+    start_by_ns: int = 0
+    budget: Usage = _UNBOUNDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +82,28 @@ class Run:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     calls: int = 0
+    seconds: float = 0.0
+    """Of the model."""
+    joules: float = 0.0
+    """Of the device while the model was at work; 0 where its power is not known."""
     labels: Labels = _NONE
     """What it has taken in: later runs of the session have it in their context too."""
     transcript: tuple[Part, ...] = field(default=(), repr=False)
     """Calls, results and answer, thoughts left out: what later runs of the session see of this one."""
+    priority: Priority = Priority.NORMAL
+    start_by_ns: int = 0
+    budget: Usage = _UNBOUNDED
+    within: tuple[str, ...] = ()
+    rehearse: bool = False
 
     @property
     def ended(self) -> bool:
-        return self.state is not State.RUNNING
+        return self.state not in (State.QUEUED, State.RUNNING)
+
+    @property
+    def deferrable(self) -> bool:
+        """Whether it can wait past a restart until battery, heat and memory allow it."""
+        return self.priority is Priority.BACKGROUND
 
     def turn(self) -> Turn:
         return Turn(self.prompt, self.transcript)
@@ -71,6 +112,7 @@ class Run:
         fields = asdict(replace(self, transcript=()))
         fields["state"] = self.state.value
         fields["stop_reason"] = self.stop_reason.value if self.stop_reason else None
+        fields["priority"] = self.priority.name.lower()
         fields["transcript"] = [{type(part).__name__: asdict(part)} for part in self.transcript]
         return json.dumps(fields)
 
@@ -81,6 +123,9 @@ class Run:
         fields["stop_reason"] = StopReason(fields["stop_reason"]) if fields["stop_reason"] else None
         fields["labels"] = Labels(**{name: tuple(sources) for name, sources in fields.get("labels", {}).items()})
         fields["error"] = tuple(fields["error"]) if fields["error"] else None
+        fields["priority"] = Priority[fields.get("priority", "normal").upper()]
+        fields["budget"] = Usage(**fields.get("budget", {}))
+        fields["within"] = tuple(fields.get("within", ()))
         kinds: dict[str, Any] = {"Said": Said, "Called": Called, "Responded": Responded}
         parts = (next(iter(part.items())) for part in fields["transcript"])
         fields["transcript"] = tuple(kinds[name](**values) for name, values in parts)
@@ -89,7 +134,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """What happened, in order: `kind` is text, thought, call_started, approval, call or run; `body` is JSON."""
+    """What happened, in order: `kind` is text, thought, call_started, approval, call, budget, queue or run; `body` is JSON."""
 
     sequence: int
     time_ns: int

@@ -5,26 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from agentd.budgets import Admission, Allowance, Priority
+from agentd.budgets.policy import AdmissionPolicy
 from agentd.errors import AgentdError, DaemonError, Reason, RequestError
-from agentd.grants import Labels
+from agentd.grants import parse
+from agentd.runs.live import Live
 from agentd.runs.loop import Caller, Limits, Loop, Model, ModelSettings
-from agentd.runs.run import WAITS, Run, RunEvent, State, StopReason
+from agentd.runs.run import Run, RunEvent, RunRequest, State, StopReason
 from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from agentd.grants import Pattern
+    from agentd.budgets import Quotas
     from agentd.runs.record import RunRecords
 
 __all__ = ["Limits", "ModelSettings", "Runs"]
 
 _log = logging.getLogger(__name__)
-_NONE = Labels()
 LONGEST_PROMPT = 1 << 20
 STOP_TIMEOUT_S = 15.0
 
@@ -33,35 +37,8 @@ def _nobody(_: Run) -> None:
     """Where runs are not recorded."""
 
 
-@dataclass(slots=True)
-class _Live:
-    """A run that is going on: its events so far, and a flag that is replaced whenever there are more."""
-
-    run: Run
-    events: list[RunEvent] = field(default_factory=list)
-    more: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    limit: asyncio.Timeout | None = None
-    _left: float | None = None
-
-    def add(self, kind: str, body: dict[str, Any]) -> None:
-        if kind == "approval":
-            self._count_no_waiting(waits=body["state"] == WAITS.value)
-        self.events.append(RunEvent(len(self.events) + 1, time.time_ns(), kind, body))
-        self.more.set()
-        self.more = asyncio.Event()
-
-    def _count_no_waiting(self, *, waits: bool) -> None:
-        """The time that a person takes to answer is not the run's."""
-        now = asyncio.get_running_loop().time()
-        if self.limit is None or (waits == (self._left is not None)):
-            return
-        if waits:
-            self._left = max(0.0, (self.limit.when() or now) - now)
-            self.limit.reschedule(None)
-        else:
-            self.limit.reschedule(now + (self._left or 0.0))
-            self._left = None
+class _Overdue(Exception):
+    """It has waited for its turn for as long as it may."""
 
 
 class Runs:
@@ -74,69 +51,147 @@ class Runs:
         caller: Caller,
         settings: ModelSettings,
         limits: Limits,
+        *,
         record: Callable[[Run], None] = _nobody,
-        admit: Callable[[], None] = lambda: None,
+        admission: Admission | None = None,
+        quotas: Quotas | None = None,
+        energy: Callable[[], float] = lambda: 0.0,
+        is_known: Callable[[str], bool] = lambda _principal: True,
     ) -> None:
-        """`record` gets each run when it begins and when it has ended, on a thread of its own; what it raises keeps a run from
-        beginning. So does what `admit` raises.
+        """`record` gets each run when it is deferred, begins and has ended, on a thread of its own; what it raises keeps a run
+        from beginning. `energy` is what the device has used so far in joules. `is_known` says whether a principal may still
+        have runs: one that was deferred may have been asked for long ago.
         """
-        self._admit = admit
+        self._admission = admission or Admission(AdmissionPolicy(), Allowance)
         self._records, self._model, self._caller, self._record = records, model, caller, record
         self._settings, self._limits = settings, limits
-        self._live: dict[str, _Live] = {}
+        self._quotas, self._energy, self._is_known = quotas, energy, is_known
+        self._live: dict[str, Live] = {}
         self._keeping: set[asyncio.Task[None]] = set()
         self._stopping = False
 
-    async def create(
-        self,
-        principal: str,
-        prompt: str,
-        session: str,
-        request_id: str,
-        labels: Labels = _NONE,
-        within: tuple[Pattern, ...] = (),
-        *,
-        rehearse: bool = False,
-    ) -> Run:
-        """Start a run. The same `request_id` gives the run it started the first time.
+    async def create(self, asked: RunRequest) -> Run:
+        """Start a run, or put it in the queue.
 
-        `labels` are those of what the prompt was made from, `within` the most that its calls may touch. With
-        `rehearse` what they change is put back, for a person to look at.
-
-        Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; StoreError; DaemonError (DAEMON_STOPPING).
+        Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; OverBudget, QueueFull, QuotaSpent; StoreError; DaemonError
+        (DAEMON_STOPPING).
         """
-        _check(prompt, session, request_id)
+        _check(asked)
         if self._stopping:
             raise DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
-        if not await self._records.has_begun(request_id):  # who asks once more is to get the run of the first time
-            self._admit()
-        run = Run(new_id(), principal, prompt, session or new_id(), State.RUNNING, time.time_ns())
-        earlier = await self._records.history(session) if session else []
-        history = [each for each in earlier if each.principal == principal]  # a session's name is no key to others' words
+        if asked.request_id and (known := await self._records.asked_for(asked.request_id)):
+            return _the_same(known, asked)
+        if self._quotas:
+            self._quotas.require(asked.principal)
+        ticket = self._admission.admit(asked.priority)
+        live = Live(self._new(asked), ticket)
+        try:
+            kept = await self._records.insert(live.run, asked.request_id or None)
+            if kept.id != live.run.id:
+                self._admission.leave(ticket)
+                return _the_same(kept, asked)
+            loop = self._loop(live)
+            if live.run.deferrable:
+                await asyncio.to_thread(self._record, live.run)
+            else:
+                await self._prepare(live, loop)
+        except BaseException as e:
+            self._admission.leave(ticket)
+            await self._give_up(live.run, e)
+            raise
+        self._launch(live, loop)
+        return live.run
+
+    async def _give_up(self, run: Run, error: BaseException) -> None:
+        """It is not to begin at the next start, either."""
+        told = (error.reason.name, error.message, error.hint) if isinstance(error, AgentdError) else ("CANCELLED", "", "")
+        with contextlib.suppress(AgentdError):
+            await self._records.finish(replace(run, state=State.FAILED, error=told, end_ns=time.time_ns()), [])
+
+    async def resume(self) -> None:
+        """What was deferred before a restart goes on waiting."""
+        for run in await self._records.deferred():
+            live = Live(run, self._admission.admit(run.priority, again=True))
+            self._launch(live, self._loop(live))
+
+    def _new(self, asked: RunRequest) -> Run:
+        now = time.time_ns()
+        policy = self._admission.policy
+        wait_s = policy.defer_s if asked.priority is Priority.BACKGROUND else policy.wait_s
+        return Run(
+            *(new_id(), asked.principal, asked.prompt, asked.session or new_id(), State.QUEUED, now),
+            labels=asked.labels,
+            priority=asked.priority,
+            start_by_ns=asked.start_by_ns or now + int(wait_s * 1e9),
+            budget=asked.budget,
+            within=asked.within,
+            rehearse=asked.rehearse,
+        )
+
+    def _loop(self, live: Live) -> Loop:
+        run = live.run
+        loop = Loop(run, self._model, self._caller, self._settings, self._limits.within(run.budget), [], live.add)
+        loop.labels, loop.rehearse = run.labels, run.rehearse
+        loop.within = tuple(parse(text, resolved=True) for text in run.within)
+        loop.turn = lambda: self._turn(live, loop)
+        loop.purse, loop.energy = self._quotas, self._energy
+        return loop
+
+    async def _prepare(self, live: Live, loop: Loop) -> None:
+        """What its session has said before; and that it begins is on record."""
+        run = live.run
+        earlier = await self._records.history(run.session)
+        history = [each for each in earlier if each.principal == run.principal]  # a session's name is no key to others' words
         for each in history:
-            labels |= each.labels
-        kept = await self._records.insert(run, request_id or None)
-        if kept.id != run.id:
-            if (kept.prompt, kept.principal) != (prompt, principal):
-                message = f"The request id {request_id!r} was used for another prompt."
-                raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
-            return kept
-        await asyncio.to_thread(self._record, replace(run, labels=labels))
-        live = self._live[run.id] = _Live(run)
-        loop = Loop(run, self._model, self._caller, self._settings, self._limits, [each.turn() for each in history], live.add)
-        loop.labels, loop.within, loop.rehearse = labels, within, rehearse
-        live.task = asyncio.create_task(self._go(live, loop), name=f"run {run.id}")
-        return run
+            loop.labels |= each.labels
+        loop.history = [each.turn() for each in history]
+        await asyncio.to_thread(self._record, replace(run, labels=loop.labels, state=State.RUNNING))
+
+    def _launch(self, live: Live, loop: Loop) -> None:
+        self._live[live.run.id] = live
+        live.task = asyncio.create_task(self._go(live, loop), name=f"run {live.run.id}")
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, live: Live, loop: Loop) -> AsyncIterator[None]:
+        """Raises _Overdue, and for the first one what keeps a deferred run from beginning."""
+        ticket = live.ticket
+        wait_s = self._admission.policy.wait_s if ticket.begun else live.run.start_by_ns / 1e9 - time.time()
+        ahead, reason = self._admission.why_waiting(ticket)
+        if ahead or reason:
+            live.add("queue", {"ahead": ahead, "reason": reason})
+        async with contextlib.AsyncExitStack() as stack:
+            live.hold("turn", on=True)
+            try:
+                async with asyncio.timeout(wait_s):
+                    await stack.enter_async_context(self._admission.turn(ticket))
+            except TimeoutError:
+                raise _Overdue from None
+            finally:
+                live.hold("turn", on=False)
+            if live.run.state is State.QUEUED:
+                await self._begin(live, loop)
+            yield
+
+    async def _begin(self, live: Live, loop: Loop) -> None:
+        live.run = replace(live.run, state=State.RUNNING)
+        if live.run.deferrable:
+            if not self._is_known(live.run.principal):
+                message = f"{live.run.principal} may have no runs any more."
+                raise RequestError(Reason.ROLE_REQUIRED, message, metadata={"principal": live.run.principal})
+            await self._records.begin(live.run)
+            await self._prepare(live, loop)
 
     def going_on(self) -> list[Run]:
         """Oldest first."""
         return [live.run for live in self._live.values() if not live.run.ended]
 
-    def notice(self, body: dict[str, Any]) -> None:
-        """What battery, heat and memory allow has changed: whoever watches a run is told."""
+    def notice(self, body: dict[str, Any], *, holds: bool) -> None:
+        """What battery, heat and memory allow has changed: whoever watches a run is told, and whoever may goes on."""
         for live in self._live.values():
             if not live.run.ended:
+                live.hold("budget", on=holds)
                 live.add("budget", body)
+        self._admission.look()
 
     async def get(self, run: str) -> Run:
         """Raises RequestError (RUN_NOT_FOUND)."""
@@ -146,7 +201,8 @@ class Runs:
 
     async def page(self, before: str, limit: int, principal: str = "") -> list[Run]:
         """Up to `limit` runs older than `before` (or the newest), newest first; of one principal, or of all."""
-        return await self._records.page(before, limit, principal)
+        kept = await self._records.page(before, limit, principal)
+        return [self._live[run.id].run if run.id in self._live else run for run in kept]
 
     async def watch(self, run: str, after: int) -> AsyncIterator[RunEvent]:
         """The events past number `after`, until the run has ended. Raises RequestError (RUN_NOT_FOUND)."""
@@ -182,15 +238,19 @@ class Runs:
         if self._keeping:
             await asyncio.wait(self._keeping, timeout=STOP_TIMEOUT_S)
 
-    async def _go(self, live: _Live, loop: Loop) -> None:
+    async def _go(self, live: Live, loop: Loop) -> None:
         end: dict[str, Any]
         try:
-            async with asyncio.timeout(self._limits.seconds) as live.limit:
+            async with asyncio.timeout(loop.limits.seconds) as live.limit:
                 stop = await loop.go()
             end = {"state": State.SUCCEEDED, "stop_reason": stop}
         except TimeoutError:
             end = {"state": State.SUCCEEDED, "stop_reason": StopReason.TIME_LIMIT}
+        except _Overdue:
+            end = self._overdue(live)
         except asyncio.CancelledError:
+            if self._stopping and live.run.state is State.QUEUED and live.run.deferrable:
+                return  # it waits on in the store, for the next start
             end = {"state": State.CANCELLED}
         except AgentdError as e:
             end = {"state": State.FAILED, "error": (e.reason.name, e.message, e.hint)}
@@ -207,16 +267,29 @@ class Runs:
             prompt_tokens=loop.prompt_tokens,
             generated_tokens=loop.generated_tokens,
             calls=loop.calls,
+            seconds=round(loop.seconds, 3),
+            joules=round(loop.joules, 3),
             labels=loop.labels,
             transcript=tuple(loop.transcript),
         )
+        self._admission.leave(live.ticket)
         live.add("run", {})
         keeping = asyncio.create_task(self._keep(live), name=f"keep run {live.run.id}")
         self._keeping.add(keeping)
         keeping.add_done_callback(self._keeping.discard)
         await asyncio.shield(keeping)
 
-    async def _keep(self, live: _Live) -> None:
+    def _overdue(self, live: Live) -> dict[str, Any]:
+        """One that has begun ends with what it has."""
+        if live.run.state is State.RUNNING:
+            return {"state": State.SUCCEEDED, "stop_reason": StopReason.BUDGET}
+        ahead, reason = self._admission.why_waiting(live.ticket)
+        why = reason or (f"{ahead} runs were before it" if ahead else "the model was busy")
+        by = datetime.fromtimestamp(live.run.start_by_ns / 1e9, UTC).isoformat(" ", "seconds")
+        message = f"The run could not begin by {by}: {why}."
+        return {"state": State.FAILED, "error": (Reason.NOT_BEGUN.name, message, "Start it again, with more time to wait.")}
+
+    async def _keep(self, live: Live) -> None:
         """Only what is on disk may leave the memory."""
         with contextlib.suppress(AgentdError):  # a full disk: the run stays readable while the daemon lives
             await self._records.finish(live.run, live.events)
@@ -226,16 +299,31 @@ class Runs:
             await self._caller.end_run(live.run.id)
 
 
-def _check(prompt: str, session: str, request_id: str) -> None:
+def _the_same(known: Run, asked: RunRequest) -> Run:
+    """Raises RequestError (REQUEST_ID_REUSED) if another run was asked for under this id."""
+    if (known.prompt, known.principal) != (asked.prompt, asked.principal):
+        message = f"The request id {asked.request_id!r} was used for another prompt."
+        raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
+    return known
+
+
+def _check(asked: RunRequest) -> None:
     def bad(field: str, why: str) -> RequestError:
         return RequestError(Reason.BAD_FIELD, f"{field} {why}.", field=field, metadata={"field": field})
 
-    if not prompt.strip():
+    if not asked.prompt.strip():
         raise bad("run.prompt", "is empty")
-    if len(prompt) > LONGEST_PROMPT:
-        raise bad("run.prompt", f"has {len(prompt)} characters; {LONGEST_PROMPT} are the most")
-    if "\0" in prompt:
+    if len(asked.prompt) > LONGEST_PROMPT:
+        raise bad("run.prompt", f"has {len(asked.prompt)} characters; {LONGEST_PROMPT} are the most")
+    if "\0" in asked.prompt:
         raise bad("run.prompt", "contains a NUL character")
-    for field_name, value in (("run.session", session), ("request_id", request_id)):
+    for field_name, value in (("run.session", asked.session), ("request_id", asked.request_id)):
         if len(value) > 64 or not value.isprintable():
             raise bad(field_name, "is longer than 64 characters or not printable")
+    if asked.start_by_ns and asked.start_by_ns <= time.time_ns():
+        raise bad("run.start_by_time", "is not in the future")
+    budget = asked.budget
+    for name in ("tokens", "seconds", "calls", "joules"):
+        amount = getattr(budget, name)
+        if not 0 <= amount < math.inf:
+            raise bad(f"run.budget.{name}", "is negative or no number")

@@ -136,6 +136,16 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ) STRICT, WITHOUT ROWID;
         """,
     ),
+    (
+        "0010_what_principals_use",
+        """
+        -- For quotas: what each principal has used in each hour since 1970.
+        CREATE TABLE used (
+            principal TEXT NOT NULL, hour INTEGER NOT NULL, tokens INTEGER NOT NULL, seconds REAL NOT NULL,
+            calls INTEGER NOT NULL, joules REAL NOT NULL, PRIMARY KEY (principal, hour)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    ),
 )
 
 

@@ -30,7 +30,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x61gentd/v1/run.proto\x12\tagentd.v1\x1a\x18\x61gentd/v1/approval.proto\x1a\x16\x61gentd/v1/budget.proto\x1a\x14\x61gentd/v1/tool.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xee\x06\n\x03Run\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x06prompt\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0f\n\x07session\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x14.agentd.v1.Run.StateB\x04\xe2\x41\x01\x03\x12\x34\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\x19.agentd.v1.Run.StopReasonB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x61nswer\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12\x17\n\tprincipal\x18\x08 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12)\n\x05usage\x18\x0b \x01(\x0b\x32\x14.agentd.v1.Run.UsageB\x04\xe2\x41\x01\x03\x12\x14\n\x06labels\x18\x0c \x03(\tB\x04\xe2\x41\x01\x03\x1aG\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x03\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x05\"m\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x13\n\x0fSTATE_CANCELLED\x10\x04\"\x8e\x02\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14STOP_REASON_ANSWERED\x10\x01\x12\x1a\n\x16STOP_REASON_STEP_LIMIT\x10\x02\x12\x1b\n\x17STOP_REASON_TOKEN_LIMIT\x10\x03\x12\x1a\n\x16STOP_REASON_TIME_LIMIT\x10\x04\x12\x1d\n\x19STOP_REASON_REPEATED_CALL\x10\x05\x12\x1f\n\x1bSTOP_REASON_MALFORMED_CALLS\x10\x06\x12\x1c\n\x18STOP_REASON_CONTEXT_FULL\x10\x07\x12\x16\n\x12STOP_REASON_BUDGET\x10\x08\"[\n\x10\x43reateRunRequest\x12!\n\x03run\x18\x01 \x01(\x0b\x32\x0e.agentd.v1.RunB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x10\n\x08rehearse\x18\x03 \x01(\x08\"=\n\x0fWatchRunRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\xd2\x02\n\x10WatchRunResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x11\n\x07thought\x18\x04 \x01(\tH\x00\x12\x32\n\x0c\x63\x61ll_started\x18\x05 \x01(\x0b\x32\x1a.agentd.v1.ToolCallStartedH\x00\x12#\n\x04\x63\x61ll\x18\x06 \x01(\x0b\x32\x13.agentd.v1.ToolCallH\x00\x12\x1d\n\x03run\x18\x07 \x01(\x0b\x32\x0e.agentd.v1.RunH\x00\x12-\n\x08\x61pproval\x18\x08 \x01(\x0b\x32\x19.agentd.v1.ApprovalNoticeH\x00\x12)\n\x06\x62udget\x18\t \x01(\x0b\x32\x17.agentd.v1.BudgetNoticeH\x00\x42\x07\n\x05\x65vent\"7\n\x0fToolCallStarted\x12\x0c\n\x04tool\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\"v\n\x0e\x41pprovalNotice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.agentd.v1.Approval.State\x12\x0e\n\x06reason\x18\x05 \x01(\t\"f\n\x0c\x42udgetNotice\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.agentd.v1.Budgets.State\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04\x64uty\x18\x03 \x01(\x01\x12\x0f\n\x07threads\x18\x04 \x01(\x05\"#\n\rGetRunRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"I\n\x10ListRunsResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.agentd.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x10\x43\x61ncelRunRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xc0\x02\n\nRunService\x12\x38\n\tCreateRun\x12\x1b.agentd.v1.CreateRunRequest\x1a\x0e.agentd.v1.Run\x12\x45\n\x08WatchRun\x12\x1a.agentd.v1.WatchRunRequest\x1a\x1b.agentd.v1.WatchRunResponse0\x01\x12\x32\n\x06GetRun\x12\x18.agentd.v1.GetRunRequest\x1a\x0e.agentd.v1.Run\x12\x43\n\x08ListRuns\x12\x1a.agentd.v1.ListRunsRequest\x1a\x1b.agentd.v1.ListRunsResponse\x12\x38\n\tCancelRun\x12\x1b.agentd.v1.CancelRunRequest\x1a\x0e.agentd.v1.Runb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x61gentd/v1/run.proto\x12\tagentd.v1\x1a\x18\x61gentd/v1/approval.proto\x1a\x16\x61gentd/v1/budget.proto\x1a\x14\x61gentd/v1/tool.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xaf\n\n\x03Run\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x14\n\x06prompt\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0f\n\x07session\x18\x03 \x01(\t\x12)\n\x05state\x18\x04 \x01(\x0e\x32\x14.agentd.v1.Run.StateB\x04\xe2\x41\x01\x03\x12\x34\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\x19.agentd.v1.Run.StopReasonB\x04\xe2\x41\x01\x03\x12\x14\n\x06\x61nswer\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12\x17\n\tprincipal\x18\x08 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12)\n\x05usage\x18\x0b \x01(\x0b\x32\x14.agentd.v1.Run.UsageB\x04\xe2\x41\x01\x03\x12\x14\n\x06labels\x18\x0c \x03(\tB\x04\xe2\x41\x01\x03\x12)\n\x08priority\x18\r \x01(\x0e\x32\x17.agentd.v1.Run.Priority\x12\x31\n\rstart_by_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12%\n\x06\x62udget\x18\x0f \x01(\x0b\x32\x15.agentd.v1.Run.Budget\x1aH\n\x06\x42udget\x12\x0e\n\x06tokens\x18\x01 \x01(\x03\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x05\x12\x0e\n\x06joules\x18\x04 \x01(\x01\x1ah\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x03\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x05\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x0e\n\x06joules\x18\x05 \x01(\x01\"\x7f\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_RUNNING\x10\x01\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x02\x12\x10\n\x0cSTATE_FAILED\x10\x03\x12\x13\n\x0fSTATE_CANCELLED\x10\x04\x12\x10\n\x0cSTATE_QUEUED\x10\x05\"\xdf\x02\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14STOP_REASON_ANSWERED\x10\x01\x12\x1a\n\x16STOP_REASON_STEP_LIMIT\x10\x02\x12\x1b\n\x17STOP_REASON_TOKEN_LIMIT\x10\x03\x12\x1a\n\x16STOP_REASON_TIME_LIMIT\x10\x04\x12\x1d\n\x19STOP_REASON_REPEATED_CALL\x10\x05\x12\x1f\n\x1bSTOP_REASON_MALFORMED_CALLS\x10\x06\x12\x1c\n\x18STOP_REASON_CONTEXT_FULL\x10\x07\x12\x16\n\x12STOP_REASON_BUDGET\x10\x08\x12\x1a\n\x16STOP_REASON_CALL_LIMIT\x10\t\x12\x1c\n\x18STOP_REASON_ENERGY_LIMIT\x10\n\x12\x15\n\x11STOP_REASON_QUOTA\x10\x0b\"l\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x03\"[\n\x10\x43reateRunRequest\x12!\n\x03run\x18\x01 \x01(\x0b\x32\x0e.agentd.v1.RunB\x04\xe2\x41\x01\x02\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x10\n\x08rehearse\x18\x03 \x01(\x08\"=\n\x0fWatchRunRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"\xfb\x02\n\x10WatchRunResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x11\n\x07thought\x18\x04 \x01(\tH\x00\x12\x32\n\x0c\x63\x61ll_started\x18\x05 \x01(\x0b\x32\x1a.agentd.v1.ToolCallStartedH\x00\x12#\n\x04\x63\x61ll\x18\x06 \x01(\x0b\x32\x13.agentd.v1.ToolCallH\x00\x12\x1d\n\x03run\x18\x07 \x01(\x0b\x32\x0e.agentd.v1.RunH\x00\x12-\n\x08\x61pproval\x18\x08 \x01(\x0b\x32\x19.agentd.v1.ApprovalNoticeH\x00\x12)\n\x06\x62udget\x18\t \x01(\x0b\x32\x17.agentd.v1.BudgetNoticeH\x00\x12\'\n\x05queue\x18\n \x01(\x0b\x32\x16.agentd.v1.QueueNoticeH\x00\x42\x07\n\x05\x65vent\"7\n\x0fToolCallStarted\x12\x0c\n\x04tool\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\"v\n\x0e\x41pprovalNotice\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.agentd.v1.Approval.State\x12\x0e\n\x06reason\x18\x05 \x01(\t\",\n\x0bQueueNotice\x12\r\n\x05\x61head\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\"f\n\x0c\x42udgetNotice\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.agentd.v1.Budgets.State\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04\x64uty\x18\x03 \x01(\x01\x12\x0f\n\x07threads\x18\x04 \x01(\x05\"#\n\rGetRunRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"8\n\x0fListRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"I\n\x10ListRunsResponse\x12\x1c\n\x04runs\x18\x01 \x03(\x0b\x32\x0e.agentd.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"&\n\x10\x43\x61ncelRunRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xc0\x02\n\nRunService\x12\x38\n\tCreateRun\x12\x1b.agentd.v1.CreateRunRequest\x1a\x0e.agentd.v1.Run\x12\x45\n\x08WatchRun\x12\x1a.agentd.v1.WatchRunRequest\x1a\x1b.agentd.v1.WatchRunResponse0\x01\x12\x32\n\x06GetRun\x12\x18.agentd.v1.GetRunRequest\x1a\x0e.agentd.v1.Run\x12\x43\n\x08ListRuns\x12\x1a.agentd.v1.ListRunsRequest\x1a\x1b.agentd.v1.ListRunsResponse\x12\x38\n\tCancelRun\x12\x1b.agentd.v1.CancelRunRequest\x1a\x0e.agentd.v1.Runb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -68,33 +68,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELRUNREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_CANCELRUNREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
   _globals['_RUN']._serialized_start=198
-  _globals['_RUN']._serialized_end=1076
-  _globals['_RUN_USAGE']._serialized_start=621
-  _globals['_RUN_USAGE']._serialized_end=692
-  _globals['_RUN_STATE']._serialized_start=694
-  _globals['_RUN_STATE']._serialized_end=803
-  _globals['_RUN_STOPREASON']._serialized_start=806
-  _globals['_RUN_STOPREASON']._serialized_end=1076
-  _globals['_CREATERUNREQUEST']._serialized_start=1078
-  _globals['_CREATERUNREQUEST']._serialized_end=1169
-  _globals['_WATCHRUNREQUEST']._serialized_start=1171
-  _globals['_WATCHRUNREQUEST']._serialized_end=1232
-  _globals['_WATCHRUNRESPONSE']._serialized_start=1235
-  _globals['_WATCHRUNRESPONSE']._serialized_end=1573
-  _globals['_TOOLCALLSTARTED']._serialized_start=1575
-  _globals['_TOOLCALLSTARTED']._serialized_end=1630
-  _globals['_APPROVALNOTICE']._serialized_start=1632
-  _globals['_APPROVALNOTICE']._serialized_end=1750
-  _globals['_BUDGETNOTICE']._serialized_start=1752
-  _globals['_BUDGETNOTICE']._serialized_end=1854
-  _globals['_GETRUNREQUEST']._serialized_start=1856
-  _globals['_GETRUNREQUEST']._serialized_end=1891
-  _globals['_LISTRUNSREQUEST']._serialized_start=1893
-  _globals['_LISTRUNSREQUEST']._serialized_end=1949
-  _globals['_LISTRUNSRESPONSE']._serialized_start=1951
-  _globals['_LISTRUNSRESPONSE']._serialized_end=2024
-  _globals['_CANCELRUNREQUEST']._serialized_start=2026
-  _globals['_CANCELRUNREQUEST']._serialized_end=2064
-  _globals['_RUNSERVICE']._serialized_start=2067
-  _globals['_RUNSERVICE']._serialized_end=2387
+  _globals['_RUN']._serialized_end=1525
+  _globals['_RUN_BUDGET']._serialized_start=754
+  _globals['_RUN_BUDGET']._serialized_end=826
+  _globals['_RUN_USAGE']._serialized_start=828
+  _globals['_RUN_USAGE']._serialized_end=932
+  _globals['_RUN_STATE']._serialized_start=934
+  _globals['_RUN_STATE']._serialized_end=1061
+  _globals['_RUN_STOPREASON']._serialized_start=1064
+  _globals['_RUN_STOPREASON']._serialized_end=1415
+  _globals['_RUN_PRIORITY']._serialized_start=1417
+  _globals['_RUN_PRIORITY']._serialized_end=1525
+  _globals['_CREATERUNREQUEST']._serialized_start=1527
+  _globals['_CREATERUNREQUEST']._serialized_end=1618
+  _globals['_WATCHRUNREQUEST']._serialized_start=1620
+  _globals['_WATCHRUNREQUEST']._serialized_end=1681
+  _globals['_WATCHRUNRESPONSE']._serialized_start=1684
+  _globals['_WATCHRUNRESPONSE']._serialized_end=2063
+  _globals['_TOOLCALLSTARTED']._serialized_start=2065
+  _globals['_TOOLCALLSTARTED']._serialized_end=2120
+  _globals['_APPROVALNOTICE']._serialized_start=2122
+  _globals['_APPROVALNOTICE']._serialized_end=2240
+  _globals['_QUEUENOTICE']._serialized_start=2242
+  _globals['_QUEUENOTICE']._serialized_end=2286
+  _globals['_BUDGETNOTICE']._serialized_start=2288
+  _globals['_BUDGETNOTICE']._serialized_end=2390
+  _globals['_GETRUNREQUEST']._serialized_start=2392
+  _globals['_GETRUNREQUEST']._serialized_end=2427
+  _globals['_LISTRUNSREQUEST']._serialized_start=2429
+  _globals['_LISTRUNSREQUEST']._serialized_end=2485
+  _globals['_LISTRUNSRESPONSE']._serialized_start=2487
+  _globals['_LISTRUNSRESPONSE']._serialized_end=2560
+  _globals['_CANCELRUNREQUEST']._serialized_start=2562
+  _globals['_CANCELRUNREQUEST']._serialized_end=2600
+  _globals['_RUNSERVICE']._serialized_start=2603
+  _globals['_RUNSERVICE']._serialized_end=2923
 # @@protoc_insertion_point(module_scope)

@@ -46,6 +46,8 @@ class Run(_message.Message):
         """It could not go on; `error` says why."""
         STATE_CANCELLED: Run._State.ValueType  # 4
         """It was cancelled."""
+        STATE_QUEUED: Run._State.ValueType  # 5
+        """It has not begun: others are before it, or battery, heat and memory do not allow it yet."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Where a run stands."""
@@ -60,6 +62,8 @@ class Run(_message.Message):
     """It could not go on; `error` says why."""
     STATE_CANCELLED: Run.State.ValueType  # 4
     """It was cancelled."""
+    STATE_QUEUED: Run.State.ValueType  # 5
+    """It has not begun: others are before it, or battery, heat and memory do not allow it yet."""
 
     class _StopReason:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -85,6 +89,12 @@ class Run(_message.Message):
         """Prompt and answer filled the context."""
         STOP_REASON_BUDGET: Run._StopReason.ValueType  # 8
         """Battery, heat or memory did not allow more; the answer is what there was of it."""
+        STOP_REASON_CALL_LIMIT: Run._StopReason.ValueType  # 9
+        """The run made as many calls as allowed."""
+        STOP_REASON_ENERGY_LIMIT: Run._StopReason.ValueType  # 10
+        """The device used as much energy for it as allowed."""
+        STOP_REASON_QUOTA: Run._StopReason.ValueType  # 11
+        """Whoever started it has used what it may."""
 
     class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper):
         """Why a run that succeeded has ended."""
@@ -107,6 +117,71 @@ class Run(_message.Message):
     """Prompt and answer filled the context."""
     STOP_REASON_BUDGET: Run.StopReason.ValueType  # 8
     """Battery, heat or memory did not allow more; the answer is what there was of it."""
+    STOP_REASON_CALL_LIMIT: Run.StopReason.ValueType  # 9
+    """The run made as many calls as allowed."""
+    STOP_REASON_ENERGY_LIMIT: Run.StopReason.ValueType  # 10
+    """The device used as much energy for it as allowed."""
+    STOP_REASON_QUOTA: Run.StopReason.ValueType  # 11
+    """Whoever started it has used what it may."""
+
+    class _Priority:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Run._Priority.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PRIORITY_UNSPECIFIED: Run._Priority.ValueType  # 0
+        """Not set: normal."""
+        PRIORITY_INTERACTIVE: Run._Priority.ValueType  # 1
+        """A person waits for it."""
+        PRIORITY_NORMAL: Run._Priority.ValueType  # 2
+        """A program waits for it."""
+        PRIORITY_BACKGROUND: Run._Priority.ValueType  # 3
+        """It can wait until the device is charging and cool, also past a restart of the daemon."""
+
+    class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+        """Who goes first."""
+
+    PRIORITY_UNSPECIFIED: Run.Priority.ValueType  # 0
+    """Not set: normal."""
+    PRIORITY_INTERACTIVE: Run.Priority.ValueType  # 1
+    """A person waits for it."""
+    PRIORITY_NORMAL: Run.Priority.ValueType  # 2
+    """A program waits for it."""
+    PRIORITY_BACKGROUND: Run.Priority.ValueType  # 3
+    """It can wait until the device is charging and cool, also past a restart of the daemon."""
+
+    @_typing.final
+    class Budget(_message.Message):
+        """What it may use at most. 0: as much as the daemon's own limits allow; they hold in any case."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TOKENS_FIELD_NUMBER: _builtins.int
+        SECONDS_FIELD_NUMBER: _builtins.int
+        CALLS_FIELD_NUMBER: _builtins.int
+        JOULES_FIELD_NUMBER: _builtins.int
+        tokens: _builtins.int
+        """Tokens the model writes."""
+        seconds: _builtins.float
+        """Seconds it takes, without those in which others keep it waiting."""
+        calls: _builtins.int
+        """Tool calls."""
+        joules: _builtins.float
+        """Energy of the device while the model is at work, where it tells its power."""
+        def __init__(
+            self,
+            *,
+            tokens: _builtins.int = ...,
+            seconds: _builtins.float = ...,
+            calls: _builtins.int = ...,
+            joules: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "joules", b"joules", "seconds", b"seconds", "tokens", b"tokens"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Usage(_message.Message):
@@ -117,22 +192,30 @@ class Run(_message.Message):
         PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
         GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
         CALLS_FIELD_NUMBER: _builtins.int
+        SECONDS_FIELD_NUMBER: _builtins.int
+        JOULES_FIELD_NUMBER: _builtins.int
         prompt_tokens: _builtins.int
         """Tokens of all prompts, as far as they were not cached."""
         generated_tokens: _builtins.int
         """Tokens the model wrote."""
         calls: _builtins.int
         """Tool calls made."""
+        seconds: _builtins.float
+        """Seconds of the model."""
+        joules: _builtins.float
+        """Energy of the device while the model was at work; 0 where its power is not known."""
         def __init__(
             self,
             *,
             prompt_tokens: _builtins.int = ...,
             generated_tokens: _builtins.int = ...,
             calls: _builtins.int = ...,
+            seconds: _builtins.float = ...,
+            joules: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "generated_tokens", b"generated_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "generated_tokens", b"generated_tokens", "joules", b"joules", "prompt_tokens", b"prompt_tokens", "seconds", b"seconds"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -148,6 +231,9 @@ class Run(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    START_BY_TIME_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`runs/{run}`."""
     prompt: _builtins.str
@@ -162,6 +248,8 @@ class Run(_message.Message):
     """The model's answer, so far or final."""
     principal: _builtins.str
     """Who started it."""
+    priority: Global___Run.Priority.ValueType
+    """Who goes first."""
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """What went wrong, if it failed."""
@@ -182,6 +270,14 @@ class Run(_message.Message):
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What it has taken in: `untrusted`, `private`. With both it sends nothing out without a person's word."""
 
+    @_builtins.property
+    def start_by_time(self) -> _timestamp_pb2.Timestamp:
+        """A run that has not begun by then fails with NOT_BEGUN. By default 5 minutes from now, a day for one in the background."""
+
+    @_builtins.property
+    def budget(self) -> Global___Run.Budget:
+        """What it may use at most."""
+
     def __init__(
         self,
         *,
@@ -197,10 +293,13 @@ class Run(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         usage: Global___Run.Usage | None = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
+        priority: Global___Run.Priority.ValueType = ...,
+        start_by_time: _timestamp_pb2.Timestamp | None = ...,
+        budget: Global___Run.Budget | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "start_by_time", b"start_by_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "labels", b"labels", "name", b"name", "principal", b"principal", "prompt", b"prompt", "session", b"session", "state", b"state", "stop_reason", b"stop_reason", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "budget", b"budget", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "labels", b"labels", "name", b"name", "principal", b"principal", "priority", b"priority", "prompt", b"prompt", "session", b"session", "start_by_time", b"start_by_time", "state", b"state", "stop_reason", b"stop_reason", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -221,7 +320,7 @@ class CreateRunRequest(_message.Message):
     """Rehearse every call of the run that changes files: see CallToolRequest."""
     @_builtins.property
     def run(self) -> Global___Run:
-        """The run to start: `prompt`, and `session` to go on with a conversation."""
+        """The run to start: `prompt`, `session` to go on with a conversation, `priority`, `start_by_time`, `budget`."""
 
     def __init__(
         self,
@@ -279,6 +378,7 @@ class WatchRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     APPROVAL_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Its number within the run, from 1, without gaps."""
     text: _builtins.str
@@ -309,6 +409,10 @@ class WatchRunResponse(_message.Message):
     def budget(self) -> Global___BudgetNotice:
         """What battery, heat and memory allow has changed."""
 
+    @_builtins.property
+    def queue(self) -> Global___QueueNotice:
+        """It waits for its turn with the model."""
+
     def __init__(
         self,
         *,
@@ -321,12 +425,13 @@ class WatchRunResponse(_message.Message):
         run: Global___Run | None = ...,
         approval: Global___ApprovalNotice | None = ...,
         budget: Global___BudgetNotice | None = ...,
+        queue: Global___QueueNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval", "budget"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval", "budget", "queue"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -397,6 +502,32 @@ class ApprovalNotice(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ApprovalNotice: _TypeAlias = ApprovalNotice  # noqa: Y015
+
+@_typing.final
+class QueueNotice(_message.Message):
+    """Why a run waits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AHEAD_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ahead: _builtins.int
+    """How many runs are before it."""
+    reason: _builtins.str
+    """What battery, heat and memory have to do with it; empty if nothing."""
+    def __init__(
+        self,
+        *,
+        ahead: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ahead", b"ahead", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueNotice: _TypeAlias = QueueNotice  # noqa: Y015
 
 @_typing.final
 class BudgetNotice(_message.Message):

@@ -68,7 +68,8 @@ class RunServiceServicer:
 
     def CreateRun(self, request, context):
         """Starts a run and returns at once; follow it with WatchRun.
-        Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL.
+        Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL; and, each with a
+        RetryInfo, RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, QUEUE_FULL, QUOTA_SPENT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,8 @@ class RunServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RunServiceAsyncStub: ...
     CreateRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.Run]
     """Starts a run and returns at once; follow it with WatchRun.
-    Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL.
+    Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL; and, each with a
+    RetryInfo, RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, QUEUE_FULL, QUOTA_SPENT.
     """
     WatchRun: _grpc.UnaryStreamMultiCallable[_run_pb2.WatchRunRequest, _run_pb2.WatchRunResponse]
     """Streams the events of a run from a given point until it has ended; can be resumed any number of times.
@@ -61,7 +62,8 @@ class RunServiceAsyncStub(RunServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.Run]  # type: ignore[assignment]
     """Starts a run and returns at once; follow it with WatchRun.
-    Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL.
+    Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL; and, each with a
+    RetryInfo, RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, QUEUE_FULL, QUOTA_SPENT.
     """
     WatchRun: _aio.UnaryStreamMultiCallable[_run_pb2.WatchRunRequest, _run_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Streams the events of a run from a given point until it has ended; can be resumed any number of times.
@@ -90,7 +92,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
         """Starts a run and returns at once; follow it with WatchRun.
-        Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL.
+        Errors: INVALID_ARGUMENT BAD_FIELD; ALREADY_EXISTS REQUEST_ID_REUSED; RESOURCE_EXHAUSTED STORE_FULL; and, each with a
+        RetryInfo, RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, QUEUE_FULL, QUOTA_SPENT.
         """
 
     @_abc_1.abstractmethod

@@ -12,7 +12,7 @@ import pytest
 
 from agentd.engine.link import Delta, Done, Malformed, ToolCall
 from agentd.grants import Answer, Approval, Extent
-from agentd.runs import Limits, ModelSettings, Runs, State
+from agentd.runs import Limits, ModelSettings, RunRequest, Runs, State
 from agentd.runs.record import RunRecords
 from tests.calls.house import House
 
@@ -104,7 +104,7 @@ def play(
         runs = Runs(RunRecords(house.store), Obedient(calls), house.calls, settings, Limits(12, 1000, 20, 3))
         person = asyncio.create_task(house.answering(answer)) if answer else None
         await asyncio.sleep(0)
-        run = await runs.create("unix:pi", "fetch the page", session, "")
+        run = await runs.create(RunRequest("unix:pi", "fetch the page", session))
         events = [event async for event in runs.watch(run.id, 0)]
         ended = await runs.get(run.id)
         if person:
@@ -216,7 +216,7 @@ def test_the_time_a_person_takes_is_not_the_runs(house: House, web: tuple[str, l
     async def go() -> Any:
         runs = Runs(RunRecords(house.store), Obedient(theft(address)), house.calls, settings, Limits(12, 1000, 2, 3))
         watching = house.approvals.watch()
-        run = await runs.create("unix:pi", "fetch", "", "")
+        run = await runs.create(RunRequest("unix:pi", "fetch"))
         async for question in watching:
             if question.state.value == "pending":
                 await asyncio.sleep(2.5)

@@ -1,0 +1,49 @@
+"""A run that is going on: its events so far, who is told of more, and how much of its time is left."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from agentd.runs.run import WAITS, Run, RunEvent
+
+if TYPE_CHECKING:
+    from agentd.budgets import Ticket
+
+Hold = Literal["turn", "approval", "budget"]
+
+
+@dataclass(slots=True)
+class Live:
+    """`more` is replaced whenever there are more events. Time in which others keep it waiting is not the run's own."""
+
+    run: Run
+    ticket: Ticket
+    events: list[RunEvent] = field(default_factory=list)
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    limit: asyncio.Timeout | None = None
+    _holds: set[Hold] = field(default_factory=set)
+    _left: float = 0.0
+
+    def add(self, kind: str, body: dict[str, Any]) -> None:
+        if kind == "approval":
+            self.hold("approval", on=body["state"] == WAITS.value)
+        self.events.append(RunEvent(len(self.events) + 1, time.time_ns(), kind, body))
+        self.more.set()
+        self.more = asyncio.Event()
+
+    def hold(self, why: Hold, *, on: bool) -> None:
+        """Its time stands still while anything holds it."""
+        held = bool(self._holds)
+        self._holds = self._holds | {why} if on else self._holds - {why}
+        if self.limit is None or held == bool(self._holds):
+            return
+        now = asyncio.get_running_loop().time()
+        if self._holds:
+            self._left = max(0.0, (self.limit.when() or now) - now)
+            self.limit.reschedule(None)
+        else:
+            self.limit.reschedule(now + self._left)
