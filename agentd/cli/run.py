@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     "--background", is_flag=True, help="It can wait until the device is charging and cool. Ends at once; see `agentd runs`."
 )
 @click.option("--within", metavar="DURATION", help="With --background: it must have begun in 8h, 2d ...  [default: 1d]")
-@click.option("--tokens", type=click.IntRange(1), default=0, help="The most that the model may write.")
+@click.option("--tokens", type=click.IntRange(1), help="The most that the model may write.")
 @json_option
 @click.pass_obj
 def run(
@@ -37,7 +37,7 @@ def run(
     prompt: str,
     session: str,
     within: str | None,
-    tokens: int,
+    tokens: int | None,
     *,
     rehearse: bool,
     background: bool,
