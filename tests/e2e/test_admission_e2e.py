@@ -122,7 +122,7 @@ def test_overload_while_paused(device: Device):
         assert {run.state for run in runs} == {Run.STATE_SUCCEEDED}
         ends = [run.end_time.ToNanoseconds() for run in runs]
         assert ends[0] < min(ends[1:])
-        assert ends[-1] > max(ends[:-1])
+        assert ends[-1] > ends[1]  # it may have a turn while the others execute their calls
 
 
 def test_a_quota_ends_runs_and_refuses_new_ones(tmp_path: Path):
