@@ -95,7 +95,10 @@ class Daemon:
         )
         self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
         self._shippers = parts.shippers(config, self._store, self._audit)
-        self._budgets = parts.budgets(config, self._keep_pace, self._tell_runs, self._record_budget, self._needs_mib)
+        policy = parts.policy(config)
+        self._engine = Engine(parts.engine_settings(config, policy), lambda: parts.room(self._budgets))
+        tell = (self._keep_pace, self._tell_runs, self._record_budget)
+        self._budgets = parts.budgets(config, *tell, self._engine, policy)
         self._chronicle = Chronicle(self._store, self._audit, self._budgets)
         self._admission = Admission(self._budgets.policy.admission, lambda: self._budgets.limits)
         self._quotas = Quotas(parts.quotas(config), self._store)
@@ -145,7 +148,6 @@ class Daemon:
             budget=self._chronicle.device,
             spend=self._quotas.call,
         )
-        self._engine = Engine(parts.engine_settings(config))
         policy = self._budgets.policy
         self._throttle = Throttle(self._engine, policy.states.hold_s, policy.memory.idle_unload_s)
         self._runs = Runs(
@@ -247,9 +249,6 @@ class Daemon:
     def _tell_runs(self, limits: Allowance) -> None:
         pace = {"duty": limits.duty, "threads": limits.threads}
         self._runs.notice({"state": limits.state.name, "reason": limits.reason, **pace}, holds=limits.holds)
-
-    def _needs_mib(self) -> float:
-        return self._engine.needs_mib()
 
     def _propose(self, since_ns: int) -> tuple[list[Grant], int]:
         bodies = (entry.body for entry in self._audit.since(since_ns))

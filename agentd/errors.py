@@ -68,6 +68,7 @@ class Reason(Enum):
     UNAUTHENTICATED = Code.UNAUTHENTICATED, "not known"
     TOO_MANY_ATTEMPTS = Code.RESOURCE_EXHAUSTED, "too many attempts"
     REQUEST_ID_REUSED = Code.ALREADY_EXISTS, "request id reused"
+    MODEL_TOO_LARGE = Code.FAILED_PRECONDITION, "model too large"
     MODEL_INVALID = Code.FAILED_PRECONDITION, "model unusable"
     ENGINE_CRASHED = Code.UNAVAILABLE, "engine crashed"
     ENGINE_TIMEOUT = Code.UNAVAILABLE, "engine did not answer"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -14,7 +16,10 @@ from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
 from agentd.audit.witness import Witness
 from agentd.budgets import ZONES, Budgets, Device, Program, Quota, policy_for, this_device, total_mib
-from agentd.engine.client import EngineSettings
+from agentd.budgets.memory import Cgroup
+from agentd.budgets.memory import Engine as EngineMemory
+from agentd.budgets.pressure import alarm
+from agentd.engine.client import EngineSettings, Room
 from agentd.engine.prompt import ToolSpec
 from agentd.errors import ConfigError, Reason, RequestError
 from agentd.grants import Conditions, Grant, parse
@@ -25,9 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agentd.audit import AuditLog
-    from agentd.budgets import Allowance
+    from agentd.budgets import Allowance, Policy
     from agentd.calls import Toolbox
     from agentd.config import Config
+    from agentd.engine.client import Engine
     from agentd.store import Store
 
 _TERMUX_S, _VCGENCMD_S = 60.0, 30.0  # between two questions
@@ -70,26 +76,53 @@ def shippers(config: Config, store: Store, audit: AuditLog) -> tuple[Shipper, ..
     return tuple(made)
 
 
+def policy(config: Config) -> Policy:
+    """Raises ConfigError for thresholds that make no sense."""
+    given, proc = config.budgets, Path(config.tools.proc)
+    device = this_device(proc, os.environ) if given.device == "auto" else given.device
+    names = ("thermal", "battery", "memory", "states", "admission")
+    headroom = _cgroup(config).headroom()
+    total = min(total_mib(proc), headroom.limit_mib if headroom else math.inf)
+    return policy_for(device, total, {name: getattr(given, name) for name in names})
+
+
 def budgets(
     config: Config,
     pace: Callable[[Allowance], None],
     changed: Callable[[Allowance], None],
     record: Callable[[Allowance, Allowance], None],
-    needs_mib: Callable[[], float],
+    engine: Engine,
+    made: Policy,
 ) -> Budgets:
-    """Raises ConfigError for thresholds that make no sense."""
-    given, sysfs, proc = config.budgets, Path(config.tools.sysfs), Path(config.tools.proc)
-    device = this_device(proc, os.environ) if given.device == "auto" else given.device
-    names = ("thermal", "battery", "memory", "states", "admission")
-    tables = {name: getattr(given, name) for name in names}
-    policy = policy_for(device, total_mib(proc), tables)
+    sysfs, proc = Path(config.tools.sysfs), Path(config.tools.proc)
     asked = {"termux-battery-status": ("termux-battery-status",), "vcgencmd": ("vcgencmd", "get_throttled")}
     pauses = {"termux-battery-status": _TERMUX_S, "vcgencmd": _VCGENCMD_S}
     there = {name: Program(command, pauses[name]) for name, command in asked.items() if shutil.which(name)}
-    zones = policy.thermal.zones or (() if device == "android" else ZONES)
-    sensors = Device(sysfs, proc, zones, there.get("termux-battery-status"), there.get("vcgencmd"))
+    zones = made.thermal.zones or (() if made.device == "android" else ZONES)
+    own = EngineMemory(
+        Path("/proc"),  # of this process's child, whatever stands in for the device's own
+        engine.settings.path,
+        pid=lambda: engine.pid or 0,
+        tokens=lambda: engine.meter.tokens,
+    )
+    programs = there.get("termux-battery-status"), there.get("vcgencmd")
+    sensors = Device(sysfs, proc, zones, *programs, _cgroup(config), own)
     threads = config.engine.threads or os.cpu_count() or 1
-    return Budgets(policy, sensors, threads, pace, changed, record, needs_mib, tuple(there.values()))
+    made_alarm = functools.partial(alarm, proc, os.environ)
+    return Budgets(made, sensors, threads, pace, changed, record, engine.needs_mib, tuple(there.values()), made_alarm)
+
+
+def _cgroup(config: Config) -> Cgroup:
+    return Cgroup(Path(config.tools.proc), Path(config.tools.sysfs) / "fs" / "cgroup")
+
+
+def room(budgets: Budgets) -> Room:
+    """What the engine may take beside its weights: no more than the policy's own limit, and what others leave."""
+    memory, readings = budgets.policy.memory, budgets.readings
+    if not memory.enabled or readings.available_mib is None:
+        return Room()
+    ever = min(memory.max_anon_mib, (readings.memory_limit_mib or math.inf) - memory.shed_available_mib)
+    return Room(max(1.0, min(ever, readings.available_mib - memory.shed_available_mib)), max(1.0, ever))
 
 
 def quotas(config: Config) -> tuple[Quota, ...]:
@@ -120,10 +153,12 @@ def tcp(config: Config) -> Tcp | None:
     return Tcp(listen.address, *texts)
 
 
-def engine_settings(config: Config) -> EngineSettings:
+def engine_settings(config: Config, made: Policy) -> EngineSettings:
     engine = config.engine
     return EngineSettings(
-        models.locate(engine.model), engine.context, engine.batch, engine.threads, engine.repack, engine.load_timeout_s
+        *(models.locate(engine.model), engine.context, engine.batch, engine.threads, engine.repack, engine.load_timeout_s),
+        least_context=made.memory.least_context,
+        kept=config.state / "footprint.json",
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import duration_pb2
 
 from agentd.api import convert
+from agentd.budgets import Readings
 from agentd.v1 import budget_pb2, budget_pb2_grpc
 
 if TYPE_CHECKING:
@@ -14,8 +16,7 @@ if TYPE_CHECKING:
 
     from agentd.budgets import Budgets
 
-_VALUES = ("temperature_c", "thermal_status", "undervoltage", "battery_pct", "charging", "available_mib")
-_PRESSURE = ("pressure_some_pct", "pressure_full_pct")
+_VALUES = tuple(each.name for each in fields(Readings) if each.name not in ("sources", "faults", "at"))
 
 
 class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
@@ -55,7 +56,7 @@ def _message(budgets: Budgets) -> budget_pb2.Budgets:
         ],
         readings=[
             budget_pb2.Budgets.Reading(name=name, value=float(value), source=convert.valid(readings.sources.get(name, "")))
-            for name in (*_VALUES, *_PRESSURE)
+            for name in _VALUES
             if (value := getattr(readings, name)) is not None
         ],
         faults=convert.valid(readings.faults),

@@ -27,6 +27,7 @@ _UNDECODABLE = object()
 _log = logging.getLogger(__name__)
 _RETRY_AFTER_S = {
     Reason.TOO_MANY_ATTEMPTS: 60,
+    Reason.BUDGET_MEMORY: 30,
     Reason.ENGINE_CRASHED: 1,
     Reason.ENGINE_TIMEOUT: 5,
     Reason.DAEMON_STOPPING: 5,

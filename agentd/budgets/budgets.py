@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
     from agentd.budgets.policy import Policy
+    from agentd.budgets.pressure import Alarm
     from agentd.budgets.programs import Program
     from agentd.budgets.sensors import Sensors
 
@@ -40,17 +42,24 @@ class Budgets:
     record: Callable[[Allowance, Allowance], None]
     needs_mib: Callable[[], float] = lambda: 0.0
     programs: Sequence[Program] = ()
+    alarm: Callable[[Callable[[], None]], Alarm | None] = lambda _ring: None
+    """Makes what rings when memory gets short."""
     clock: Callable[[], float] = time.monotonic
     limits: Allowance = field(default_factory=Allowance)
     situation: Situation = field(default_factory=Situation)
     joules: float = 0.0
     """Used since the start, as far as the device's power is known."""
+    _power: tuple[float, float] | None = None
+    """When it was read last, watts."""
     _paced: Allowance = field(default_factory=Allowance)
     _told: Allowance = field(default_factory=Allowance)
     _read: Readings = field(default_factory=Readings)
     _more: asyncio.Event = field(default_factory=asyncio.Event)
     _has_read: threading.Event = field(default_factory=threading.Event)
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _hurry: threading.Event = field(default_factory=threading.Event)
+    _loop: asyncio.AbstractEventLoop | None = None
+    _alarm: Alarm | None = None
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @property
@@ -63,8 +72,12 @@ class Budgets:
 
     async def start(self) -> None:
         """What the device is like is known before anything is loaded, if its sensors answer in time."""
+        self._loop = asyncio.get_running_loop()
         for program in self.programs:
             program.start()
+        self._alarm = self.alarm(self._hurry.set) if self.policy.memory.enabled else None
+        if self._alarm:
+            self._alarm.start()
         threading.Thread(target=self._keep_reading, name="sensors", daemon=True).start()  # a driver may never answer
         await asyncio.to_thread(self._has_read.wait, _FIRST_S)
         self._look_safely()
@@ -72,6 +85,9 @@ class Budgets:
 
     async def stop(self) -> None:
         self._stopped.set()
+        self._hurry.set()
+        if self._alarm:
+            await asyncio.to_thread(self._alarm.stop)
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -88,6 +104,8 @@ class Budgets:
 
     def _keep_reading(self) -> None:
         while not self._stopped.is_set():
+            hurried = self._hurry.is_set()
+            self._hurry.clear()
             at = self.clock()
             try:
                 self._read = replace(self.sensors.read(), at=at)
@@ -95,7 +113,17 @@ class Budgets:
                 _log.exception("the sensors could not be read")
                 self._read = Readings(faults={"sensors": type(e).__name__}, at=at)
             self._has_read.set()
-            self._stopped.wait(self.policy.states.poll_s)
+            if hurried and self._loop and not self._stopped.is_set():
+                with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                    self._loop.call_soon_threadsafe(self._look_safely)
+            self._hurry.wait(self.policy.states.poll_s)
+
+    def _count_energy(self, now: float) -> None:
+        """By the power that was read last, for as long as it is fresh."""
+        before, watts = self._power, self.readings.power_w
+        if before is not None and now - before[0] <= self.policy.states.stale_s:
+            self.joules += before[1] * (now - before[0])
+        self._power = None if watts is None else (now, watts)
 
     async def _govern(self) -> None:
         while True:
@@ -113,11 +141,12 @@ class Budgets:
         if self._read.at is None:
             return
         now = self.clock()
+        self._count_energy(now)
         self.situation, self.limits = step(
             self.policy, self.situation, now, self._read, self.threads, needs_mib=self.needs_mib()
         )
         before, limits = self._told, self.limits
-        if (limits.state, limits.threads, limits.duty) != (self._paced.state, self._paced.threads, self._paced.duty):
+        if _pace(limits) != _pace(self._paced):
             self.pace(limits)
             self._paced = limits
         if not _differ(before, limits):
@@ -130,6 +159,11 @@ class Budgets:
             why = f": {limits.reason}" if limits.reason else ""
             _log.warning("budgets: %s, was %s%s", limits.state.name, before.state.name, why)
             self.record(before, limits)
+
+
+def _pace(limits: Allowance) -> tuple[object, ...]:
+    """What the engine is told of them."""
+    return limits.state, limits.threads, limits.duty, limits.trim
 
 
 def _differ(one: Allowance, other: Allowance) -> bool:

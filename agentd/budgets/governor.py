@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from agentd.budgets.state import NAMES, Allowance, Name, Readings, State
 
@@ -25,6 +25,7 @@ _OVER = 3  # above the setpoint it answers harder than below, as the kernel's po
 _CAUTIOUS_U = 0.5  # where heat can't be seen
 _DUTY_STEP = 0.05  # smaller changes would only be told, and make no difference
 _MARGIN = 1.25  # of memory, to get back
+_ANON_MARGIN = 0.95
 _SENSORS: dict[Name, str] = {"thermal": "temperature_c", "battery": "battery_pct", "memory": "available_mib"}
 _WATCHED = tuple(_SENSORS.values())
 _COLD, _HOT = -30.0, 150.0  # beyond these a reading is none
@@ -164,18 +165,30 @@ def _memory(memory: MemoryPolicy, state: State, readings: Readings, needs_mib: f
     if free is None:
         return replace(_NOTHING, silent=True)
     stay, enter = State.NOMINAL, State.NOMINAL
-    if some >= memory.reduce_pressure_some_pct / 2 or free < memory.reduce_available_mib * _MARGIN:
+    crowded, why = _crowded(memory, readings)
+    if some >= memory.reduce_pressure_some_pct / 2 or free < memory.reduce_available_mib * _MARGIN or crowded:
         stay = State.REDUCED
     if full >= memory.shed_pressure_full_pct / 2 or free < memory.shed_available_mib * _MARGIN + needs_mib:
         stay = State.SHED
     reason = f"{free:.0f} MiB of memory are left"
-    if some >= memory.reduce_pressure_some_pct or free < memory.reduce_available_mib:
+    if some >= memory.reduce_pressure_some_pct or free < memory.reduce_available_mib or crowded == "yes":
         enter = State.REDUCED
     if full >= memory.shed_pressure_full_pct or free < memory.shed_available_mib:
         enter = State.SHED
     if free >= memory.reduce_available_mib and enter:
-        reason = f"tasks wait for memory {max(some, full):.0f} % of the time"
+        reason = why if crowded == "yes" else f"tasks wait for memory {max(some, full):.0f} % of the time"
     return _Call(enter, min(stay, max(state, enter)), reason)
+
+
+def _crowded(memory: MemoryPolicy, readings: Readings) -> tuple[Literal["", "nearly", "yes"], str]:
+    """Whether the model takes too much itself: its weights do not fit and are read over and over, or it has grown."""
+    faults, anonymous = readings.faults_per_token or 0.0, readings.anonymous_mib or 0.0
+    if faults >= memory.reduce_faults_per_token:
+        return "yes", f"the weights do not fit: {faults:.0f} pages of them are read again for each token"
+    if anonymous >= memory.max_anon_mib:
+        return "yes", f"the model takes {anonymous:.0f} MiB beside its weights"
+    near = faults >= memory.reduce_faults_per_token / 2 or anonymous >= memory.max_anon_mib * _ANON_MARGIN
+    return "nearly" if near else "", ""
 
 
 # -- from state to state
@@ -273,6 +286,7 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
         duty=max(_LEAST_U, round(duty / _DUTY_STEP) * _DUTY_STEP),
         background=background,
         retry_s=_retry(policy, cause, worst, now, readings) if worst.state >= State.PAUSED else 0.0,
+        trim=after.budgets["memory"].state > State.NOMINAL,
     )
     return after, limits
 

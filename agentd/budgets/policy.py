@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -81,6 +82,12 @@ class MemoryPolicy(_Strict):
     shed_available_mib: float = Field(ge=0)
     reduce_pressure_some_pct: float = Field(default=10, gt=0, le=100)
     shed_pressure_full_pct: float = Field(default=20, gt=0, le=100)
+    reduce_faults_per_token: float = Field(default=50, gt=0)
+    """Pages of the weights that are read from disk again for each token: they do not fit."""
+    max_anon_mib: float = Field(gt=0)
+    """The most that the engine may take beside its weights."""
+    least_context: int = Field(default=1024, ge=256, le=131072)
+    """Down to this the context is halved until the model fits."""
     idle_unload_s: float = Field(gt=0, le=1e7)
     """A model that has had nothing to do for so long gives its memory back."""
 
@@ -150,15 +157,20 @@ _BATTERY: _Table = {  # reduce, pause, shed, background
     "generic": (40, 20, 10, 60),
 }
 _MEMORY: _Table = {"pi4": (700, 300), "pi5": (1000, 400), "pizero2w": (130, 70)}  # reduce, shed
+_ANON_MIB = {"pi4": 900, "pi5": 1500, "pizero2w": 160, "android": 700}
+_ANON_SHARE, _MOST_ANON_SHARE = {"generic": 0.25}, 0.5  # of all there is
 _IDLE_S = {"pi4": 900, "pi5": 1800, "pizero2w": 120, "android": 300, "generic": 900}
 _MEMORY_SHARE: _Table = {"android": (0.30, 0.20), "generic": (0.15, 0.05)}  # of all there is
+_MOST_SHARE = (0.35, 0.20)  # of a board of the class that has less, or in a container
+_ANY = (math.inf, math.inf)
 
 
 def defaults(device: Device, total_mib: float) -> dict[str, dict[str, Any]]:
     """Of a class of device with so much memory."""
     setpoint, on, off, pause, resume, critical = _THERMAL[device]
     reduce, hold, shed, background = _BATTERY[device]
-    memory = _MEMORY.get(device) or tuple(round(share * total_mib) for share in _MEMORY_SHARE[device])
+    shares = _MEMORY_SHARE.get(device, _MOST_SHARE)
+    memory = [min(known, round(share * total_mib)) for known, share in zip(_MEMORY.get(device, _ANY), shares, strict=True)]
     return {
         "thermal": {
             "setpoint_c": setpoint,
@@ -177,6 +189,7 @@ def defaults(device: Device, total_mib: float) -> dict[str, dict[str, Any]]:
         "memory": {
             "reduce_available_mib": memory[0],
             "shed_available_mib": memory[1],
+            "max_anon_mib": min(_ANON_MIB.get(device, math.inf), round(_ANON_SHARE.get(device, _MOST_ANON_SHARE) * total_mib)),
             "idle_unload_s": _IDLE_S[device],
         },
         "states": {"poll_s": 10, "stale_s": 180} if device == "android" else {},

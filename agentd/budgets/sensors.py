@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from agentd.budgets.memory import Cgroup, Engine
     from agentd.budgets.programs import Program
 
 # Of the processor, on boards, PCs and phones; zone numbers mean nothing. From drivers/thermal and drivers/hwmon of Linux.
@@ -64,12 +65,15 @@ class Device:
     zones: Sequence[str] = ZONES
     termux: Program | None = None
     vcgencmd: Program | None = None
+    cgroup: Cgroup | None = None
+    engine: Engine | None = None
 
     def read(self) -> Readings:
         said = _Said()
         self._heat(said)
         self._power(said)
         self._memory(said)
+        self._engine(said)
         if self.termux:
             _termux(self.termux, said)
         if self.vcgencmd and "undervoltage" not in said.values:
@@ -120,12 +124,29 @@ class Device:
             name, _, rest = line.partition(":")
             if name == "MemAvailable" and (amount := rest.split()[:1]) and amount[0].isdecimal():
                 said.say("available_mib", int(amount[0]) / 1024, "meminfo")
-        for line in (_text(self.proc / "pressure" / "memory") or "").splitlines():
+        pressure = self.proc / "pressure" / "memory"
+        if self.cgroup and (headroom := self.cgroup.headroom()):
+            said.say("memory_limit_mib", headroom.limit_mib, "cgroup")
+            if headroom.free_mib < said.values.get("available_mib", math.inf):
+                said.say("available_mib", max(0.0, headroom.free_mib), "cgroup")
+                pressure = headroom.pressure or pressure
+        for line in (_text(pressure) or "").splitlines():
             kind, *values = line.split()
             told = dict(value.partition("=")[::2] for value in values)
             share = _float(told.get("avg10", ""))
             if kind in ("some", "full") and share is not None and 0 <= share <= 100:
                 said.say(f"pressure_{kind}_pct", share, "pressure")
+
+    def _engine(self, said: _Said) -> None:
+        split = self.engine.split() if self.engine else None
+        if self.engine and split:
+            said.say("anonymous_mib", split.anonymous_mib, "engine")
+            said.say("mapped_mib", split.mapped_mib, "engine")
+            said.say("weights_mib", split.weights_mib, "model file")
+            if split.cached_mib is not None:
+                said.say("cached_mib", split.cached_mib, "mincore")
+            if (faults := self.engine.faults_per_token()) is not None:
+                said.say("faults_per_token", faults, "engine")
 
 
 def _note(found: dict[str, float], said: _Said, name: str, file: Path, *, exact: bool = False) -> None:

@@ -25,6 +25,8 @@ class Readings:
 
     `temperature_c` is the hottest of those that count, `thermal_status` Android's (0 none to 6 shutdown), `headroom` Android's
     (1.0 is where it throttles severely). Pressure is the share of the last 10 s in which some, or all, tasks waited for memory.
+    Of the engine's process: `anonymous_mib` with what is in swap, of its weights what is mapped and resident, what is in the
+    page cache, and all; `faults_per_token` are pages read from disk again. `power_w` is that of the whole device.
     `sources` says where each value is from, `faults` why others are missing.
     """
 
@@ -36,6 +38,14 @@ class Readings:
     available_mib: float | None = None
     pressure_some_pct: float | None = None
     pressure_full_pct: float | None = None
+    memory_limit_mib: float | None = None
+    anonymous_mib: float | None = None
+    mapped_mib: float | None = None
+    cached_mib: float | None = None
+    weights_mib: float | None = None
+    faults_per_token: float | None = None
+    power_w: float | None = None
+    battery_c: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     at: float | None = None
@@ -58,6 +68,8 @@ class Allowance:
     duty: float = 1.0
     background: bool = True
     retry_s: float = 0.0
+    trim: bool = False
+    """Whether memory is short: what can be made again is given back, and the model too while it has nothing to do."""
 
     @property
     def holds(self) -> bool:

@@ -49,7 +49,7 @@ def run(
     """
     if within and not background:
         raise click.UsageError("--within goes with --background")
-    budget = run_pb2.Run.Budget(tokens=tokens)
+    budget = run_pb2.Run.Budget(tokens=tokens or 0)
     with Client(socket) as client:
         if background:
             start_by = datetime.now(UTC) + timedelta(microseconds=duration_ns(within) / 1000) if within else None

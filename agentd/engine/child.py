@@ -7,6 +7,10 @@ A thread reads messages so that a cancellation reaches a decode under way; when 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import math
 import os
 import queue
 import resource
@@ -20,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as C
 
+from agentd.engine.footprint import footprint
 from agentd.engine.grammar import Grammars
 from agentd.engine.link import (
     LARGEST,
@@ -28,10 +33,12 @@ from agentd.engine.link import (
     Delta,
     Done,
     Failed,
+    Footprint,
     Generate,
     Load,
     Malformed,
     Pace,
+    Progress,
     Ready,
     ToolCall,
     frame,
@@ -54,6 +61,9 @@ if TYPE_CHECKING:
     from agentd.engine.parser import Output
 
     Ending = Literal["stop", "tool", "length", "context"]
+
+
+_TELL_S = 0.5
 
 
 class Inbox:
@@ -104,29 +114,31 @@ class Inbox:
 class Engine:
     def __init__(self, link: socket.socket) -> None:
         self._link, self._inbox = link, Inbox(link)
+        self._prefilled = self._generated = 0
+        self._told = math.inf  # until the model is loaded
+        self._footprint: Footprint | None = None
 
     def run(self) -> None:
         load = self._inbox.next()
         assert isinstance(load, Load)
         started = time.monotonic()
         try:
-            model = Model(
-                Path(load.path),
-                context=load.context,
-                batch=load.batch,
-                threads=load.threads,
-                repack=load.repack,
-                should_stop=self._inbox.ends,
-                pacer=self._inbox.pacer,
-            )
-            self._grammars = Grammars(model.vocabulary_pointer, model.words.size)
+            model = self._load(load)
         except EngineError as e:
             self._send(_failed(0, e))
             return
         self._model = model
         took = round((time.monotonic() - started) * 1000)
-        ready = Ready(name=model.name, parameters=model.parameters, size=model.size, context=model.context, load_ms=took)
+        ready = Ready(
+            name=model.name,
+            parameters=model.parameters,
+            size=model.size,
+            context=model.context,
+            load_ms=took,
+            footprint=self._footprint,
+        )
         self._send(ready)
+        self._told = 0.0
         while True:
             request = self._inbox.next()
             assert isinstance(request, Generate)
@@ -135,6 +147,66 @@ class Engine:
                 self._generate(request)
             except EngineError as e:
                 self._send(_failed(request.id, e))
+            if self._inbox.pacer.trims:
+                self._trim()
+
+    def _load(self, load: Load) -> Model:
+        return Model(
+            Path(load.path),
+            context=load.context,
+            batch=load.batch,
+            threads=load.threads,
+            repack=load.repack,
+            should_stop=self._inbox.ends,
+            pacer=self._inbox.pacer,
+            fit=lambda model, _context: self._fit(model, load),
+            done=self._report,
+        )
+
+    def _fit(self, model: Model, load: Load) -> int:
+        """How large a context the room allows, with all else of this process in place. Raises EngineError."""
+        self._grammars = Grammars(model.vocabulary_pointer, model.words.size)
+        if not load.room_mib:
+            return load.context
+        known = load.footprint
+        if known is None or known.context != load.context:
+            known = footprint(Path(load.path), model.parameters_of_context(load.context))
+        self._footprint = known
+        taken = anonymous_mib()
+        if context := known.largest(load.room_mib - taken, load.least_context):
+            return context
+        least = taken + known.mib(load.least_context)
+        never = least > load.ever_mib
+        raise EngineError(
+            Reason.MODEL_TOO_LARGE if never else Reason.BUDGET_MEMORY,
+            f"The model needs {least:.0f} MiB beside its weights, and {'there are' if never else 'now there are only'} "
+            f"{load.ever_mib if never else load.room_mib:.0f} MiB for it.",
+            hint="Use a smaller model, or raise budgets.memory.max_anon_mib."
+            if never
+            else "Try again when other programs have given memory back.",
+            metadata={"needs_mib": f"{least:.0f}", "room_mib": f"{load.room_mib:.0f}", "ever_mib": f"{load.ever_mib:.0f}"},
+        )
+
+    def _report(self) -> None:
+        """How far it is, now and then."""
+        now = time.monotonic()
+        if now - self._told >= _TELL_S:
+            self._told = now
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        pacer = self._inbox.pacer
+        decoded, generated = self._model.decoded, self._generated
+        self._send(
+            Progress(prefilled=max(0, decoded - generated), generated=generated, busy_s=pacer.busy_s, rest_s=pacer.rest_s)
+        )
+
+    def _trim(self) -> None:
+        """Give back what can be made again, and what the allocator keeps for later (malloc_trim(3), where there is one)."""
+        self._grammars.forget()
+        gc.collect()
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _generate(self, request: Generate) -> None:
         model = self._model
@@ -158,6 +230,7 @@ class Engine:
         except (Aborted, OutOfBudget):
             reason = "cancelled" if self._inbox.cancelled() else "budget"
         now = time.monotonic()
+        self._tell_progress()
         self._send(
             Done(
                 id=request.id,
@@ -190,6 +263,7 @@ class Engine:
                     matcher = self._grammars.matcher(request.tools)
                 self._tell(request.id, parser.feed(token, words.piece(token)))
                 generated.append(token)
+                self._generated += 1
                 if len(model.tokens) >= model.context:
                     self._tell(request.id, parser.finish())
                     return "context"
@@ -215,6 +289,13 @@ class Engine:
 
     def _send(self, message: BaseModel) -> None:
         self._link.sendall(frame(message))
+
+
+def anonymous_mib() -> float:
+    """What this process has taken so far that is no file's (RssAnon of proc_pid_status(5))."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon:"))
+    return 0.0
 
 
 def _failed(request: int, error: EngineError) -> Failed:

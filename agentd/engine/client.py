@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -23,22 +26,25 @@ from agentd.engine.link import (
     Delta,
     Done,
     Failed,
+    Footprint,
     Generate,
     Load,
     Malformed,
     Pace,
+    Progress,
     Ready,
     ToolCall,
     frame,
     from_engine,
     pack,
 )
+from agentd.engine.meter import Meter
 from agentd.engine.prompt import Conversation, render
 from agentd.engine.selftest import repack_is_usable
 from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
     from pydantic import BaseModel
@@ -63,6 +69,18 @@ class EngineSettings:
     threads: int
     repack: str
     load_timeout_s: float
+    least_context: int = 256
+    """Down to this it is halved where memory is short."""
+    kept: Path | None = None
+    """A file for what is found out about the model's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """MiB of anonymous memory that the engine may take: now, and at best. 0: not known."""
+
+    now_mib: float = 0.0
+    ever_mib: float = 0.0
 
 
 @dataclass(slots=True)
@@ -76,8 +94,11 @@ class _Process:
 class Engine:
     """Loads on first use, or on `load`. One generation at a time; others wait."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: EngineSettings, room: Callable[[], Room] = Room) -> None:
+        self.settings, self._room = settings, room
+        self.meter = Meter()
+        self.loads: Counter[str] = Counter()
+        """How often it was loaded, and unloaded for which reason."""
         self._process: _Process | None = None
         self._turn = asyncio.Lock()
         self._ids = itertools.count(1)
@@ -147,11 +168,12 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # the link is closed: whoever waits on it is told so
                 process.writer.write(frame(pace))
 
-    async def unload(self) -> None:
+    async def unload(self, why: str = "idle") -> None:
         """Give all its memory back, the file's cached pages included; the next request loads it again."""
         async with self._turn:
             if self._process:
                 self._anonymous_mib = _anonymous_mib(self._process.process.pid)
+                self.loads[f"unload {why}"] += 1
             await self.stop()
             await asyncio.to_thread(_forget, self.settings.path)
 
@@ -171,6 +193,9 @@ class Engine:
                 if isinstance(message, Failed):
                     ended = True
                     raise _error(message)
+                if isinstance(message, Progress):
+                    self.meter.told(message)
+                    continue
                 if isinstance(message, Ready) or message.id != request.id:
                     continue
                 ended = isinstance(message, Done)
@@ -214,8 +239,19 @@ class Engine:
                 start_new_session=True,
             )
         reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
-        s = self.settings
-        load = Load(path=str(s.path), context=s.context, batch=s.batch, threads=s.threads, repack=self._repack)
+        _sacrifice(child.pid)
+        s, room = self.settings, self._room()
+        load = Load(
+            path=str(s.path),
+            context=s.context,
+            batch=s.batch,
+            threads=s.threads,
+            repack=self._repack,
+            least_context=min(s.least_context, s.context),
+            room_mib=room.now_mib,
+            ever_mib=room.ever_mib,
+            footprint=await asyncio.to_thread(_remembered, s),
+        )
         try:
             async with asyncio.timeout(s.load_timeout_s):
                 writer.write(frame(load))
@@ -231,6 +267,10 @@ class Engine:
             await _ended(child)
             raise _error(message) if isinstance(message, Failed) else _crashed(child)
         writer.write(frame(self._pace))
+        if message.footprint != load.footprint:
+            await asyncio.to_thread(_remember, s, message.footprint)
+        self.meter.begin()
+        self.loads["load"] += 1
         self._process = _Process(child, reader, writer, message)
         self._idle_since = time.monotonic()
         return self._process
@@ -245,7 +285,7 @@ class Engine:
 
     async def _receive(
         self, reader: asyncio.StreamReader, child: subprocess.Popen[bytes]
-    ) -> Ready | Delta | ToolCall | Malformed | Done | Failed:
+    ) -> Ready | Progress | Delta | ToolCall | Malformed | Done | Failed:
         try:
             (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
             if length > LARGEST:
@@ -259,6 +299,39 @@ class Engine:
 def _nothing(request: int) -> Done:
     """The end of a generation that the budgets did not let begin."""
     return Done(id=request, reason="budget", ids=(), prompt_tokens=0, cached_tokens=0, prefill_ms=0, decode_ms=0)
+
+
+def _sacrifice(pid: int) -> None:
+    """If the kernel must kill for memory, then this process: its death costs a reload (oom_score_adj of proc(5))."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("500")
+
+
+def _key(settings: EngineSettings) -> list[object]:
+    status = settings.path.stat()
+    return [
+        str(settings.path),
+        status.st_size,
+        status.st_mtime_ns,
+        settings.context,
+        settings.batch,
+        version("llama-cpp-python"),
+    ]
+
+
+def _remembered(settings: EngineSettings) -> Footprint | None:
+    """What an earlier load has found of this very file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(settings.kept.read_text()) if settings.kept else {}
+        if kept and kept["file"] == _key(settings):
+            return Footprint.model_validate(kept["footprint"])
+    return None
+
+
+def _remember(settings: EngineSettings, footprint: Footprint | None) -> None:
+    if settings.kept and footprint:
+        with contextlib.suppress(OSError):
+            settings.kept.write_text(json.dumps({"file": _key(settings), "footprint": footprint.model_dump()}))
 
 
 def _anonymous_mib(pid: int) -> float:

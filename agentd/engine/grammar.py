@@ -38,6 +38,10 @@ class Grammars:
         self._size = size
         self._grammars: dict[str, str] = {}
 
+    def forget(self) -> None:
+        """Give back what can be made again."""
+        self._grammars = {}
+
     def matcher(self, tools: Sequence[tuple[str, Mapping[str, Any]]]) -> Matcher:
         """A matcher at the start of a call to one of `tools`. Raises ValueError if a schema can't be expressed."""
         key = json.dumps(tools, sort_keys=True)

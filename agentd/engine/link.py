@@ -21,8 +21,33 @@ class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Footprint(_Message):
+    """MiB of a context of so many tokens: its caches, which grow with it, and the workspace of a decode."""
+
+    context: int = Field(gt=0)
+    cache_mib: float = Field(ge=0, allow_inf_nan=False)
+    compute_mib: float = Field(ge=0, allow_inf_nan=False)
+
+    def mib(self, context: int) -> float:
+        """Of another context of the same model."""
+        return self.cache_mib * context / self.context + self.compute_mib
+
+    def largest(self, room_mib: float, least: int) -> int:
+        """This context, or the first half of a half of it that fits; 0 if none down to `least` does."""
+        context = self.context
+        while self.mib(context) > room_mib:
+            context //= 2
+            if context < least:
+                return 0
+        return context
+
+
 class Load(_Message):
-    """First message: what to load and how. `threads` 0 means all cores."""
+    """First message: what to load and how. `threads` 0 means all cores.
+
+    The context is halved, down to `least_context`, until all anonymous memory of the process fits into `room_mib`; `ever_mib`
+    is what there can be at best; 0: not known. `footprint` is what an earlier load has found of this file.
+    """
 
     kind: Literal["load"] = "load"
     path: str
@@ -30,6 +55,10 @@ class Load(_Message):
     batch: int
     threads: int
     repack: bool = False
+    least_context: int = 256
+    room_mib: float = 0.0
+    ever_mib: float = 0.0
+    footprint: Footprint | None = None
 
 
 class Generate(_Message):
@@ -54,7 +83,8 @@ class Cancel(_Message):
 class Pace(_Message):
     """How fast it may go from now on: `threads` 0 means all, `duty` is the share of the time in which it computes.
 
-    With `hold` nothing more is decoded until another one comes; with `stop` what is generated ends with what it has.
+    With `hold` nothing more is decoded until another one comes; with `stop` what is generated ends with what it has; with
+    `trim` what can be made again is given back.
     """
 
     kind: Literal["pace"] = "pace"
@@ -62,6 +92,7 @@ class Pace(_Message):
     duty: float = Field(default=1.0, gt=0, le=1)
     hold: bool = False
     stop: bool = False
+    trim: bool = False
 
 
 class Ready(_Message):
@@ -73,6 +104,17 @@ class Ready(_Message):
     size: int
     context: int
     load_ms: int
+    footprint: Footprint | None = None
+
+
+class Progress(_Message):
+    """How much this process has done since it began: tokens of prompts, tokens it wrote, seconds at work, seconds at rest."""
+
+    kind: Literal["progress"] = "progress"
+    prefilled: int = Field(ge=0)
+    generated: int = Field(ge=0)
+    busy_s: float = Field(ge=0, allow_inf_nan=False)
+    rest_s: float = Field(ge=0, allow_inf_nan=False)
 
 
 class Delta(_Message):
@@ -126,9 +168,9 @@ class Failed(_Message):
 
 
 ToEngine = Annotated[Load | Generate | Cancel | Pace, Field(discriminator="kind")]
-FromEngine = Annotated[Ready | Delta | ToolCall | Malformed | Done | Failed, Field(discriminator="kind")]
+FromEngine = Annotated[Ready | Progress | Delta | ToolCall | Malformed | Done | Failed, Field(discriminator="kind")]
 to_engine: TypeAdapter[Load | Generate | Cancel | Pace] = TypeAdapter(ToEngine)
-from_engine: TypeAdapter[Ready | Delta | ToolCall | Malformed | Done | Failed] = TypeAdapter(FromEngine)
+from_engine: TypeAdapter[Ready | Progress | Delta | ToolCall | Malformed | Done | Failed] = TypeAdapter(FromEngine)
 
 
 def frame(message: BaseModel) -> bytes:

@@ -37,7 +37,7 @@ _log: deque[str] = deque(maxlen=20)
 
 
 @C.llama_log_callback
-def _keep_complaints(level: int, text: bytes, _data: object) -> None:
+def keep_complaints(level: int, text: bytes, _data: object) -> None:
     if level >= _WARNING and (line := text.decode("utf-8", "replace").strip().strip(".")):
         _log.append(line)
 
@@ -62,9 +62,12 @@ class Model:
         repack: bool,
         should_stop: Callable[[], bool],
         pacer: Pacer,
+        fit: Callable[[Model, int], int] = lambda _model, context: context,
+        done: Callable[[], None] = lambda: None,
     ) -> None:
+        """`fit` is asked how large the context may be once all but that is loaded; `done` is called after each piece."""
         _check_file(path)
-        C.llama_log_set(_keep_complaints, None)
+        C.llama_log_set(keep_complaints, None)
         C.llama_backend_init()
         self._model = _load(path, repack=repack)
         self.name = _metadata(self._model, "general.name") or path.stem
@@ -74,12 +77,14 @@ class Model:
         self.words = Vocabulary(self.vocabulary_pointer)
         # Keep a reference: the C side holds only the pointer. It is asked about 900 times in a decode.
         self._abort = C.ggml_abort_callback(lambda _data: should_stop())
-        self._pacer, self._most = pacer, threads or os.cpu_count() or 1
+        self._pacer, self._done, self._most = pacer, done, threads or os.cpu_count() or 1
         self._threads = self._most
-        self._context = self._new_context(context, batch, self._most)
+        self._batch = batch
+        self._context = self._new_context(fit(self, context))
         self._memory = C.llama_get_memory(self._context)
         self.context: int = C.llama_n_ctx(self._context)
-        self._batch = batch
+        self.decoded = 0
+        """Tokens, since it was loaded."""
         self.tokens: list[int] = []
         """What the cache holds, position by position."""
         self._check_logits()
@@ -121,7 +126,9 @@ class Model:
             if code != 0:
                 raise EngineError(Reason.ENGINE_CRASHED, f"The model could not be evaluated (code {code}).")
             self.tokens.extend(part)
+            self.decoded += len(part)
             self._pacer.rest(time.monotonic() - begun)
+            self._done()
 
     def _keep_pace(self) -> None:
         """As many threads as there may be now: they count from the next decode on."""
@@ -138,16 +145,20 @@ class Model:
     def sample(self, sampler: C.llama_sampler_p) -> int:
         return int(C.llama_sampler_sample(sampler, self._context, -1))
 
-    def _new_context(self, context: int, batch: int, threads: int) -> C.llama_context_p:
+    def parameters_of_context(self, context: int) -> C.llama_context_params:
         params = C.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, batch, batch, 1
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, self._batch, self._batch, 1
         params.n_outputs_max = 1
-        params.n_threads = params.n_threads_batch = threads
+        params.n_threads = params.n_threads_batch = self._most
         params.type_k = params.type_v = _GGML_TYPE_Q8_0
         params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_ENABLED  # a quantised V cache needs it
         params.swa_full = True
         params.no_perf = True
         params.abort_callback = self._abort
+        return params
+
+    def _new_context(self, context: int) -> C.llama_context_p:
+        params = self.parameters_of_context(context)
         made = C.llama_init_from_model(self._model, params)
         if not made:
             raise EngineError(

@@ -30,6 +30,13 @@ class Pacer:
         self._pace = Pace()
         self._news = threading.Condition()
         self._debt = 0.0
+        self.busy_s = self.rest_s = 0.0
+        """Since the start."""
+
+    @property
+    def trims(self) -> bool:
+        """Whether what can be made again is not to be kept."""
+        return self._pace.trim
 
     @property
     def threads(self) -> int:
@@ -62,13 +69,16 @@ class Pacer:
     def rest(self, worked_s: float) -> None:
         """After a piece of work: as long as the duty wants it. What is owed stays owed when the pace changes."""
         with self._news:
+            self.busy_s += worked_s
             self._debt += worked_s * _idle(self._pace)
             if self._debt < _LEAST_REST_S:
                 return
             while self._debt > 0 and not self._pace.stop and not self._given_up():
                 before, begun = self._pace, time.monotonic()
                 self._news.wait(self._debt)
-                self._debt -= time.monotonic() - begun
+                rested = time.monotonic() - begun
+                self._debt -= rested
+                self.rest_s += rested
                 if self._pace is not before:
                     self._debt *= _idle(self._pace) / _idle(before) if _idle(before) else 0.0
             self._debt = 0.0

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from agentd.engine.client import Engine
 
 
-_LOOK_S = 30.0
+_LOOK_S = 10.0
+_SHORT_S = 10.0  # that a model stays with nothing to do while memory is short
 
 
 @dataclass(slots=True)
@@ -34,14 +35,16 @@ class Throttle:
     def apply(self, limits: Allowance) -> None:
         held = self._pace.hold and limits.state is State.PAUSED  # since when it is held does not change by that
         stop = limits.state is State.SHED or (held and self._pace.stop)
-        self._tell(Pace(threads=limits.threads, duty=limits.duty, hold=limits.state is State.PAUSED, stop=stop))
+        self._tell(
+            Pace(threads=limits.threads, duty=limits.duty, hold=limits.state is State.PAUSED, stop=stop, trim=limits.trim)
+        )
         if not held and self._ending:
             self._ending.cancel()
             self._ending = None
         if limits.state is State.PAUSED and not held:
             self._ending = asyncio.get_running_loop().call_later(self.hold_s, self._end)
         if limits.state is State.SHED and (self._unloading is None or self._unloading.done()):
-            self._unloading = asyncio.create_task(self.engine.unload(), name="unload the model")
+            self._unloading = asyncio.create_task(self.engine.unload("shed"), name="unload the model")
 
     def start(self) -> None:
         self._looking = asyncio.create_task(self._unload_idle(), name="unload an idle model")
@@ -58,8 +61,8 @@ class Throttle:
     async def _unload_idle(self) -> None:
         while True:
             await asyncio.sleep(min(self.idle_s / 4, _LOOK_S))
-            if self.engine.idle_s() >= self.idle_s:
-                await self.engine.unload()
+            if self.engine.idle_s() >= (min(self.idle_s, _SHORT_S) if self._pace.trim else self.idle_s):
+                await self.engine.unload("memory" if self._pace.trim else "idle")
 
     def _end(self) -> None:
         self._tell(self._pace.model_copy(update={"stop": True}))

@@ -1,0 +1,209 @@
+"""Memory: what our cgroup leaves, and what the engine's process takes, split into what can kill and what can only slow down.
+
+Anonymous memory over a cgroup's limit is killed for; mapped weights are not: they are dropped and read again, which shows as
+major faults. Unmapping them leaves them in the page cache. So there are three numbers: anonymous (with what is in swap),
+mapped and resident, and cached (mincore(2)).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_UNLIMITED = 1 << 50  # cgroup v1 says "no limit" with a number near 2^63
+_SPLIT_S = 10.0  # between two looks at all pages of the weights: one takes 10 ms for 3 GB
+_FAULTS_FIELD = 12  # majflt of proc_pid_stat(5), counted from 1
+_FEW_TOKENS, _FEW_S = 2, 5.0  # over which faults are counted at least: so many tokens, or so long
+_PAGE = mmap.PAGESIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Of the engine's process, in MiB. `cached_mib` is None where only the file's owner is told (mincore(2), Linux 5.2)."""
+
+    anonymous_mib: float
+    mapped_mib: float
+    weights_mib: float
+    cached_mib: float | None
+
+
+@dataclass(slots=True)
+class Engine:
+    """Looks at the engine's process, if there is one. `pid` is 0 while there is none; `tokens` counts up."""
+
+    proc: Path
+    weights: Path
+    pid: Callable[[], int]
+    tokens: Callable[[], int]
+    clock: Callable[[], float] = time.monotonic
+    _pages: tuple[float, int, float, float | None] = (0.0, 0, 0.0, None)
+    """When it was looked at them, of which process, MiB mapped, MiB cached."""
+    _faults: tuple[int, int, int, float] = (0, 0, 0, 0.0)
+    """Of which process, major faults, tokens, when."""
+    _per_token: float | None = None
+
+    def split(self) -> Split | None:
+        pid = self.pid()
+        status = _fields(self.proc / str(pid) / "status") if pid else {}
+        if "RssAnon" not in status:
+            return None
+        anonymous = (status["RssAnon"] + status.get("VmSwap", 0)) / 1024
+        with contextlib.suppress(OSError):
+            weights = self.weights.stat().st_size / 2**20
+            mapped, cached = self._look(pid)
+            return Split(anonymous, mapped, weights, cached)
+        return None
+
+    def faults_per_token(self) -> float | None:
+        """Pages that were read from disk again for each token of late: many where the weights do not fit. None: not known."""
+        pid, tokens = self.pid(), self.tokens()
+        faults = _major_faults(self.proc / str(pid) / "stat") if pid else None
+        if faults is None:
+            self._per_token = None
+            return None
+        known, before, counted, since = self._faults
+        now = self.clock()
+        if known != pid:  # loading reads all pages that are wanted: these are no sign of anything
+            self._faults, self._per_token = (pid, faults, tokens, now), None
+        elif tokens - counted >= _FEW_TOKENS or now - since >= _FEW_S:
+            self._faults, self._per_token = (pid, faults, tokens, now), (faults - before) / max(1, tokens - counted)
+        return self._per_token
+
+    def _look(self, pid: int) -> tuple[float, float | None]:
+        at, known, mapped, cached = self._pages
+        if known != pid or self.clock() - at >= _SPLIT_S:
+            mapped, cached = mapped_mib(self.proc / str(pid) / "smaps", self.weights), cached_mib(self.weights)
+            self._pages = self.clock(), pid, mapped, cached
+        return mapped, cached
+
+
+def mapped_mib(smaps: Path, file: Path) -> float:
+    """How much of a file is resident in the mappings of a process. Raises OSError."""
+    resident, ours, name = 0, False, str(file.resolve())
+    with smaps.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line[0] in "0123456789abcdef":
+                ours = line.rstrip("\n").endswith(name)
+            elif ours and line.startswith("Rss:"):
+                resident += int(line.split()[1])
+    return resident / 1024
+
+
+def cached_mib(file: Path) -> float | None:
+    """How much of a file is in the page cache. Raises OSError."""
+    if os.stat(file).st_uid != os.geteuid() and not os.access(file, os.W_OK):
+        return None
+    with file.open("rb") as opened, contextlib.closing(mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)) as mapping:
+        whole = np.frombuffer(mapping, np.uint8)
+        pages = np.zeros((len(mapping) + _PAGE - 1) // _PAGE, np.uint8)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(len(mapping)), ctypes.c_void_p(pages.ctypes.data)
+        )
+        del whole  # or the mapping can't be closed
+    return None if failed else float((pages & 1).sum()) * _PAGE / 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Headroom:
+    """What a cgroup still leaves before it kills, in MiB, and where its own pressure is told (v2 only)."""
+
+    free_mib: float
+    limit_mib: float
+    pressure: Path | None = None
+
+
+@dataclass(slots=True)
+class Cgroup:
+    """Ours, by what proc says of this process, below the mounted hierarchies. The tightest of it and its ancestors counts."""
+
+    proc: Path
+    mounted: Path
+    _folders: list[tuple[Path, bool]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for line in (_text(self.proc / "self" / "cgroup") or "").splitlines():
+            number, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            if "memory" in controllers.split(","):
+                self._add(self.mounted / "memory", path, v2=False)
+            elif number == "0":
+                self._add(self.mounted, path, v2=True)
+
+    def _add(self, root: Path, path: str, *, v2: bool) -> None:
+        """With its ancestors. In a container the path may be the host's, which is not there: then the root is ours."""
+        folder = root / path.strip("/")
+        while folder != root and folder.is_relative_to(root):
+            if folder.is_dir():
+                self._folders.append((folder, v2))
+            folder = folder.parent
+        self._folders.append((root, v2))
+
+    def headroom(self) -> Headroom | None:
+        """None where there is no limit."""
+        found = [each for folder, v2 in self._folders if (each := _v2(folder) if v2 else _v1(folder))]
+        return min(found, key=lambda each: each.free_mib, default=None)
+
+
+def _v2(folder: Path) -> Headroom | None:
+    """memory.high counts as a limit, too: past it all is slowed until it is unusable (cgroup-v2.rst)."""
+    limits = [limit for name in ("memory.max", "memory.high") if (limit := _number(folder / name)) is not None]
+    used, stat = _number(folder / "memory.current"), _stat(folder / "memory.stat")
+    if not limits or used is None:
+        return None
+    free = min(limits) - used + stat.get("file", 0) - stat.get("shmem", 0)
+    pressure = folder / "memory.pressure"
+    return Headroom(free / 2**20, min(limits) / 2**20, pressure if pressure.exists() else None)
+
+
+def _v1(folder: Path) -> Headroom | None:
+    limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
+    if limit is None or used is None or limit >= _UNLIMITED:
+        return None
+    stat = _stat(folder / "memory.stat")
+    return Headroom((limit - used + stat.get("total_cache", 0) - stat.get("total_shmem", 0)) / 2**20, limit / 2**20)
+
+
+def _stat(file: Path) -> dict[str, int]:
+    pairs = (line.split() for line in (_text(file) or "").splitlines())
+    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
+
+
+def _fields(file: Path) -> dict[str, int]:
+    """Of the kind `Name:  12 kB`."""
+    found = {}
+    for line in (_text(file) or "").splitlines():
+        name, _, rest = line.partition(":")
+        amount = rest.split()[:1]
+        if amount and amount[0].isdecimal():
+            found[name] = int(amount[0])
+    return found
+
+
+def _major_faults(file: Path) -> int | None:
+    text = _text(file)
+    after = text.rpartition(")")[2].split() if text else []  # the name may have blanks and brackets
+    index = _FAULTS_FIELD - 3
+    return int(after[index]) if len(after) > index and after[index].isdecimal() else None
+
+
+def _number(file: Path) -> int | None:
+    text = (_text(file) or "").strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None

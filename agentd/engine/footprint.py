@@ -1,0 +1,49 @@
+"""What a context takes before it is made: llama.cpp itself reckons it, without allocating anything.
+
+A model loaded with `no_alloc` gives contexts whose buffers have a size and no memory. The sizes are only in the library's
+log; tests compare them with what a real context takes, as the wording may change between releases.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING
+
+import llama_cpp.llama_cpp as C
+
+from agentd.engine.link import Footprint
+from agentd.engine.model import keep_complaints
+from agentd.errors import EngineError, Reason
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_CACHE = re.compile(r"llama_kv_cache: +size = +([0-9.]+) MiB")
+_COMPUTE = re.compile(r"compute buffer size = +([0-9.]+) MiB")
+
+
+def footprint(path: Path, parameters: C.llama_context_params) -> Footprint:
+    """Takes as long as reading the vocabulary: a second for 262,144 words on a PC. Raises EngineError (MODEL_INVALID)."""
+    lines: list[str] = []
+    listen = C.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
+    asked = C.llama_model_default_params()
+    asked.n_gpu_layers, asked.use_extra_bufts = 0, False
+    # Nothing is read, so nothing is to be mapped: with a mapping llama.cpp ends the process (an assertion in load_tensors).
+    asked.no_alloc, asked.load_mode, asked.lazy_mode = True, C.LLAMA_LOAD_MODE_NONE, C.LLAMA_LAZY_MODE_OFF
+    C.llama_log_set(listen, None)
+    try:
+        model = C.llama_model_load_from_file(os.fsencode(path), asked)
+        context = C.llama_init_from_model(model, parameters) if model else None
+        if context:
+            C.llama_free(context)
+        if model:
+            C.llama_model_free(model)
+    finally:
+        C.llama_log_set(keep_complaints, None)  # the library has kept a pointer to ours, which ends here
+    log = "".join(lines)
+    caches, computes = _CACHE.findall(log), _COMPUTE.findall(log)
+    if not caches or not computes:
+        message = f"What a context of {parameters.n_ctx} tokens takes of memory can't be reckoned for {path}."
+        raise EngineError(Reason.MODEL_INVALID, message, hint="Make engine.context smaller in agentd.toml.")
+    return Footprint(context=parameters.n_ctx, cache_mib=sum(map(float, caches)), compute_mib=sum(map(float, computes)))

@@ -1,0 +1,57 @@
+"""What the engine has done since the daemon began, over all its processes; and how fast it goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agentd.engine.link import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_NOTHING = Progress(prefilled=0, generated=0, busy_s=0, rest_s=0)
+_FRESH_S = 10.0
+
+
+@dataclass(slots=True)
+class Meter:
+    """`told` on the event loop; the rest from any thread."""
+
+    clock: Callable[[], float] = time.monotonic
+    _past: Progress = field(default_factory=lambda: _NOTHING)
+    _now: Progress = field(default_factory=lambda: _NOTHING)
+    _told_at: float = 0.0
+    _per_s: float = 0.0
+
+    def told(self, progress: Progress) -> None:
+        now = self.clock()
+        wrote, passed = progress.generated - self._now.generated, now - self._told_at
+        if wrote > 0 and passed > 0:
+            self._per_s = wrote / passed if passed < _FRESH_S else 0.0
+        self._now, self._told_at = progress, now
+
+    def begin(self) -> None:
+        """A new process counts from 0."""
+        self._past, self._now = self.total, _NOTHING
+
+    @property
+    def total(self) -> Progress:
+        past, now = self._past, self._now
+        return Progress(
+            prefilled=past.prefilled + now.prefilled,
+            generated=past.generated + now.generated,
+            busy_s=past.busy_s + now.busy_s,
+            rest_s=past.rest_s + now.rest_s,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and answers."""
+        total = self.total
+        return total.prefilled + total.generated
+
+    def speed(self) -> float:
+        """Tokens written a second, of late; 0 where nothing was."""
+        return self._per_s if self.clock() - self._told_at < _FRESH_S else 0.0
