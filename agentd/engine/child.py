@@ -169,13 +169,13 @@ class Engine:
         if not load.room_mib:
             return load.context
         known = load.footprint
-        if known is None or known.context != load.context:
-            known = footprint(Path(load.path), model.parameters_of_context(load.context))
+        if known is None or (known.context, known.least) != (load.context, load.least_context):
+            known = footprint(Path(load.path), model.parameters_of_context, load.context, load.least_context)
         self._footprint = known
         taken = anonymous_mib()
-        if context := known.largest(load.room_mib - taken, load.least_context):
+        if context := known.largest(load.room_mib - taken):
             return context
-        least = taken + known.mib(load.least_context)
+        least = taken + known.least_mib
         never = least > load.ever_mib
         raise EngineError(
             Reason.MODEL_TOO_LARGE if never else Reason.BUDGET_MEMORY,

@@ -17,14 +17,17 @@ from agentd.engine.model import keep_complaints
 from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 _CACHE = re.compile(r"llama_kv_cache: +size = +([0-9.]+) MiB")
 _COMPUTE = re.compile(r"compute buffer size = +([0-9.]+) MiB")
 
 
-def footprint(path: Path, parameters: C.llama_context_params) -> Footprint:
-    """Takes as long as reading the vocabulary: a second for 262,144 words on a PC. Raises EngineError (MODEL_INVALID)."""
+def footprint(path: Path, parameters: Callable[[int], C.llama_context_params], context: int, least: int) -> Footprint:
+    """`parameters` are those of a context of so many tokens. Takes as long as reading the vocabulary: a second for 262,144
+    words on a PC. Raises EngineError (MODEL_INVALID).
+    """
     lines: list[str] = []
     listen = C.llama_log_callback(lambda _level, text, _data: lines.append(text.decode("utf-8", "replace")))
     asked = C.llama_model_default_params()
@@ -34,16 +37,24 @@ def footprint(path: Path, parameters: C.llama_context_params) -> Footprint:
     C.llama_log_set(listen, None)
     try:
         model = C.llama_model_load_from_file(os.fsencode(path), asked)
-        context = C.llama_init_from_model(model, parameters) if model else None
-        if context:
-            C.llama_free(context)
+        taken = [_taken(model, parameters(tokens), lines) for tokens in (context, least)] if model else []
         if model:
             C.llama_model_free(model)
     finally:
         C.llama_log_set(keep_complaints, None)  # the library has kept a pointer to ours, which ends here
+    if not all(taken) or not taken:
+        message = f"What a context of {context} tokens takes of memory can't be reckoned for {path}."
+        raise EngineError(Reason.MODEL_INVALID, message, hint="Make engine.context smaller in agentd.toml.")
+    return Footprint(context=context, mib=taken[0], least=least, least_mib=taken[1])
+
+
+def _taken(model: C.llama_model_p, parameters: C.llama_context_params, lines: list[str]) -> float:
+    """0 if the library does not say."""
+    lines.clear()
+    context = C.llama_init_from_model(model, parameters)
+    if not context:
+        return 0.0
+    C.llama_free(context)
     log = "".join(lines)
     caches, computes = _CACHE.findall(log), _COMPUTE.findall(log)
-    if not caches or not computes:
-        message = f"What a context of {parameters.n_ctx} tokens takes of memory can't be reckoned for {path}."
-        raise EngineError(Reason.MODEL_INVALID, message, hint="Make engine.context smaller in agentd.toml.")
-    return Footprint(context=parameters.n_ctx, cache_mib=sum(map(float, caches)), compute_mib=sum(map(float, computes)))
+    return sum(map(float, caches + computes)) if caches and computes else 0.0

@@ -22,23 +22,26 @@ class _Message(BaseModel):
 
 
 class Footprint(_Message):
-    """MiB of a context of so many tokens: its caches, which grow with it, and the workspace of a decode."""
+    """MiB of caches and workspace: of a context of so many tokens, and of the least one. In between it grows evenly."""
 
     context: int = Field(gt=0)
-    cache_mib: float = Field(ge=0, allow_inf_nan=False)
-    compute_mib: float = Field(ge=0, allow_inf_nan=False)
+    mib: float = Field(ge=0, allow_inf_nan=False)
+    least: int = Field(gt=0)
+    least_mib: float = Field(ge=0, allow_inf_nan=False)
 
-    def mib(self, context: int) -> float:
-        """Of another context of the same model."""
-        return self.cache_mib * context / self.context + self.compute_mib
+    def of(self, context: int) -> float:
+        """MiB of a context in between."""
+        if self.context <= self.least:
+            return self.mib
+        return self.least_mib + (self.mib - self.least_mib) * (context - self.least) / (self.context - self.least)
 
-    def largest(self, room_mib: float, least: int) -> int:
-        """This context, or the first half of a half of it that fits; 0 if none down to `least` does."""
+    def largest(self, room_mib: float) -> int:
+        """This context, or the first half of a half of it that fits; 0 if none down to the least one does."""
         context = self.context
-        while self.mib(context) > room_mib:
-            context //= 2
-            if context < least:
+        while self.of(context) > room_mib:
+            if context <= self.least:
                 return 0
+            context = max(context // 2, self.least)
         return context
 
 

@@ -36,6 +36,8 @@ class DaemonProcess:
     tools: str = ""
     process: subprocess.Popen[bytes] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
+    """A command that the daemon's is given to."""
 
     @property
     def home(self) -> Path:
@@ -68,7 +70,7 @@ class DaemonProcess:
         config = self.write_config()
         with (self.root / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "agentd", "serve", "--config", str(config)],
+                [*self.before, sys.executable, "-m", "agentd", "serve", "--config", str(config)],
                 stdin=subprocess.DEVNULL,
                 stderr=log,
                 env=os.environ | self.environment,
