@@ -103,7 +103,7 @@ def budgets(
         Path("/proc"),  # of this process's child, whatever stands in for the device's own
         engine.settings.path,
         pid=lambda: engine.pid or 0,
-        tokens=lambda: engine.meter.tokens,
+        passes=lambda: engine.meter.total.passes,
     )
     programs = there.get("termux-battery-status"), there.get("vcgencmd")
     sensors = Device(sysfs, proc, zones, *programs, _cgroup(config), own)

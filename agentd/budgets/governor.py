@@ -182,12 +182,12 @@ def _memory(memory: MemoryPolicy, state: State, readings: Readings, needs_mib: f
 
 def _crowded(memory: MemoryPolicy, readings: Readings) -> tuple[Literal["", "nearly", "yes"], str]:
     """Whether the model takes too much itself: its weights do not fit and are read over and over, or it has grown."""
-    faults, anonymous = readings.faults_per_token or 0.0, readings.anonymous_mib or 0.0
-    if faults >= memory.reduce_faults_per_token:
-        return "yes", f"the weights do not fit: {faults:.0f} pages of them are read again for each token"
+    reread, anonymous = readings.reread_pct or 0.0, readings.anonymous_mib or 0.0
+    if reread >= memory.reduce_reread_pct:
+        return "yes", f"the weights do not fit: {reread:.0f} % of them are read from disk again for each pass"
     if anonymous >= memory.max_anon_mib:
         return "yes", f"the model takes {anonymous:.0f} MiB beside its weights"
-    near = faults >= memory.reduce_faults_per_token / 2 or anonymous >= memory.max_anon_mib * _ANON_MARGIN
+    near = reread >= memory.reduce_reread_pct / 2 or anonymous >= memory.max_anon_mib * _ANON_MARGIN
     return "nearly" if near else "", ""
 
 

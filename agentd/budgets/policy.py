@@ -82,8 +82,8 @@ class MemoryPolicy(_Strict):
     shed_available_mib: float = Field(ge=0)
     reduce_pressure_some_pct: float = Field(default=10, gt=0, le=100)
     shed_pressure_full_pct: float = Field(default=20, gt=0, le=100)
-    reduce_faults_per_token: float = Field(default=50, gt=0)
-    """Pages of the weights that are read from disk again for each token: they do not fit."""
+    reduce_reread_pct: float = Field(default=2, gt=0, le=100)
+    """How much of the weights is read from disk again for each pass over them: they do not fit."""
     max_anon_mib: float = Field(gt=0)
     """The most that the engine may take beside its weights."""
     least_context: int = Field(default=1024, ge=256, le=131072)

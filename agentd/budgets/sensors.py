@@ -145,8 +145,8 @@ class Device:
             said.say("weights_mib", split.weights_mib, "model file")
             if split.cached_mib is not None:
                 said.say("cached_mib", split.cached_mib, "mincore")
-            if (faults := self.engine.faults_per_token()) is not None:
-                said.say("faults_per_token", faults, "engine")
+            if (reread := self.engine.reread_pct()) is not None:
+                said.say("reread_pct", reread, "engine")
 
 
 def _note(found: dict[str, float], said: _Said, name: str, file: Path, *, exact: bool = False) -> None:

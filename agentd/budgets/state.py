@@ -26,7 +26,8 @@ class Readings:
     `temperature_c` is the hottest of those that count, `thermal_status` Android's (0 none to 6 shutdown), `headroom` Android's
     (1.0 is where it throttles severely). Pressure is the share of the last 10 s in which some, or all, tasks waited for memory.
     Of the engine's process: `anonymous_mib` with what is in swap, of its weights what is mapped and resident, what is in the
-    page cache, and all; `faults_per_token` are pages read from disk again. `power_w` is that of the whole device.
+    page cache, and all; `reread_pct` is how much of them is read from disk again for each pass over them. `power_w` is that of
+    the whole device.
     `sources` says where each value is from, `faults` why others are missing.
     """
 
@@ -43,7 +44,7 @@ class Readings:
     mapped_mib: float | None = None
     cached_mib: float | None = None
     weights_mib: float | None = None
-    faults_per_token: float | None = None
+    reread_pct: float | None = None
     power_w: float | None = None
     battery_c: float | None = None
     sources: dict[str, str] = field(default_factory=dict)

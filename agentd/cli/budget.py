@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from agentd.v1 import system_pb2
 
 _COLOURS = {"NOMINAL": "green", "REDUCED": "yellow", "PAUSED": "red", "SHED": "bold red", "UNSPECIFIED": "dim"}
-_UNITS = {"c": "C", "pct": "%", "mib": "MiB", "w": "W", "token": "/token"}
+_UNITS = {"c": "C", "pct": "%", "mib": "MiB", "w": "W"}
 
 
 @click.command(epilog="Example: agentd budget --watch")

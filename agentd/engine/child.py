@@ -195,11 +195,15 @@ class Engine:
             self._tell_progress()
 
     def _tell_progress(self) -> None:
-        pacer = self._inbox.pacer
-        decoded, generated = self._model.decoded, self._generated
-        self._send(
-            Progress(prefilled=max(0, decoded - generated), generated=generated, busy_s=pacer.busy_s, rest_s=pacer.rest_s)
+        pacer, model, generated = self._inbox.pacer, self._model, self._generated
+        progress = Progress(
+            prefilled=max(0, model.decoded - generated),
+            generated=generated,
+            passes=model.passes,
+            busy_s=pacer.busy_s,
+            rest_s=pacer.rest_s,
         )
+        self._send(progress)
 
     def _trim(self) -> None:
         """Give back what can be made again, and what the allocator keeps for later (malloc_trim(3), where there is one)."""

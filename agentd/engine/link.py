@@ -111,11 +111,14 @@ class Ready(_Message):
 
 
 class Progress(_Message):
-    """How much this process has done since it began: tokens of prompts, tokens it wrote, seconds at work, seconds at rest."""
+    """How much this process has done since it began: tokens of prompts, tokens it wrote, passes over the
+    weights, seconds at work, seconds at rest.
+    """
 
     kind: Literal["progress"] = "progress"
     prefilled: int = Field(ge=0)
     generated: int = Field(ge=0)
+    passes: int = Field(ge=0)
     busy_s: float = Field(ge=0, allow_inf_nan=False)
     rest_s: float = Field(ge=0, allow_inf_nan=False)
 

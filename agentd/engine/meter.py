@@ -11,7 +11,7 @@ from agentd.engine.link import Progress
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_NOTHING = Progress(prefilled=0, generated=0, busy_s=0, rest_s=0)
+_NOTHING = Progress(prefilled=0, generated=0, passes=0, busy_s=0, rest_s=0)
 _FRESH_S = 10.0
 
 
@@ -42,15 +42,10 @@ class Meter:
         return Progress(
             prefilled=past.prefilled + now.prefilled,
             generated=past.generated + now.generated,
+            passes=past.passes + now.passes,
             busy_s=past.busy_s + now.busy_s,
             rest_s=past.rest_s + now.rest_s,
         )
-
-    @property
-    def tokens(self) -> int:
-        """Of prompts and answers."""
-        total = self.total
-        return total.prefilled + total.generated
 
     def speed(self) -> float:
         """Tokens written a second, of late; 0 where nothing was."""

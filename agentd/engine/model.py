@@ -83,8 +83,8 @@ class Model:
         self._context = self._new_context(fit(self, context))
         self._memory = C.llama_get_memory(self._context)
         self.context: int = C.llama_n_ctx(self._context)
-        self.decoded = 0
-        """Tokens, since it was loaded."""
+        self.decoded = self.passes = 0
+        """Tokens, and passes over the weights, since it was loaded."""
         self.tokens: list[int] = []
         """What the cache holds, position by position."""
         self._check_logits()
@@ -127,6 +127,7 @@ class Model:
                 raise EngineError(Reason.ENGINE_CRASHED, f"The model could not be evaluated (code {code}).")
             self.tokens.extend(part)
             self.decoded += len(part)
+            self.passes += 1
             self._pacer.rest(time.monotonic() - begun)
             self._done()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from agentd.v1 import budget_pb2
@@ -59,9 +58,7 @@ class Device(DaemonProcess):
 def seen(client: Client, *wanted: BudgetState.ValueType) -> list[budget_pb2.Budgets]:
     """All budgets from now on until the states have come, in this order."""
     found, left = [], list(wanted)
-    deadline = time.monotonic() + 30
-    for budgets in client.watch_budgets():
-        assert time.monotonic() < deadline
+    for budgets in client._budgets.WatchBudgets(budget_pb2.WatchBudgetsRequest(), timeout=30):
         found.append(budgets)
         if budgets.state == left[0]:
             left.pop(0)

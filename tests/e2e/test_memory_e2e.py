@@ -167,3 +167,28 @@ def test_the_three_numbers_are_those_of_the_kernel(tmp_path: Path):
         assert told["cached_mib"] == pytest.approx(cached_mib(weights) or -1, rel=0.05)
         assert told["weights_mib"] == pytest.approx(weights.stat().st_size / 2**20, rel=0.01)
         assert Path(f"/proc/{pid}/oom_score_adj").read_text().strip() == "500"
+
+
+def test_weights_that_do_not_fit_are_noticed_and_kill_nobody(tmp_path: Path, group: Group):
+    """Scenario 11: the file is larger than what the cgroup leaves for it, so each token reads it again."""
+    model = tmp_path / "large.gguf"
+    script = Path(__file__).parents[2] / "scripts/synthetic_model.py"
+    subprocess.run([sys.executable, str(script), str(model), "--shape", "small"], check=True, capture_output=True)
+    with model.open("rb") as file:  # its pages are charged to whoever brought them in
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    group.limit(320)
+    extra = f'[engine]\nmodel = "{model}"\n[runs]\ntokens = 200\nseconds = 60\n{QUICK}'
+    extra += "[budgets.memory]\nreduce_available_mib = 20\nshed_available_mib = 10\nmax_anon_mib = 200\nreduce_pressure_some_pct = 100\n"
+    with DaemonProcess(tmp_path, extra=extra, before=group.enter).running(), Client(tmp_path / "agentd.sock") as client:
+        run = client.create_run("what time is it")
+        while not client.status().engine_pid:
+            time.sleep(0.02)
+        begun = time.monotonic()
+        told = seen(client, _State.STATE_REDUCED)[-1]
+        assert time.monotonic() - begun < 10
+        assert (told.cause, "the weights do not fit" in told.reason) == ("memory", True)
+        split = readings(client)
+        assert split["mapped_mib"] < split["weights_mib"]
+        client.cancel_run(run.name)
+        assert group.kills == 0
