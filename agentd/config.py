@@ -174,6 +174,14 @@ class BudgetsConfig(_Strict):
     admission: dict[str, Any] = {}
 
 
+class MetricsConfig(_Strict):
+    """Prometheus asks at `listen`; a collector is told at `otlp` (http://HOST:4318/v1/metrics). Empty: not at all."""
+
+    listen: Annotated[str, Field(pattern=r"^((\[[0-9a-f:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5})?$")] = ""
+    otlp: Annotated[str, Field(pattern=r"^(https?://[!-~]+)?$")] = ""
+    every_s: float = Field(default=60, ge=1, le=3600)
+
+
 class QuotaConfig(_Strict):
     """What each principal of that name (`*` and `?` stand for others) may use of the model in an hour or a day, all runs
     together: generated tokens, seconds of the model, calls of tools, and joules where the device tells its power.
@@ -251,6 +259,7 @@ class Config(_Strict):
     credentials: tuple[CredentialConfig, ...] = ()
     devices: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")], tuple[str, ...]] = {}
     grants: tuple[GrantConfig, ...] = ()
+    metrics: MetricsConfig = MetricsConfig()
     quotas: tuple[QuotaConfig, ...] = ()
 
 

@@ -38,6 +38,7 @@ from agentd.engine.throttle import Throttle
 from agentd.errors import AgentdError, EngineError, Reason, SandboxError, StoreError
 from agentd.grants import Approvals, Clock, Grant, Grants, Notifier, Taint, moment, propose
 from agentd.journal import Journal
+from agentd.metrics import Sources, collect, exporters
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
 from agentd.runs import Runs
@@ -51,9 +52,10 @@ if TYPE_CHECKING:
 
     from agentd_sandbox import Level
 
-    from agentd.budgets import Allowance
+    from agentd.budgets import Allowance, Priority
     from agentd.config import Config
     from agentd.grants import Moment
+    from agentd.metrics import Family
     from agentd.runs import Run
 
 T = TypeVar("T")
@@ -100,7 +102,9 @@ class Daemon:
         tell = (self._keep_pace, self._tell_runs, self._record_budget)
         self._budgets = parts.budgets(config, *tell, self._engine, policy)
         self._chronicle = Chronicle(self._store, self._audit, self._budgets)
-        self._admission = Admission(self._budgets.policy.admission, lambda: self._budgets.limits)
+        self._admission = Admission(policy.admission, lambda: self._budgets.limits, self._count_admission)
+        metrics = config.metrics
+        self._exporters = exporters(metrics.listen, metrics.otlp, metrics.every_s, self._metrics)
         self._quotas = Quotas(parts.quotas(config), self._store)
         self._quotas.load()
         roles = {principal.name: frozenset(principal.roles) for principal in config.principals}
@@ -165,6 +169,8 @@ class Daemon:
             self._notifier.start()
         await self._budgets.start()
         self._throttle.start()
+        for exporter in self._exporters:
+            exporter.start()
         await self._runs.resume()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
         for shipper in self._shippers:
@@ -179,6 +185,8 @@ class Daemon:
             self._sweeping.cancel()
             await asyncio.wait([self._preload, self._sweeping])
             await self._upkeep.stop()
+            for exporter in self._exporters:
+                await asyncio.to_thread(exporter.stop)
             await self._budgets.stop()
             await self._throttle.stop()
             await self._notifier.stop()
@@ -239,6 +247,14 @@ class Daemon:
         now, limits, readings = moment(clock, self._config.tools.sysfs), self._budgets.limits, self._budgets.readings
         charging = readings.charging if now.charging is None else now.charging
         return replace(now, charging=charging, nominal=limits.state is State.NOMINAL)
+
+    def _metrics(self) -> list[Family]:
+        running = self._runs.going_on()
+        return collect(Sources(self._budgets, self._admission, self._engine, lambda: self._calls.running, lambda: len(running)))
+
+    def _count_admission(self, priority: Priority, decision: str, reason: str) -> None:
+        labels = {"class": priority.name.lower(), "decision": decision, "reason": reason}
+        self._budgets.tally.add("agentd_admission_total", labels)
 
     def _record_budget(self, before: Allowance, after: Allowance) -> None:
         self._chronicle.budget(before, after)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from agentd.budgets.governor import Situation, step
 from agentd.budgets.state import Allowance, Readings
+from agentd.budgets.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
@@ -47,10 +48,13 @@ class Budgets:
     clock: Callable[[], float] = time.monotonic
     limits: Allowance = field(default_factory=Allowance)
     situation: Situation = field(default_factory=Situation)
+    tally: Tally = field(default_factory=Tally)
     joules: float = 0.0
     """Used since the start, as far as the device's power is known."""
     _power: tuple[float, float] | None = None
     """When it was read last, watts."""
+    _low: bool = False
+    _counted: float | None = None
     _paced: Allowance = field(default_factory=Allowance)
     _told: Allowance = field(default_factory=Allowance)
     _read: Readings = field(default_factory=Readings)
@@ -125,6 +129,23 @@ class Budgets:
             self.joules += before[1] * (now - before[0])
         self._power = None if watts is None else (now, watts)
 
+    def _count(self, before: Situation, readings: Readings) -> None:
+        """For the metrics: one step has been made."""
+        after, tally = self.situation, self.tally
+        passed = (after.time or 0.0) - before.time if before.time is not None else 0.0
+        for name, budget in before.budgets.items():
+            was, now = budget.state.name.lower(), after.budgets[name].state.name.lower()
+            tally.add("agentd_budget_state_seconds_total", {"budget": name, "state": was}, passed)
+            if was != now:
+                tally.add("agentd_budget_transitions_total", {"budget": name, "from": was, "to": now})
+        if readings.undervoltage and not self._low:
+            tally.add("agentd_undervoltage_events_total")
+        self._low = bool(readings.undervoltage)
+        if readings.at != self._counted:
+            self._counted = readings.at
+            for sensor in readings.faults:
+                tally.add("agentd_sensor_errors_total", {"sensor": sensor.partition(" (")[0]})
+
     async def _govern(self) -> None:
         while True:
             await asyncio.sleep(self.policy.states.poll_s)
@@ -142,9 +163,11 @@ class Budgets:
             return
         now = self.clock()
         self._count_energy(now)
+        before_step, readings = self.situation, self._read
         self.situation, self.limits = step(
             self.policy, self.situation, now, self._read, self.threads, needs_mib=self.needs_mib()
         )
+        self._count(before_step, readings)
         before, limits = self._told, self.limits
         if _pace(limits) != _pace(self._paced):
             self.pace(limits)

@@ -26,8 +26,9 @@ _CAUTIOUS_U = 0.5  # where heat can't be seen
 _DUTY_STEP = 0.05  # smaller changes would only be told, and make no difference
 _MARGIN = 1.25  # of memory, to get back
 _ANON_MARGIN = 0.95
-_SENSORS: dict[Name, str] = {"thermal": "temperature_c", "battery": "battery_pct", "memory": "available_mib"}
-_WATCHED = tuple(_SENSORS.values())
+SENSORS: dict[Name, str] = {"thermal": "temperature_c", "battery": "battery_pct", "memory": "available_mib"}
+"""What each budget is judged by."""
+_WATCHED = tuple(SENSORS.values())
 _COLD, _HOT = -30.0, 150.0  # beyond these a reading is none
 _SEVERE, _CRITICAL = 3, 4  # of Android's thermal status
 _RETRY_BATTERY_S, _RETRY_MEMORY_S = 600.0, 30.0
@@ -109,7 +110,7 @@ def step(
 
 def _silence(policy: Policy, name: Name, after: Situation, now: float, call: _Call) -> _Call:
     """A sensor that spoke once and says nothing any more is bad news."""
-    sensor, enabled = _SENSORS[name], getattr(policy, name).enabled
+    sensor, enabled = SENSORS[name], getattr(policy, name).enabled
     if not call.silent or not enabled or sensor not in after.seen:
         return call
     silent_s = now - after.seen[sensor]

@@ -76,7 +76,7 @@ class Device:
         self._engine(said)
         if self.termux:
             _termux(self.termux, said)
-        if self.vcgencmd and "undervoltage" not in said.values:
+        if self.vcgencmd:
             _throttled(self.vcgencmd, said)
         return Readings(**said.values, sources=said.sources, faults=said.faults)
 
@@ -184,7 +184,10 @@ def _throttled(program: Program, said: _Said) -> None:
     """`throttled=0x50005` of the Raspberry Pi's firmware."""
     told = (program.latest() or "").strip().removeprefix("throttled=")
     with contextlib.suppress(ValueError):
-        said.say("undervoltage", bool(int(told, 16) & _UNDERVOLTAGE_NOW), "vcgencmd")
+        bits = int(told, 16)
+        said.say("throttled", bits, "vcgencmd")
+        if "undervoltage" not in said.values:
+            said.say("undervoltage", bool(bits & _UNDERVOLTAGE_NOW), "vcgencmd")
 
 
 def _folders(folder: Path, begins: str) -> Iterator[Path]:

@@ -33,7 +33,10 @@ class Readings:
 
     temperature_c: float | None = None
     thermal_status: int | None = None
+    headroom: float | None = None
     undervoltage: bool | None = None
+    throttled: int | None = None
+    """What `vcgencmd get_throttled` says, bit by bit."""
     battery_pct: float | None = None
     charging: bool | None = None
     available_mib: float | None = None

@@ -93,6 +93,11 @@ class Calls:
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    @property
+    def running(self) -> int:
+        """How many go on."""
+        return len(self._running)
+
     async def call(self, request: CallRequest) -> CallResult:
         """`prepare` and `execute`: raises what they raise, and QuotaSpent."""
         self._spend(request.principal)

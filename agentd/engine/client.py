@@ -97,8 +97,8 @@ class Engine:
     def __init__(self, settings: EngineSettings, room: Callable[[], Room] = Room) -> None:
         self.settings, self._room = settings, room
         self.meter = Meter()
-        self.loads: Counter[str] = Counter()
-        """How often it was loaded, and unloaded for which reason."""
+        self.loads: Counter[tuple[str, str]] = Counter()
+        """How often it was (load, reason) or (unload, reason)."""
         self._process: _Process | None = None
         self._turn = asyncio.Lock()
         self._ids = itertools.count(1)
@@ -173,7 +173,7 @@ class Engine:
         async with self._turn:
             if self._process:
                 self._anonymous_mib = _anonymous_mib(self._process.process.pid)
-                self.loads[f"unload {why}"] += 1
+                self.loads["unload", why] += 1
             await self.stop()
             await asyncio.to_thread(_forget, self.settings.path)
 
@@ -270,7 +270,7 @@ class Engine:
         if message.footprint != load.footprint:
             await asyncio.to_thread(_remember, s, message.footprint)
         self.meter.begin()
-        self.loads["load"] += 1
+        self.loads["load", "again" if self.loads else "first"] += 1
         self._process = _Process(child, reader, writer, message)
         self._idle_since = time.monotonic()
         return self._process
