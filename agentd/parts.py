@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,13 @@ from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
 from agentd.audit.witness import Witness
 from agentd.budgets import ZONES, Budgets, Device, Program, Quota, policy_for, this_device, total_mib
+from agentd.budgets.athermal import EVERY_S
 from agentd.budgets.memory import Cgroup
 from agentd.budgets.memory import Engine as EngineMemory
+from agentd.budgets.power import Counter
 from agentd.budgets.pressure import alarm
+from agentd.budgets.programs import Teller
+from agentd.budgets.supplies import supply
 from agentd.engine.client import EngineSettings, Room
 from agentd.engine.prompt import ToolSpec
 from agentd.errors import ConfigError, Reason, RequestError
@@ -36,7 +41,7 @@ if TYPE_CHECKING:
     from agentd.engine.client import Engine
     from agentd.store import Store
 
-_TERMUX_S, _VCGENCMD_S = 60.0, 30.0  # between two questions
+_VCGENCMD_S, _PMIC_S = 10.0, 10.0  # between two questions: asking 10 times a second slows decoding
 
 
 def rules(config: Config) -> list[Grant]:
@@ -95,21 +100,31 @@ def budgets(
     made: Policy,
 ) -> Budgets:
     sysfs, proc = Path(config.tools.sysfs), Path(config.tools.proc)
-    asked = {"termux-battery-status": ("termux-battery-status",), "vcgencmd": ("vcgencmd", "get_throttled")}
-    pauses = {"termux-battery-status": _TERMUX_S, "vcgencmd": _VCGENCMD_S}
-    there = {name: Program(command, pauses[name]) for name, command in asked.items() if shutil.which(name)}
-    zones = made.thermal.zones or (() if made.device == "android" else ZONES)
     own = EngineMemory(
         Path("/proc"),  # of this process's child, whatever stands in for the device's own
         engine.settings.path,
         pid=lambda: engine.pid or 0,
         passes=lambda: engine.meter.total.passes,
     )
-    programs = there.get("termux-battery-status"), there.get("vcgencmd")
-    sensors = Device(sysfs, proc, zones, *programs, _cgroup(config), own)
+    battery, android = made.battery, made.device == "android"
+    provider = "termux" if battery.provider == "auto" and shutil.which("termux-battery-status") else battery.provider
+    firmware = shutil.which("vcgencmd") is not None
+    sensors = Device(
+        *(sysfs, proc, made.thermal.zones or (() if android else ZONES)),
+        supply=supply(provider, battery.address, battery.command) if battery.enabled else None,
+        vcgencmd=Program(("vcgencmd", "get_throttled"), _VCGENCMD_S) if firmware else None,
+        pmic=Program(("vcgencmd", "pmic_read_adc"), _PMIC_S) if firmware and made.device == "pi5" else None,
+        athermal=Teller((sys.executable, "-I", "-m", "agentd.budgets.athermal"), EVERY_S) if android else None,
+        rapl=Counter(sysfs / "class" / "powercap" / "intel-rapl:0"),
+        batteries=battery.provider in ("auto", "sysfs"),
+        cgroup=_cgroup(config),
+        engine=own,
+    )
     threads = config.engine.threads or os.cpu_count() or 1
+    beside = (sensors.supply.asked if sensors.supply else None, sensors.vcgencmd, sensors.pmic, sensors.athermal)
+    programs = tuple(each for each in beside if each)
     made_alarm = functools.partial(alarm, proc, os.environ)
-    return Budgets(made, sensors, threads, pace, changed, record, engine.needs_mib, tuple(there.values()), made_alarm)
+    return Budgets(made, sensors, threads, pace, changed, record, engine.needs_mib, programs, made_alarm)
 
 
 def _cgroup(config: Config) -> Cgroup:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from agentd.budgets.policy import Policy
     from agentd.budgets.pressure import Alarm
-    from agentd.budgets.programs import Program
+    from agentd.budgets.programs import Asked
     from agentd.budgets.sensors import Sensors
 
 _NOTICED = 0.1  # of the duty
@@ -42,7 +42,7 @@ class Budgets:
     changed: Callable[[Allowance], None]
     record: Callable[[Allowance, Allowance], None]
     needs_mib: Callable[[], float] = lambda: 0.0
-    programs: Sequence[Program] = ()
+    programs: Sequence[Asked] = ()
     alarm: Callable[[Callable[[], None]], Alarm | None] = lambda _ring: None
     """Makes what rings when memory gets short."""
     clock: Callable[[], float] = time.monotonic

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from agentd.budgets.supplies import Provider, supply
 from agentd.errors import ConfigError, Reason, first_mistake
 
 if TYPE_CHECKING:
@@ -56,9 +57,16 @@ class ThermalPolicy(_Strict):
 
 
 class BatteryPolicy(_Strict):
-    """In percent of a full charge, while discharging."""
+    """In percent of a full charge, while discharging. `provider` says who knows: the kernel's files and Termux:API if nothing
+    else is said; `none` takes external power for granted.
+    """
 
     enabled: bool = True
+    provider: Provider = "auto"
+    address: str = ""
+    """Of `nut` (UPS@HOST) or `pisugar` (HOST)."""
+    command: tuple[str, ...] = ()
+    """Of `command`: prints JSON with percentage, charging, temperature, watts, as far as it knows them."""
     reduce_below_pct: float = Field(ge=0, le=100)
     pause_below_pct: float = Field(ge=0, le=100)
     shed_below_pct: float = Field(ge=0, le=100)
@@ -69,6 +77,7 @@ class BatteryPolicy(_Strict):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
+        supply(self.provider, self.address, self.command)
         if not self.shed_below_pct < self.pause_below_pct < self.reduce_below_pct:
             raise ValueError("shed_below_pct must be below pause_below_pct, and that below reduce_below_pct")
         return self

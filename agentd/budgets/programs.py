@@ -1,19 +1,20 @@
-"""Programs that are asked for a reading. They hang and fail: one at a time, killed with all it started, asked more rarely then.
+"""Who is asked for a reading, on a thread: programs and servers. They hang and fail: then they are asked more rarely.
 
 termux-battery-status hangs in one of 10 to 20 calls on some phones (termux-api #861) and takes 7 s on others; every hung child
-counts against Android's limit of 32.
+counts against Android's limit of 32, so one that does not answer is killed with all it started.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,21 +25,21 @@ _LONGEST_ANSWER = 64 << 10
 _TICK_S = 0.2
 
 
-@dataclass(slots=True)
-class Program:
+class Asked(abc.ABC):
     """`start`, then `latest` at any time, then `stop`."""
 
-    command: Sequence[str]
-    every_s: float
-    timeout_s: float = 5.0
-    trouble: str = ""
-    """Why it said nothing the last time, in words."""
-    _said: tuple[float, str] | None = None
-    _stopped: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
+    def __init__(self, name: str, every_s: float, timeout_s: float) -> None:
+        self.name, self.every_s, self.timeout_s = name, every_s, timeout_s
+        self.pause_s = every_s
+        """After an answer."""
+        self.trouble = ""
+        """Why it said nothing the last time, in words."""
+        self._said: tuple[float, str] | None = None
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"ask {self.command[0]}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"ask {self.name}", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -57,9 +58,26 @@ class Program:
             answer = self._ask()
             if answer is None:
                 pause = min(pause * 2, max(_LONGEST_PAUSE_S, self.every_s))
+                self._stopped.wait(pause)
             else:
                 self._said, self.trouble, pause = (time.monotonic(), answer), "", self.every_s
-            self._stopped.wait(pause)
+                self._stopped.wait(self.pause_s)
+        self._end()
+
+    @abc.abstractmethod
+    def _ask(self) -> str | None:
+        """An answer; None, with `trouble` set, if there is none in time."""
+
+    def _end(self) -> None:  # noqa: B027 - only some have something to end
+        """Nobody asks any more."""
+
+
+class Program(Asked):
+    """Run anew for each answer, which is all it says until it ends."""
+
+    def __init__(self, command: Sequence[str], every_s: float, timeout_s: float = 5.0) -> None:
+        super().__init__(command[0], every_s, timeout_s)
+        self.command = tuple(command)
 
     def _ask(self) -> str | None:
         try:
@@ -99,3 +117,78 @@ class Program:
                     return None
                 said += chunk
         return None
+
+
+class Teller(Asked):
+    """A program that runs on and says a line every `every_s` seconds. One that falls silent is killed and started anew."""
+
+    def __init__(self, command: Sequence[str], every_s: float, timeout_s: float = 5.0) -> None:
+        super().__init__(command[0], every_s, timeout_s)
+        self.command, self.pause_s = tuple(command), 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._rest = b""
+
+    def _ask(self) -> str | None:
+        try:
+            process = self._process or self._started()
+        except OSError as e:
+            self.trouble = f"{self.name} can't be started: {e.strerror}"
+            return None
+        assert process.stdout is not None
+        deadline = time.monotonic() + 2 * self.every_s + self.timeout_s
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        while b"\n" not in self._rest and not self._stopped.is_set():
+            left = deadline - time.monotonic()
+            chunk = os.read(process.stdout.fileno(), 4096) if poll.poll(max(0.0, min(left, _TICK_S)) * 1000) else None
+            if chunk == b"" or left <= 0 or len(self._rest) > _LONGEST_ANSWER:
+                self._end()
+                self.trouble = f"{self.name} " + ("has ended" if chunk == b"" else "says nothing")
+                return None
+            self._rest += chunk or b""
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.decode("utf-8", "replace")
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        self._rest = b""
+        self._process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self._process
+
+    def _end(self) -> None:
+        if self._process:
+            with self._process as process, contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            self._process = None
+
+
+class Server(Asked):
+    """Asked over TCP, at HOST:PORT: all questions at once, a line for each of `answers` comes back."""
+
+    def __init__(self, address: str, question: bytes, answers: int, every_s: float, timeout_s: float = 5.0) -> None:
+        super().__init__(address, every_s, timeout_s)
+        self._question, self._answers = question, answers
+
+    def _ask(self) -> str | None:
+        host, _, port = self.name.rpartition(":")
+        deadline, said = time.monotonic() + self.timeout_s, b""
+        try:
+            with socket.create_connection((host, int(port)), self.timeout_s) as connection:
+                connection.sendall(self._question)
+                while said.count(b"\n") < self._answers and len(said) < _LONGEST_ANSWER:
+                    connection.settimeout(max(0.01, deadline - time.monotonic()))
+                    if not (chunk := connection.recv(4096)):
+                        break
+                    said += chunk
+        except TimeoutError:
+            self.trouble = f"{self.name} did not answer in {self.timeout_s:g} s"
+            return None
+        except OSError as e:
+            self.trouble = f"{self.name} can't be asked: {e.strerror or e}"
+            return None
+        return said.decode("utf-8", "replace")

@@ -7,11 +7,12 @@ sysfs-class-power): what can't be true counts as not said. Roots are given, so t
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from agentd.budgets import athermal
+from agentd.budgets.power import of_battery, of_regulator
 from agentd.budgets.state import Readings
 
 if TYPE_CHECKING:
@@ -19,14 +20,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agentd.budgets.memory import Cgroup, Engine
-    from agentd.budgets.programs import Program
+    from agentd.budgets.power import Counter
+    from agentd.budgets.programs import Asked
+    from agentd.budgets.supplies import Supply
 
 # Of the processor, on boards, PCs and phones; zone numbers mean nothing. From drivers/thermal and drivers/hwmon of Linux.
 ZONES = ("cpu-thermal", "cpu_thermal", "x86_pkg_temp", "soc-", "soc_", "mtktscpu", "cpu-", "cpuss", "tsens_tz_sensor")
 _CHIPS = ("cpu_thermal", "coretemp", "k10temp", "zenpower")
 _LONGEST = 4096
 _STATUSES = {"Charging": True, "Full": True, "Not charging": True, "Discharging": False}
-_TERMUX_STATUSES = {"CHARGING": True, "FULL": True, "NOT_CHARGING": True, "DISCHARGING": False}
 _UNDERVOLTAGE_NOW = 1  # bit 0 of what `vcgencmd get_throttled` says
 
 
@@ -37,7 +39,9 @@ class Sensors(Protocol):
 
 @dataclass(slots=True)
 class _Said:
-    """What one round has given so far."""
+    """What one round has given so far. `phone`: the thresholds for heat are those of a battery."""
+
+    phone: bool = False
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
@@ -54,7 +58,7 @@ class _Said:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The sensors of this machine. `termux` and `vcgencmd` are programs that run beside, where they exist.
+    """The sensors of this machine: files, and those who are asked beside, where they exist.
 
     `zones` are types of thermal zones, those of the processor if nothing else is said. A phone has none: its thresholds are
     those of the battery.
@@ -63,21 +67,29 @@ class Device:
     sysfs: Path
     proc: Path
     zones: Sequence[str] = ZONES
-    termux: Program | None = None
-    vcgencmd: Program | None = None
+    supply: Supply | None = None
+    vcgencmd: Asked | None = None
+    pmic: Asked | None = None
+    athermal: Asked | None = None
+    rapl: Counter | None = None
+    batteries: bool = True
     cgroup: Cgroup | None = None
     engine: Engine | None = None
 
     def read(self) -> Readings:
-        said = _Said()
+        said = _Said(phone=not self.zones)
         self._heat(said)
-        self._power(said)
+        if self.batteries:
+            self._power(said)
         self._memory(said)
         self._engine(said)
-        if self.termux:
-            _termux(self.termux, said)
+        if self.supply:
+            _supplied(self.supply, said)
         if self.vcgencmd:
             _throttled(self.vcgencmd, said)
+        if self.athermal:
+            _of_android(self.athermal, said)
+        self._watts(said)
         return Readings(**said.values, sources=said.sources, faults=said.faults)
 
     def _heat(self, said: _Said) -> None:
@@ -105,19 +117,22 @@ class Device:
             if scope == "Device" or _line(supply / "present") == "0":  # a mouse, a bay without a battery
                 continue
             if kind == "Battery":
-                level = _number(supply / "capacity")
-                if level is None or not 0 <= level <= 100:
-                    said.fail("battery_pct", f"{supply.name}: capacity says {_line(supply / 'capacity')!r}")
-                else:
-                    levels[supply.name] = level
-                if (known := _STATUSES.get(_line(supply / "status") or "")) is not None:
-                    charging.append(known)
+                _battery(supply, said, levels, charging)
             elif kind and _number(supply / "online") not in (None, 0):
                 charging.append(True)
         if levels:
             said.say("battery_pct", sum(levels.values()) / len(levels), ", ".join(levels))
         if charging:
             said.say("charging", any(charging), "power_supply")
+
+    def _watts(self, said: _Said) -> None:
+        """The battery's own, if it discharges; else the regulator's; else the processor's, which is the least of all."""
+        if "power_w" in said.values:
+            return
+        if self.pmic and (watts := of_regulator(self.pmic.latest() or "")) is not None:
+            said.say("power_w", watts, "pmic")
+        elif self.rapl and (watts := self.rapl.watts()) is not None:
+            said.say("power_w", watts, "rapl, processor only")
 
     def _memory(self, said: _Said) -> None:
         for line in (_text(self.proc / "meminfo") or "").splitlines():
@@ -161,26 +176,50 @@ def _note(found: dict[str, float], said: _Said, name: str, file: Path, *, exact:
         found[name] = celsius
 
 
-def _termux(program: Program, said: _Said) -> None:
-    """Of Termux:API. Any key may be missing or null, -1 means unknown, and a missing temperature is -214748364.8."""
-    told = program.latest()
-    try:
-        battery = json.loads(told) if told else None
-    except (ValueError, RecursionError):
-        battery = None
-    if not isinstance(battery, dict):
-        said.fail("battery_pct", program.trouble or "termux-battery-status has said nothing yet")
+def _battery(supply: Path, said: _Said, levels: dict[str, float], charging: list[bool]) -> None:
+    level = _number(supply / "capacity")
+    if level is None or not 0 <= level <= 100:
+        said.fail("battery_pct", f"{supply.name}: capacity says {_line(supply / 'capacity')!r}")
+    else:
+        levels[supply.name] = level
+    if (known := _STATUSES.get(_line(supply / "status") or "")) is not None:
+        charging.append(known)
+    if known is False and (watts := _discharge(supply)) is not None:
+        said.say("power_w", watts, supply.name)
+    if (tenths := _number(supply / "temp")) is not None and -300 <= tenths <= 1500:
+        said.say("battery_c", tenths / 10, supply.name)
+
+
+def _discharge(supply: Path) -> float | None:
+    return of_battery(*(_number(supply / name) for name in ("power_now", "voltage_now", "current_now")))
+
+
+def _supplied(supply: Supply, said: _Said) -> None:
+    text = supply.asked.latest()
+    told = supply.parse(text) if text else None
+    if told is None or told.level is None:
+        said.fail("battery_pct", supply.asked.trouble or f"{supply.name} says nothing of it")
+    if told is None:
         return
-    level, celsius = battery.get("percentage"), battery.get("temperature")
-    if isinstance(level, int | float) and not isinstance(level, bool) and 0 <= level <= 100:
-        said.say("battery_pct", float(level), "termux-battery-status")
-    if (charging := _TERMUX_STATUSES.get(str(battery.get("status")))) is not None:
-        said.say("charging", charging, "termux-battery-status")
-    if isinstance(celsius, int | float) and -30 <= celsius <= 150 and "temperature_c" not in said.values:
-        said.say("temperature_c", float(celsius), "battery, termux-battery-status")
+    found = {"battery_pct": told.level, "charging": told.charging, "battery_c": told.celsius, "power_w": told.watts}
+    for name, value in found.items():
+        if value is not None:
+            said.say(name, value, supply.name)
+    if told.celsius is not None and "temperature_c" not in said.values and said.phone:
+        said.say("temperature_c", told.celsius, f"battery, {supply.name}")
 
 
-def _throttled(program: Program, said: _Said) -> None:
+def _of_android(asked: Asked, said: _Said) -> None:
+    """Its headroom is what its thresholds are for, if it has one; else the battery's temperature."""
+    status, headroom = athermal.parse(asked.latest() or "")
+    if status is not None:
+        said.say("thermal_status", status, "AThermal")
+    if headroom is not None:
+        said.say("headroom", headroom, "AThermal")
+        said.say("temperature_c", athermal.celsius(headroom), "AThermal, reckoned from headroom")
+
+
+def _throttled(program: Asked, said: _Said) -> None:
     """`throttled=0x50005` of the Raspberry Pi's firmware."""
     told = (program.latest() or "").strip().removeprefix("throttled=")
     with contextlib.suppress(ValueError):

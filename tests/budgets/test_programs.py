@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agentd.budgets import Program
+from agentd.budgets.programs import Teller
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,3 +83,35 @@ def test_one_that_is_not_there_is_said():
     until(lambda: program.trouble)
     assert "can't be started" in program.trouble
     program.stop()
+
+
+def teller(code: str, every_s: float = 0.05, timeout_s: float = 0.3) -> Teller:
+    return Teller((sys.executable, "-I", "-S", "-u", "-c", code), every_s, timeout_s)
+
+
+def test_a_teller_runs_on_and_its_last_line_counts(tmp_path: Path):
+    file = tmp_path / "pids"
+    made = teller(f"import os, time\nopen({str(file)!r}, 'a').write('x')\nfor i in range(10**6): print(i); time.sleep(0.01)")
+    made.start()
+    until(lambda: made.latest() and int(made.latest() or 0) > 20)
+    assert file.read_text() == "x"
+    made.stop()
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("print('once'); import time; time.sleep(60)", "says nothing"),
+        ("print('once')", "has ended"),
+        ("import os\nwhile True: os.write(1, b'x' * 65536)", "says nothing"),
+    ],
+    ids=["hangs", "ends", "floods"],
+)
+def test_a_teller_that_falls_silent_is_ended_and_begins_anew(tmp_path: Path, code: str, why: str):
+    file = tmp_path / "pids"
+    made = teller(f"import os\nopen({str(file)!r}, 'a').write(f'{{os.getpid()}} ')\n{code}")
+    made.start()
+    until(lambda: why in made.trouble)
+    until(lambda: len(file.read_text().split()) > 1)
+    made.stop()
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in file.read_text().split()))

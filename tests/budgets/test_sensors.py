@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentd.budgets import Device, Program
+from agentd.budgets.power import Counter
+from agentd.budgets.supplies import Supply, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -169,7 +171,7 @@ class Told(Program):
 )
 def test_what_termux_says(tree: Tree, told: str, level: float | None, charging: bool | None, celsius: float | None):
     """Keys may be missing, null or nonsense."""
-    found = tree.read(termux=Told([told], 60))
+    found = tree.read(supply=Supply("termux", Told([told], 60), parse_json), zones=())
     assert (found.battery_pct, found.charging, found.temperature_c) == (level, charging, celsius)
 
 
@@ -179,6 +181,63 @@ def test_what_termux_says(tree: Tree, told: str, level: float | None, charging: 
 def test_what_the_firmware_says(tree: Tree, told: str, low: bool | None):
     """Bit 0 is now; bit 16 has been."""
     assert tree.read(vcgencmd=Told([told], 60)).undervoltage is low
+
+
+@pytest.mark.parametrize(
+    ("files", "watts"),
+    [
+        ({"status": "Discharging", "power_now": 4_500_000}, 4.5),
+        ({"status": "Discharging", "voltage_now": 3_800_000, "current_now": -1_000_000}, 3.8),
+        ({"status": "Discharging", "voltage_now": 3300, "current_now": -1600}, None),  # test_power's: microwatts
+        ({"status": "Charging", "power_now": 9_000_000}, None),
+        ({"status": "Discharging"}, None),
+    ],
+)
+def test_a_battery_that_discharges_tells_the_devices_power(tree: Tree, files: dict[str, object], watts: float | None):
+    """The sign of a current differs between drivers; what is charged is not what is used."""
+    tree.put("class/power_supply/BAT0", type="Battery", capacity=50, temp=312, **files)
+    found = tree.read()
+    assert found.power_w == (pytest.approx(watts) if watts else None) or (found.power_w or 1) < 0.001
+    assert found.battery_c == 31.2
+
+
+def test_the_regulator_of_a_raspberry_pi_5(tree: Tree):
+    """Rails with volts and amperes; the input has volts only."""
+    rails = """ 3V7_WL_SW_A current(0)=0.00683110A
+   3V3_SYS_A current(1)=0.06148422A
+     EXT5V_V volt(24)=5.14970000V
+ 3V7_WL_SW_V volt(8)=3.70000000V
+   3V3_SYS_V volt(9)=3.30000000V
+    """
+    assert tree.read(pmic=Told([rails], 60)).power_w == pytest.approx(0.0068311 * 3.7 + 0.06148422 * 3.3)
+    assert tree.read(pmic=Told(["error=1"], 60)).power_w is None
+
+
+def test_a_processors_counter_wraps(tmp_path: Path):
+    now, counter = 0.0, Counter(tmp_path, lambda: now)
+    assert counter.watts() is None
+    for at, energy, watts in ((1.0, 999_000_000, None), (3.0, 1_000_000, 1.0), (4.0, 1_000_000, None), (5.0, 6_000_000, 5.0)):
+        now = at
+        (tmp_path / "energy_uj").write_text(f"{energy}\n")
+        (tmp_path / "max_energy_range_uj").write_text("1000000000\n")
+        assert counter.watts() == watts
+
+
+@pytest.mark.parametrize(
+    ("line", "celsius", "status"),
+    [
+        ('{"status": 1, "headroom": 0.8}', 38.0, 1),
+        ('{"status": 3, "headroom": 1.0}', 44.0, 3),
+        ('{"status": -1, "headroom": null}', None, None),
+        ('{"status": 0, "headroom": NaN}', None, 0),
+        ('{"status": true, "headroom": "hot"}', None, None),
+        ("linker: library not found", None, None),
+    ],
+)
+def test_what_android_says(tree: Tree, line: str, celsius: float | None, status: int | None):
+    """Headroom as the temperature that a phone's thresholds are for; NaN is no reading."""
+    found = tree.read(athermal=Told([line], 10), zones=())
+    assert (found.temperature_c, found.thermal_status) == (celsius and pytest.approx(celsius), status)
 
 
 def test_this_machine_can_be_read():
