@@ -30,7 +30,7 @@ SENSORS: dict[Name, str] = {"thermal": "temperature_c", "battery": "battery_pct"
 """What each budget is judged by."""
 _WATCHED = tuple(SENSORS.values())
 _COLD, _HOT = -30.0, 150.0  # beyond these a reading is none
-_SEVERE, _CRITICAL = 3, 4  # of Android's thermal status
+_LIGHT, _SEVERE, _CRITICAL = 1, 3, 4  # of Android's thermal status
 _RETRY_BATTERY_S, _RETRY_MEMORY_S = 600.0, 30.0
 _LEAST_RETRY_S, _LONGEST_RETRY_S = 2.0, 600.0
 _COOLING_C_PER_S = 0.15  # a guess for a Pi in a case, until its own slope is known
@@ -130,7 +130,10 @@ def _thermal(policy: Policy, after: Situation, now: float, readings: Readings) -
         return _Call(state, state, f"the device says that it is too hot (status {status})")
     t, smooth = _plausible(readings.temperature_c), after.temperature_c
     low = now - after.low_voltage < thermal.undervoltage_s
-    reduced = State.REDUCED if after.controlling or low else State.NOMINAL
+    warm = status is not None and status >= _LIGHT
+    reduced = State.REDUCED if after.controlling or low or warm else State.NOMINAL
+    if t is None and status is not None:
+        return _Call(reduced, reduced, f"the device says that it is warm (status {status})")
     if t is None or smooth is None:
         why = "the supply voltage was too low"
         return _Call(reduced, reduced, why) if low and "temperature_c" not in after.seen else replace(_NOTHING, silent=True)
@@ -267,7 +270,8 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
     worst = after.budgets[cause]
     u = after.u if after.controlling else 1.0
     blind = now - after.seen.get("temperature_c", now) > policy.states.stale_s
-    if policy.thermal.enabled and (blind or now - after.low_voltage < policy.thermal.undervoltage_s):
+    warned = (readings.thermal_status or 0) >= _LIGHT and readings.temperature_c is None
+    if policy.thermal.enabled and (blind or warned or now - after.low_voltage < policy.thermal.undervoltage_s):
         u = min(u, _CAUTIOUS_U)
     threads, duty = split(u, most)
     held = after.threads or most

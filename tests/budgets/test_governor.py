@@ -212,7 +212,10 @@ def test_a_model_that_does_not_fit_is_not_loaded_over_and_over():
     ({"available_mib": 300.0}, State.SHED),
     ({"available_mib": 5000.0, "pressure_some_pct": 12.0}, State.REDUCED),
     ({"available_mib": 5000.0, "pressure_some_pct": 50.0, "pressure_full_pct": 25.0}, State.SHED),
-    ({"thermal_status": 2}, State.NOMINAL),
+    ({"thermal_status": 0}, State.NOMINAL),
+    ({"thermal_status": 2}, State.REDUCED),
+    ({"available_mib": 4000, "reread_pct": 30}, State.REDUCED),
+    ({"available_mib": 4000, "anonymous_mib": 1600}, State.REDUCED),
     ({"thermal_status": 3}, State.PAUSED),
     ({"thermal_status": 4}, State.SHED),
     ({"undervoltage": True, "temperature_c": 40.0}, State.REDUCED),
@@ -263,3 +266,22 @@ def test_power_is_spent_on_few_threads_first(u: float, most: int):
     assert 1 <= threads <= most
     assert threads * duty <= u * most + 1e-9 or threads == 1
     assert speed(threads, most) * duty >= u - 1e-9
+
+
+def test_a_phone_that_tells_no_temperature_is_slowed_by_its_status():
+    """Half of full power while it is warm; all of it when it no longer is."""
+    run = Run(PHONE)
+    assert run.stay(60, thermal_status=0).duty == 1
+    warm = run.stay(60, thermal_status=1)
+    assert (warm.state, warm.cause) == (State.REDUCED, "thermal")
+    assert (warm.threads or 4) * warm.duty <= 2
+    assert run.stay(120, thermal_status=0).state is State.NOMINAL
+
+
+def test_memory_that_is_short_is_trimmed():
+    """Weights that do not fit: reduced, with a margin before it is over."""
+    run = Run()
+    assert not run.stay(60, available_mib=4000).trim
+    assert run.stay(20, available_mib=4000, reread_pct=10).trim
+    assert run.stay(60, available_mib=4000, reread_pct=1.5).trim
+    assert not run.stay(60, available_mib=4000, reread_pct=0.5).trim
