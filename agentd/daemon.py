@@ -29,10 +29,12 @@ from agentd.audit import (
     settle_key,
 )
 from agentd.audit.anchors import found
-from agentd.budgets import Admission, Quotas, State
+from agentd.budgets import Admission, Quotas, State, calibration
+from agentd.budgets.policy import calibrated
 from agentd.calls import Calls, Permission, Places
 from agentd.chronicle import Chronicle
 from agentd.config import DEVICES
+from agentd.engine.calibrate import Calibrator, Progress
 from agentd.engine.client import Engine
 from agentd.engine.throttle import Throttle
 from agentd.errors import AgentdError, EngineError, Reason, SandboxError, StoreError
@@ -42,12 +44,13 @@ from agentd.metrics import Sources, collect, exporters
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
 from agentd.runs import Runs
+from agentd.runs import State as RunState
 from agentd.runs.record import RunRecords
 from agentd.store import Store
 from agentd.v1 import system_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
     from agentd_sandbox import Level
@@ -154,6 +157,7 @@ class Daemon:
         )
         policy = self._budgets.policy
         self._throttle = Throttle(self._engine, policy.states.hold_s, policy.memory.idle_unload_s)
+        self._calibrator = Calibrator(self._engine, self._throttle, self._budgets, self._admission)
         self._runs = Runs(
             *(self._records, self._engine, self._calls, parts.model_settings(config, self._toolbox), parts.limits(config)),
             record=self._record_run,
@@ -211,7 +215,17 @@ class Daemon:
         )
         audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, self._redaction, renewal)
         return ApiParts(
-            *(self._runs, self._calls, audit, self._budgets, self._grants, self._approvals, self._tokens, self._roster),
+            *(
+                self._runs,
+                self._calls,
+                audit,
+                self._budgets,
+                self._calibrate,
+                self._grants,
+                self._approvals,
+                self._tokens,
+                self._roster,
+            ),
             *(self.status, self._propose),
         )
 
@@ -248,9 +262,19 @@ class Daemon:
         charging = readings.charging if now.charging is None else now.charging
         return replace(now, charging=charging, nominal=limits.state is State.NOMINAL)
 
+    async def _calibrate(self, seconds: float) -> AsyncGenerator[Progress, None]:
+        """Measure this device, keep what was found, and govern by it from now on."""
+        config = self._config
+        async with contextlib.aclosing(self._calibrator.run(seconds)) as measuring:
+            async for progress in measuring:
+                if found := progress.finished:
+                    await asyncio.to_thread(calibration.save, found, parts.calibration_file(config))
+                    self._budgets.policy = calibrated(self._budgets.policy, found, parts.threads(config))
+                yield progress
+
     def _metrics(self) -> list[Family]:
-        running = self._runs.going_on()
-        return collect(Sources(self._budgets, self._admission, self._engine, lambda: self._calls.running, lambda: len(running)))
+        going_on = len(self._calls.running()), len(self._runs.going_on())
+        return collect(Sources(self._budgets, self._admission, self._engine, *going_on))
 
     def _count_admission(self, priority: Priority, decision: str, reason: str) -> None:
         labels = {"class": priority.name.lower(), "decision": decision, "reason": reason}
@@ -294,10 +318,21 @@ class Daemon:
             audit_closed=self._audit.closed,
             runs=[
                 system_pb2.Status.RunningRun(
-                    name=f"runs/{run.id}", principal=run.principal, seconds=(time.time_ns() - run.create_ns) / 1e9
+                    name=f"runs/{run.id}",
+                    principal=run.principal,
+                    seconds=(time.time_ns() - run.create_ns) / 1e9,
+                    queued=run.state is RunState.QUEUED,
+                    background=run.deferrable,
                 )
                 for run in self._runs.going_on()
             ],
+            calls=[
+                system_pb2.Status.RunningCall(
+                    name=f"calls/{call.id}", tool=call.tool.name, principal=call.request.principal, seconds=seconds
+                )
+                for call, seconds in self._calls.running()
+            ],
+            tokens_per_second=self._engine.meter.speed(),
             recovered_calls=[f"calls/{call}" for call in self._recovered],
         )
 

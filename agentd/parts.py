@@ -16,10 +16,11 @@ from agentd.api import Tcp
 from agentd.audit.notes import BadNote
 from agentd.audit.ship import Shipper, receiver
 from agentd.audit.witness import Witness
-from agentd.budgets import ZONES, Budgets, Device, Program, Quota, policy_for, this_device, total_mib
+from agentd.budgets import ZONES, Budgets, Device, Program, Quota, calibration, policy_for, this_device, total_mib
 from agentd.budgets.athermal import EVERY_S
 from agentd.budgets.memory import Cgroup
 from agentd.budgets.memory import Engine as EngineMemory
+from agentd.budgets.policy import calibrated
 from agentd.budgets.power import Counter
 from agentd.budgets.pressure import alarm
 from agentd.budgets.programs import Teller
@@ -88,7 +89,17 @@ def policy(config: Config) -> Policy:
     names = ("thermal", "battery", "memory", "states", "admission")
     headroom = _cgroup(config).headroom()
     total = min(total_mib(proc), headroom.limit_mib if headroom else math.inf)
-    return policy_for(device, total, {name: getattr(given, name) for name in names})
+    made = policy_for(device, total, {name: getattr(given, name) for name in names})
+    return calibrated(made, calibration.load(calibration_file(config)), threads(config))
+
+
+def calibration_file(config: Config) -> Path:
+    return config.state / "calibration.json"
+
+
+def threads(config: Config) -> int:
+    """The most that the engine computes with."""
+    return config.engine.threads or os.cpu_count() or 1
 
 
 def budgets(
@@ -120,11 +131,10 @@ def budgets(
         cgroup=_cgroup(config),
         engine=own,
     )
-    threads = config.engine.threads or os.cpu_count() or 1
     beside = (sensors.supply.asked if sensors.supply else None, sensors.vcgencmd, sensors.pmic, sensors.athermal)
     programs = tuple(each for each in beside if each)
     made_alarm = functools.partial(alarm, proc, os.environ)
-    return Budgets(made, sensors, threads, pace, changed, record, engine.needs_mib, programs, made_alarm)
+    return Budgets(made, sensors, threads(config), pace, changed, record, engine.needs_mib, programs, made_alarm)
 
 
 def _cgroup(config: Config) -> Cgroup:

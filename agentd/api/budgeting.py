@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,26 @@ from google.protobuf import duration_pb2
 
 from agentd.api import convert
 from agentd.budgets import Readings
+from agentd.errors import Reason, RequestError
 from agentd.v1 import budget_pb2, budget_pb2_grpc
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from agentd.budgets import Budgets
+    from agentd.engine.calibrate import Progress
 
 _VALUES = tuple(each.name for each in fields(Readings) if each.name not in ("sources", "faults", "at"))
 
 
+_LEAST_S, _USUAL_S, _LONGEST_S = 5.0, 600.0, 3600.0
+
+
 class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
-    def __init__(self, budgets: Budgets) -> None:
-        self._budgets = budgets
+    """`calibrate` measures for so many seconds, and keeps what it finds."""
+
+    def __init__(self, budgets: Budgets, calibrate: Callable[[float], AsyncGenerator[Progress, None]]) -> None:
+        self._budgets, self._calibrate = budgets, calibrate
 
     async def GetBudgets(  # noqa: N802
         self, request: budget_pb2.GetBudgetsRequest, context: Any
@@ -33,6 +41,34 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
     ) -> AsyncIterator[budget_pb2.Budgets]:
         async for _ in self._budgets.watch():
             yield _message(self._budgets)
+
+    async def Calibrate(  # noqa: N802
+        self, request: budget_pb2.CalibrateRequest, context: Any
+    ) -> AsyncIterator[budget_pb2.CalibrateResponse]:
+        asked = request.duration
+        seconds = asked.seconds + asked.nanos / 1e9 if request.HasField("duration") else _USUAL_S
+        if not _LEAST_S <= seconds <= _LONGEST_S:
+            raise RequestError(Reason.BAD_FIELD, f"duration must be {_LEAST_S:g} to {_LONGEST_S:g} s.", field="duration")
+        async with contextlib.aclosing(self._calibrate(seconds)) as measuring:
+            async for progress in measuring:
+                yield _progress(progress)
+
+
+def _progress(progress: Progress) -> budget_pb2.CalibrateResponse:
+    points = [
+        budget_pb2.CalibrateResponse.Point(
+            threads=point.threads, tokens_per_second=point.tokens_per_s, hottest_celsius=point.hottest_c, watts=point.watts
+        )
+        for point in progress.points
+    ]
+    cooling = progress.finished.cooling_c_per_s if progress.finished else None
+    return budget_pb2.CalibrateResponse(
+        fraction=progress.fraction,
+        threads=progress.threads,
+        points=points,
+        cooling_celsius_per_second=cooling or 0.0,
+        saved=progress.finished is not None,
+    )
 
 
 def _message(budgets: Budgets) -> budget_pb2.Budgets:

@@ -47,11 +47,12 @@ from agentd.v1 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
     from agentd.budgets import Budgets
     from agentd.calls import Calls
+    from agentd.engine.calibrate import Progress
     from agentd.grants import Approvals, Grant, Grants
     from agentd.principals import Roster, Tokens
     from agentd.runs import Runs
@@ -70,6 +71,7 @@ class ApiParts:
     calls: Calls
     audit: AuditParts
     budgets: Budgets
+    calibrate: Callable[[float], AsyncGenerator[Progress, None]]
     grants: Grants
     approvals: Approvals
     tokens: Tokens
@@ -142,7 +144,7 @@ class ApiServer:
         approval_pb2_grpc.add_ApprovalServiceServicer_to_server(ApprovalServicer(parts.approvals), server)
         token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(parts.tokens), server)
         system_pb2_grpc.add_SystemServiceServicer_to_server(SystemServicer(parts.status), server)
-        budget_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetServicer(parts.budgets), server)
+        budget_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetServicer(parts.budgets, parts.calibrate), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         files = (run_pb2, tool_pb2, audit_pb2, journal_pb2, grant_pb2, approval_pb2, token_pb2, system_pb2, budget_pb2)
         names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]

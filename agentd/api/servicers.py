@@ -98,7 +98,9 @@ class SystemServicer(system_pb2_grpc.SystemServiceServicer):
     async def GetStatus(self, request: system_pb2.GetStatusRequest, context: Any) -> system_pb2.Status:  # noqa: N802
         status, who = self._status(), caller()
         if not who.has("auditor"):
-            own = [run for run in status.runs if run.principal == who.name]
-            del status.runs[:]
-            status.runs.extend(own)
+            runs = [run for run in status.runs if run.principal == who.name]
+            calls = [call for call in status.calls if call.principal == who.name]
+            del status.runs[:], status.calls[:]
+            status.runs.extend(runs)
+            status.calls.extend(calls)
         return status

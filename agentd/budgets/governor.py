@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from agentd.budgets.state import NAMES, Allowance, Name, Readings, State
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from agentd.budgets.policy import BatteryPolicy, MemoryPolicy, Policy, StatesPolicy, ThermalPolicy
 
 _SMOOTHING_S = 6.0  # time constant of the temperature's filter
@@ -33,7 +35,6 @@ _COLD, _HOT = -30.0, 150.0  # beyond these a reading is none
 _LIGHT, _SEVERE, _CRITICAL = 1, 3, 4  # of Android's thermal status
 _RETRY_BATTERY_S, _RETRY_MEMORY_S = 600.0, 30.0
 _LEAST_RETRY_S, _LONGEST_RETRY_S = 2.0, 600.0
-_COOLING_C_PER_S = 0.15  # a guess for a Pi in a case, until its own slope is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,18 +248,21 @@ def _warmed(thermal: ThermalPolicy, before: Situation, now: float, readings: Rea
     return replace(before, temperature_c=smooth, controlling=True, u=u, integral=integral)
 
 
-def speed(threads: int, most: int) -> float:
-    """Of decoding, as a share of that with all threads: it is bound by memory, so the last ones add little.
+def speed(threads: int, most: int, curve: Sequence[float] = ()) -> float:
+    """Of decoding, as a share of the fastest: it is bound by memory, so the last threads add little.
 
-    Modelled; 2 of 4 threads gave 83 % on a Snapdragon 778G (llama-bench, others' measurement), this says 75.
+    As calibrated, or else modelled; 2 of 4 threads gave 83 % on a Snapdragon 778G (llama-bench, others' measurement), this
+    says 75.
     """
+    if len(curve) == most:
+        return curve[threads - 1]
     return 1 - (1 - threads / most) ** 2
 
 
-def split(u: float, most: int) -> tuple[int, float]:
+def split(u: float, most: int, curve: Sequence[float] = ()) -> tuple[int, float]:
     """Threads and duty that make the best of a share of full power; a thread takes its share of it."""
     options = [(threads, min(1.0, u * most / threads)) for threads in range(1, most + 1)]
-    return max(options, key=lambda option: (round(speed(option[0], most) * option[1], 9), -option[0]))
+    return max(options, key=lambda option: (round(speed(option[0], most, curve) * option[1], 9), -option[0]))
 
 
 # -- what follows
@@ -273,7 +277,7 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
     warned = (readings.thermal_status or 0) >= _LIGHT and readings.temperature_c is None
     if policy.thermal.enabled and (blind or warned or now - after.low_voltage < policy.thermal.undervoltage_s):
         u = min(u, _CAUTIOUS_U)
-    threads, duty = split(u, most)
+    threads, duty = split(u, most, policy.thermal.thread_curve)
     held = after.threads or most
     if threads != held and now - after.threads_since < policy.thermal.thread_change_s:
         threads, duty = held, min(1.0, u * most / held)
@@ -305,7 +309,7 @@ def _retry(policy: Policy, cause: Name, worst: Budget, now: float, readings: Rea
     if cause == "memory":
         return max(_RETRY_MEMORY_S, least)
     above = (_plausible(readings.temperature_c) or policy.thermal.pause_c) - policy.thermal.resume_c
-    return min(_LONGEST_RETRY_S, max(_LEAST_RETRY_S, least, above / _COOLING_C_PER_S))
+    return min(_LONGEST_RETRY_S, max(_LEAST_RETRY_S, least, above / policy.thermal.cooling_c_per_s))
 
 
 def _plausible(celsius: float | None) -> float | None:

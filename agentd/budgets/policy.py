@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,6 +19,8 @@ from agentd.errors import ConfigError, Reason, first_mistake
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from agentd.budgets.calibration import Calibration
 
 Device = Literal["pi4", "pi5", "pizero2w", "android", "generic"]
 
@@ -44,6 +46,10 @@ class ThermalPolicy(_Strict):
     thread_change_s: float = Field(default=30, ge=0, le=600)
     undervoltage_s: float = Field(default=60, ge=0, le=3600)
     """How long the engine is slowed after the supply voltage was too low."""
+    thread_curve: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Speed with 1, 2, ... threads as shares of the fastest: what `agentd calibrate` finds."""
+    cooling_c_per_s: float = Field(default=0.15, gt=0, le=10)
+    """How fast the device cools with nothing to do, to say when to try again; a guess for a Pi in a case."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -204,6 +210,19 @@ def defaults(device: Device, total_mib: float) -> dict[str, dict[str, Any]]:
         "states": {"poll_s": 10, "stale_s": 180} if device == "android" else {},
         "admission": {},
     }
+
+
+def calibrated(policy: Policy, found: Calibration | None, threads: int) -> Policy:
+    """With what calibration has found, where the configuration says nothing else."""
+    if found is None:
+        return policy
+    given, update = policy.thermal.model_fields_set, dict[str, Any]()
+    if "thread_curve" not in given and (curve := found.curve(threads)):
+        update["thread_curve"] = curve
+    if "cooling_c_per_s" not in given and found.cooling_c_per_s:
+        update["cooling_c_per_s"] = found.cooling_c_per_s
+    thermal = ThermalPolicy.model_construct(given, **{**dict(policy.thermal), **update})
+    return policy.model_copy(update={"thermal": thermal})
 
 
 def policy_for(device: Device, total_mib: float, given: Mapping[str, Mapping[str, Any]]) -> Policy:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -86,17 +87,17 @@ class Calls:
         self._profile, self._keep_outputs = level.filter_digest, keep_outputs
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
         self._changing = asyncio.Lock()
-        self._running: dict[str, tuple[Prepared, threading.Event]] = {}
+        self._running: dict[str, tuple[Prepared, threading.Event, float]] = {}
+        """What is executed, what tells it that it may no longer, since when."""
         permission.grants.changed = self._look_again
         self._threads = ThreadPoolExecutor(CONCURRENT_CALLS, thread_name_prefix="broker")
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    @property
-    def running(self) -> int:
-        """How many go on."""
-        return len(self._running)
+    def running(self) -> list[tuple[Prepared, float]]:
+        """What is executed now, and for how many seconds."""
+        return [(prepared, time.monotonic() - begun) for prepared, _, begun in list(self._running.values())]
 
     async def call(self, request: CallRequest) -> CallResult:
         """`prepare` and `execute`: raises what they raise, and QuotaSpent."""
@@ -283,7 +284,7 @@ class Calls:
 
     def _look_again(self) -> None:
         """After a change of the grants: what is no longer allowed may do nothing more."""
-        for prepared, revoked in list(self._running.values()):
+        for prepared, revoked, _ in list(self._running.values()):
             if not self._permission.still(prepared):
                 revoked.set()
 
@@ -299,7 +300,7 @@ class Calls:
         intent = event("call.intent", prepared, prepared.decision, budget=self._budget() or None)
         transaction = self._journal.begin(prepared.id, intent, paths)
         revoked = threading.Event()
-        self._running[prepared.id] = prepared, revoked
+        self._running[prepared.id] = prepared, revoked, time.monotonic()
         try:
             if not self._permission.still(prepared):  # revoked between the decision and now
                 revoked.set()

@@ -12,6 +12,7 @@ from agentd import __version__
 from agentd.cli.approvals import approvals
 from agentd.cli.audit import audit
 from agentd.cli.budget import budget, top
+from agentd.cli.calibrate import calibrate
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
 from agentd.cli.grants import grants
@@ -66,6 +67,7 @@ for command in (
     pin,
     budget,
     top,
+    calibrate,
     doctor,
     demo,
     witness,

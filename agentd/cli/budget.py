@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from agentd.cli.output import console, json_option, print_json, shown
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from agentd.v1 import system_pb2
 
 _COLOURS = {"NOMINAL": "green", "REDUCED": "yellow", "PAUSED": "red", "SHED": "bold red", "UNSPECIFIED": "dim"}
+_NAMES = {"reread_pct": "weights read again", "power_w": "power"}
+_ELSEWHERE = ("anonymous_mib", "mapped_mib", "cached_mib", "weights_mib")
 _UNITS = {"c": "C", "pct": "%", "mib": "MiB", "w": "W"}
 
 
@@ -34,6 +37,8 @@ def budget(socket: Path | None, *, watch: bool, as_json: bool) -> None:
                 print_json(budgets)
             else:
                 console.print(_table(budgets))
+                if memory := _memory(budgets):
+                    console.print(memory)
 
 
 @click.command(epilog="Example: agentd top")
@@ -41,7 +46,7 @@ def budget(socket: Path | None, *, watch: bool, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def top(socket: Path | None, *, once: bool, as_json: bool) -> None:
-    """Look on: state, heat, battery, memory, and what runs. Ctrl-C ends it."""
+    """Look on: state, heat, battery, memory, speed, what waits and what runs. Ctrl-C ends it."""
     with Client(socket) as client:
         if as_json:
             print_json(client.budgets())
@@ -59,16 +64,42 @@ def _picture(budgets: budget_pb2.Budgets, status: system_pb2.Status) -> Table:
     whole = Table.grid(padding=(0, 0, 1, 0))
     model = status.model
     loaded = f"{model.name}, {model.parameters / 1e6:.1f} M parameters" if model.parameters else model.error or "not loaded"
-    whole.add_row(f"[bold]agentd {status.version}[/]  {shown(loaded)}  [dim]sandbox {status.sandbox.level}[/]")
+    speed = f"  [bold cyan]{status.tokens_per_second:,.1f} tokens/s[/]" if status.tokens_per_second else ""
+    whole.add_row(f"[bold]agentd {status.version}[/]  {shown(loaded)}  [dim]sandbox {status.sandbox.level}[/]{speed}")
     whole.add_row(_table(budgets))
-    if status.runs:
-        runs = Table(box=None, header_style="bold")
-        for title in ("run", "who", "since"):
-            runs.add_column(title)
-        for run in status.runs:
-            runs.add_row(run.name.removeprefix("runs/"), shown(run.principal), f"{run.seconds:.0f} s")
-        whole.add_row(runs)
+    if memory := _memory(budgets):
+        whole.add_row(memory)
+    if status.runs or status.calls:
+        whole.add_row(_going_on(status))
     return whole
+
+
+def _memory(budgets: budget_pb2.Budgets) -> Table | None:
+    """What the engine takes, and how much of its weights is where, as bars."""
+    told = {reading.name: reading.value for reading in budgets.readings}
+    weights = told.get("weights_mib", 0.0)
+    if not weights:
+        return None
+    table = Table.grid(padding=(0, 2))
+    table.add_row("[bold]engine[/]", f"{told.get('anonymous_mib', 0):,.0f} MiB of its own", "")
+    for name, words in (("mapped_mib", "resident"), ("cached_mib", "in the page cache")):
+        if name in told:
+            bar = ProgressBar(total=weights, completed=min(told[name], weights), width=30)
+            table.add_row("[dim]weights[/]", f"{told[name]:,.0f} of {weights:,.0f} MiB {words}", bar)
+    return table
+
+
+def _going_on(status: system_pb2.Status) -> Table:
+    table = Table(box=None, header_style="bold")
+    for title in ("", "what", "who", "since"):
+        table.add_column(title)
+    for run in sorted(status.runs, key=lambda run: run.queued):
+        state = "[yellow]waits[/]" if run.queued else "[cyan]runs[/]"
+        what = run.name.removeprefix("runs/") + (" [dim]background[/]" if run.background else "")
+        table.add_row(state, what, shown(run.principal), f"{run.seconds:.0f} s")
+    for call in status.calls:
+        table.add_row("[green]calls[/]", shown(call.tool), shown(call.principal), f"{call.seconds:.1f} s")
+    return table
 
 
 def _table(budgets: budget_pb2.Budgets) -> Table:
@@ -77,14 +108,20 @@ def _table(budgets: budget_pb2.Budgets) -> Table:
     table.add_row("[bold]state[/]", _coloured(budgets.state), f"{shown(budgets.reason)}", f"[dim]{pace}[/]")
     for each in budgets.budgets:
         table.add_row(each.name, _coloured(each.state), shown(each.reason), "")
-    for reading in budgets.readings:
+    for reading in (each for each in budgets.readings if each.name not in _ELSEWHERE):
         name, _, unit = reading.name.rpartition("_")
-        value = f"{reading.value:,.0f} {_UNITS[unit]}" if unit in _UNITS else "yes" if reading.value else "no"
-        name = name if unit in _UNITS else reading.name
-        table.add_row(f"[dim]{name.replace('_', ' ')}[/]", value, f"[dim]{shown(reading.source)}[/]", "")
+        name = _NAMES.get(reading.name) or (name if unit in _UNITS else reading.name).replace("_", " ")
+        table.add_row(f"[dim]{name}[/]", _value(reading.value, unit), f"[dim]{shown(reading.source)}[/]", "")
     for name, why in sorted(budgets.faults.items()):
         table.add_row(f"[dim]{shown(name)}[/]", "[yellow]?[/]", f"[yellow]{shown(why)}[/]", "")
     return table
+
+
+def _value(value: float, unit: str) -> str:
+    if unit not in _UNITS:
+        return "yes" if value else "no"
+    digits = 0 if value >= 10 or value == int(value) else 1
+    return f"{value:,.{digits}f} {_UNITS[unit]}"
 
 
 def _coloured(state: budget_pb2.Budgets.State.ValueType) -> str:

@@ -69,13 +69,14 @@ def _name(run: str) -> str:
 
 def _table(found: list[run_pb2.Run]) -> Table:
     table = Table(box=None, header_style="bold")
-    for title in ("run", "asked", "who", "state"):
+    for title in ("run", "asked", "state"):
         table.add_column(title, no_wrap=True)
     table.add_column("what", overflow="fold")
+    table.add_column("who", overflow="ellipsis", no_wrap=True)
     for run in found:
-        asked = datetime.fromtimestamp(run.create_time.seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+        asked = datetime.fromtimestamp(run.create_time.seconds).astimezone().strftime("%d %b %H:%M")
         name = run.name.removeprefix("runs/")
-        table.add_row(f"[cyan]{name}[/]", asked, shown(run.principal), _state(run), shown(short(run.prompt)))
+        table.add_row(f"[cyan]{name}[/]", asked, _state(run), shown(short(run.prompt, 60)), shown(run.principal))
     return table
 
 
@@ -83,5 +84,5 @@ def _state(run: run_pb2.Run) -> str:
     name = run_pb2.Run.State.Name(run.state).removeprefix("STATE_")
     stop = run_pb2.Run.StopReason.Name(run.stop_reason).removeprefix("STOP_REASON_").lower().replace("_", " ")
     word = stop if run.state == run_pb2.Run.STATE_SUCCEEDED and stop != "answered" else name.lower()
-    background = " (background)" if run.priority == run_pb2.Run.PRIORITY_BACKGROUND else ""
+    background = " (bg)" if run.priority == run_pb2.Run.PRIORITY_BACKGROUND else ""
     return f"[{_COLOURS.get(name, 'default')}]{word}[/]{background}"

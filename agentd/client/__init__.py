@@ -362,6 +362,16 @@ class Client:
         """What battery, heat and memory allow now."""
         return self._call(self._budgets.GetBudgets, budget_pb2.GetBudgetsRequest())
 
+    def calibrate(self, seconds: float) -> Iterator[budget_pb2.CalibrateResponse]:
+        """Measure this device for so long; closing the iterator ends it."""
+        request = budget_pb2.CalibrateRequest()
+        request.duration.FromMilliseconds(round(seconds * 1000))
+        stream = self._budgets.Calibrate(request)
+        try:
+            yield from self._read(stream)
+        finally:
+            stream.cancel()
+
     def watch_budgets(self) -> Iterator[budget_pb2.Budgets]:
         """The same, and each time it changes, until the iterator is closed."""
         stream = self._budgets.WatchBudgets(budget_pb2.WatchBudgetsRequest())

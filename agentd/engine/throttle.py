@@ -27,17 +27,24 @@ class Throttle:
     engine: Engine
     hold_s: float
     idle_s: float
+    _forced: int = 0
+    _limits: Allowance = field(default_factory=Allowance)
     _pace: Pace = field(default_factory=Pace)
     _ending: asyncio.TimerHandle | None = None
     _unloading: asyncio.Task[None] | None = None
     _looking: asyncio.Task[None] | None = None
 
+    def force(self, threads: int) -> None:
+        """So many threads all of the time, to measure them, as long as nothing holds; 0: as the budgets say again."""
+        self._forced = threads
+        self.apply(self._limits)
+
     def apply(self, limits: Allowance) -> None:
+        self._limits = limits
+        threads, duty = (limits.threads, limits.duty) if not self._forced else (self._forced, 1.0)
         held = self._pace.hold and limits.state is State.PAUSED  # since when it is held does not change by that
         stop = limits.state is State.SHED or (held and self._pace.stop)
-        self._tell(
-            Pace(threads=limits.threads, duty=limits.duty, hold=limits.state is State.PAUSED, stop=stop, trim=limits.trim)
-        )
+        self._tell(Pace(threads=threads, duty=duty, hold=limits.state is State.PAUSED, stop=stop, trim=limits.trim))
         if not held and self._ending:
             self._ending.cancel()
             self._ending = None

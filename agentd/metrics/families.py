@@ -9,7 +9,7 @@ from agentd.budgets import Priority
 from agentd.budgets.governor import SENSORS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from agentd.budgets import Admission, Budgets
     from agentd.budgets.tally import Labels
@@ -34,13 +34,13 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where they are from. `calls` says how many calls of tools go on, `runs` how many runs."""
+    """Where they are from; and how many calls of tools and how many runs go on."""
 
     budgets: Budgets
     admission: Admission
     engine: Engine
-    calls: Callable[[], int]
-    runs: Callable[[], int]
+    calls: int
+    runs: int
 
 
 @dataclass(slots=True)
@@ -148,8 +148,8 @@ def _engine(made: _Made, sources: Sources) -> None:
         for (happened, why), times in sorted(engine.loads.items()):
             if happened == what:
                 made.add(name, text, times, reason=why)
-    made.add("agentd_calls_running", "Calls of tools that go on.", sources.calls())
-    made.add("agentd_runs_active", "Runs that wait or go on.", sources.runs())
+    made.add("agentd_calls_running", "Calls of tools that go on.", sources.calls)
+    made.add("agentd_runs_active", "Runs that wait or go on.", sources.runs)
 
 
 def _admission(made: _Made, sources: Sources) -> None:

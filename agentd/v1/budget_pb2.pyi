@@ -236,3 +236,106 @@ class WatchBudgetsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchBudgetsRequest: _TypeAlias = WatchBudgetsRequest  # noqa: Y015
+
+@_typing.final
+class CalibrateRequest(_message.Message):
+    """Request of Calibrate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DURATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """How long it takes in all, 5 seconds to an hour; 10 minutes if it is not set."""
+
+    def __init__(
+        self,
+        *,
+        duration: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateRequest: _TypeAlias = CalibrateRequest  # noqa: Y015
+
+@_typing.final
+class CalibrateResponse(_message.Message):
+    """How far the calibration is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Point(_message.Message):
+        """What was found with one number of threads."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        THREADS_FIELD_NUMBER: _builtins.int
+        TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+        HOTTEST_CELSIUS_FIELD_NUMBER: _builtins.int
+        WATTS_FIELD_NUMBER: _builtins.int
+        threads: _builtins.int
+        """How many threads."""
+        tokens_per_second: _builtins.float
+        """Speed."""
+        hottest_celsius: _builtins.float
+        """The hottest it got, where that can be measured."""
+        watts: _builtins.float
+        """Power of the device on average, where that can be measured."""
+        def __init__(
+            self,
+            *,
+            threads: _builtins.int = ...,
+            tokens_per_second: _builtins.float = ...,
+            hottest_celsius: _builtins.float | None = ...,
+            watts: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_hottest_celsius", b"_hottest_celsius", "_watts", b"_watts", "hottest_celsius", b"hottest_celsius", "watts", b"watts"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_hottest_celsius", b"_hottest_celsius", "_watts", b"_watts", "hottest_celsius", b"hottest_celsius", "threads", b"threads", "tokens_per_second", b"tokens_per_second", "watts", b"watts"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__hottest_celsius: _TypeAlias = _typing.Literal["hottest_celsius"]  # noqa: Y015
+        _WhichOneofArgType__hottest_celsius: _TypeAlias = _typing.Literal["_hottest_celsius", b"_hottest_celsius"]  # noqa: Y015
+        _WhichOneofReturnType__watts: _TypeAlias = _typing.Literal["watts"]  # noqa: Y015
+        _WhichOneofArgType__watts: _TypeAlias = _typing.Literal["_watts", b"_watts"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__hottest_celsius) -> _WhichOneofReturnType__hottest_celsius | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__watts) -> _WhichOneofReturnType__watts | None: ...
+
+    FRACTION_FIELD_NUMBER: _builtins.int
+    THREADS_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    COOLING_CELSIUS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    fraction: _builtins.float
+    """From 0 to 1."""
+    threads: _builtins.int
+    """With how many threads it measures now; 0 while it cools."""
+    cooling_celsius_per_second: _builtins.float
+    """How fast it cooled in the end, in degrees a second; 0 if that could not be seen."""
+    saved: _builtins.bool
+    """Whether it is over, and all of it is kept."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___CalibrateResponse.Point]:
+        """What was found so far."""
+
+    def __init__(
+        self,
+        *,
+        fraction: _builtins.float = ...,
+        threads: _builtins.int = ...,
+        points: _abc.Iterable[Global___CalibrateResponse.Point] | None = ...,
+        cooling_celsius_per_second: _builtins.float = ...,
+        saved: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cooling_celsius_per_second", b"cooling_celsius_per_second", "fraction", b"fraction", "points", b"points", "saved", b"saved", "threads", b"threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateResponse: _TypeAlias = CalibrateResponse  # noqa: Y015

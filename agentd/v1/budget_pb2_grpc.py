@@ -45,6 +45,11 @@ class BudgetServiceStub:
                 request_serializer=agentd_dot_v1_dot_budget__pb2.WatchBudgetsRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_budget__pb2.Budgets.FromString,
                 _registered_method=True)
+        self.Calibrate = channel.unary_stream(
+                '/agentd.v1.BudgetService/Calibrate',
+                request_serializer=agentd_dot_v1_dot_budget__pb2.CalibrateRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_budget__pb2.CalibrateResponse.FromString,
+                _registered_method=True)
 
 
 class BudgetServiceServicer:
@@ -65,6 +70,15 @@ class BudgetServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Calibrate(self, request, context):
+        """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
+        streams how far it is. Ends with the stream. Needs the role admin.
+        Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BudgetServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +91,11 @@ def add_BudgetServiceServicer_to_server(servicer, server):
                     servicer.WatchBudgets,
                     request_deserializer=agentd_dot_v1_dot_budget__pb2.WatchBudgetsRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_budget__pb2.Budgets.SerializeToString,
+            ),
+            'Calibrate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Calibrate,
+                    request_deserializer=agentd_dot_v1_dot_budget__pb2.CalibrateRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_budget__pb2.CalibrateResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +153,33 @@ class BudgetService:
             '/agentd.v1.BudgetService/WatchBudgets',
             agentd_dot_v1_dot_budget__pb2.WatchBudgetsRequest.SerializeToString,
             agentd_dot_v1_dot_budget__pb2.Budgets.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Calibrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agentd.v1.BudgetService/Calibrate',
+            agentd_dot_v1_dot_budget__pb2.CalibrateRequest.SerializeToString,
+            agentd_dot_v1_dot_budget__pb2.CalibrateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,11 @@ class BudgetServiceStub:
     """Returns the budgets as they are now. Answers in every state."""
     WatchBudgets: _grpc.UnaryStreamMultiCallable[_budget_pb2.WatchBudgetsRequest, _budget_pb2.Budgets]
     """Streams the budgets as they are now, and each time what they allow has changed."""
+    Calibrate: _grpc.UnaryStreamMultiCallable[_budget_pb2.CalibrateRequest, _budget_pb2.CalibrateResponse]
+    """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
+    streams how far it is. Ends with the stream. Needs the role admin.
+    Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+    """
 
 @_typing.type_check_only
 class BudgetServiceAsyncStub(BudgetServiceStub):
@@ -47,6 +52,11 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     """Returns the budgets as they are now. Answers in every state."""
     WatchBudgets: _aio.UnaryStreamMultiCallable[_budget_pb2.WatchBudgetsRequest, _budget_pb2.Budgets]  # type: ignore[assignment]
     """Streams the budgets as they are now, and each time what they allow has changed."""
+    Calibrate: _aio.UnaryStreamMultiCallable[_budget_pb2.CalibrateRequest, _budget_pb2.CalibrateResponse]  # type: ignore[assignment]
+    """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
+    streams how far it is. Ends with the stream. Needs the role admin.
+    Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+    """
 
 class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Battery, heat and memory: what is read, what that allows."""
@@ -66,5 +76,16 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_budget_pb2.Budgets], _abc.AsyncIterator[_budget_pb2.Budgets]]:
         """Streams the budgets as they are now, and each time what they allow has changed."""
+
+    @_abc_1.abstractmethod
+    def Calibrate(
+        self,
+        request: _budget_pb2.CalibrateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_budget_pb2.CalibrateResponse], _abc.AsyncIterator[_budget_pb2.CalibrateResponse]]:
+        """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
+        streams how far it is. Ends with the stream. Needs the role admin.
+        Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+        """
 
 def add_BudgetServiceServicer_to_server(servicer: BudgetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -103,22 +103,62 @@ class Status(_message.Message):
         NAME_FIELD_NUMBER: _builtins.int
         PRINCIPAL_FIELD_NUMBER: _builtins.int
         SECONDS_FIELD_NUMBER: _builtins.int
+        QUEUED_FIELD_NUMBER: _builtins.int
+        BACKGROUND_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         """`runs/{run}`."""
         principal: _builtins.str
         """Whose it is."""
         seconds: _builtins.float
         """For how long."""
+        queued: _builtins.bool
+        """Whether it waits for its turn with the model."""
+        background: _builtins.bool
+        """Whether it waits for power or a cool device if it must."""
         def __init__(
             self,
             *,
             name: _builtins.str = ...,
             principal: _builtins.str = ...,
             seconds: _builtins.float = ...,
+            queued: _builtins.bool = ...,
+            background: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "principal", b"principal", "seconds", b"seconds"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "name", b"name", "principal", b"principal", "queued", b"queued", "seconds", b"seconds"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class RunningCall(_message.Message):
+        """A call of a tool that is being executed."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        TOOL_FIELD_NUMBER: _builtins.int
+        PRINCIPAL_FIELD_NUMBER: _builtins.int
+        SECONDS_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """`calls/{call}`."""
+        tool: _builtins.str
+        """The tool, such as `files.read`."""
+        principal: _builtins.str
+        """Who has asked for it."""
+        seconds: _builtins.float
+        """For how long."""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            tool: _builtins.str = ...,
+            principal: _builtins.str = ...,
+            seconds: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "principal", b"principal", "seconds", b"seconds", "tool", b"tool"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -135,6 +175,8 @@ class Status(_message.Message):
     RECOVERED_CALLS_FIELD_NUMBER: _builtins.int
     AUDIT_CLOSED_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of agentd."""
     pid: _builtins.int
@@ -153,6 +195,8 @@ class Status(_message.Message):
     """How many grants are in force."""
     audit_closed: _builtins.str
     """Why the audit log is not what was signed; then no tool may change anything. Empty if it is."""
+    tokens_per_second: _builtins.float
+    """Tokens that the model has written a second, of late; 0 if it wrote nothing."""
     @_builtins.property
     def model(self) -> Global___Status.Model:
         """The model."""
@@ -167,6 +211,10 @@ class Status(_message.Message):
 
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Status.RunningRun]:
+        """Those of the caller, or of all for whoever may see them."""
+
+    @_builtins.property
+    def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Status.RunningCall]:
         """Those of the caller, or of all for whoever may see them."""
 
     def __init__(
@@ -185,10 +233,12 @@ class Status(_message.Message):
         recovered_calls: _abc.Iterable[_builtins.str] | None = ...,
         audit_closed: _builtins.str = ...,
         runs: _abc.Iterable[Global___Status.RunningRun] | None = ...,
+        tokens_per_second: _builtins.float = ...,
+        calls: _abc.Iterable[Global___Status.RunningCall] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "sandbox", b"sandbox"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_closed", b"audit_closed", "engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "runs", b"runs", "sandbox", b"sandbox", "state_folder", b"state_folder", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_closed", b"audit_closed", "calls", b"calls", "engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "runs", b"runs", "sandbox", b"sandbox", "state_folder", b"state_folder", "tokens_per_second", b"tokens_per_second", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -156,7 +156,7 @@ def test_the_commands(device: Device):
     assert "waits for its turn" in device.command("run", "--background", "--within", "2h", "hello").stdout
     (waits,) = device.json("runs")
     assert (waits["state"], waits["priority"]) == ("STATE_QUEUED", "PRIORITY_BACKGROUND")
-    assert "queued (background)" in " ".join(device.command("runs").stdout.split())
+    assert "queued (bg)" in " ".join(device.command("runs").stdout.split())
     assert "cancelled" in device.command("runs", "cancel", waits["name"].removeprefix("runs/")).stdout
     assert "cancelled" in device.command("runs", "show", waits["name"]).stdout
     assert "--within goes with" in device.command("run", "--within", "2h", "hello", check=False).stderr
