@@ -84,11 +84,23 @@ class Calibrator:
         step, begun = _Step(), time.monotonic()
         while (passed := time.monotonic() - begun) < seconds and not self.budgets.limits.holds:
             yield passed / seconds
-            await self._measure(step)
+            await self._measure_unless_held(step)
         if step.tokens and step.seconds > 0:
             watts = sum(step.watts) / len(step.watts) if step.watts else None
             point = Point(threads=threads, tokens_per_s=step.tokens / step.seconds, hottest_c=step.hottest, watts=watts)
             points.append(point)
+
+    async def _measure_unless_held(self, step: _Step) -> None:
+        """What is held by the budgets, or waits for them, is given up: its time would say nothing of the device."""
+        measuring = asyncio.create_task(self._measure(step), name="calibrate")
+        try:
+            while not measuring.done() and not self.budgets.limits.holds:
+                await asyncio.wait([measuring], timeout=_LOOK_S / 4)
+        finally:
+            measuring.cancel()
+            await asyncio.wait([measuring])
+        if not measuring.cancelled():
+            measuring.result()
 
     async def _measure(self, step: _Step) -> None:
         ticket = self.admission.admit(Priority.NORMAL)
