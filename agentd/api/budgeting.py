@@ -97,6 +97,7 @@ def _message(budgets: Budgets) -> budget_pb2.Budgets:
         ],
         faults=convert.valid(readings.faults),
         device=budgets.policy.device,
+        unenforced=budgets.unenforced(),
     )
 
 

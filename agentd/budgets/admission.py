@@ -114,6 +114,12 @@ class Admission:
         self.count(priority, "deferred" if deferrable and not limits.background else "admitted", limits.cause or "")
         return ticket
 
+    def require_time(self, left_s: float) -> None:
+        """Raises OverBudget for what could not begin in the time it has: better now than at its end."""
+        limits = self.limits()
+        if limits.holds and left_s < limits.retry_s:
+            raise OverBudget(limits)
+
     def leave(self, ticket: Ticket) -> None:
         with contextlib.suppress(ValueError):
             self._tickets.remove(ticket)

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from agentd.budgets.governor import Situation, step
+from agentd.budgets.governor import SENSORS, Situation, step
 from agentd.budgets.state import Allowance, Readings
 from agentd.budgets.tally import Tally
 
@@ -73,6 +73,21 @@ class Budgets:
         if read.at is None or self.clock() - read.at <= self.policy.states.stale_s:
             return read
         return Readings(faults={"sensors": f"nothing was read for {self.clock() - read.at:.0f} s"}, at=read.at)
+
+    def unenforced(self) -> dict[str, str]:
+        """Budgets that can't be kept, and why."""
+        found: dict[str, str] = {}
+        for name, sensor in SENSORS.items():
+            readings, seen = self.readings, sensor in self.situation.seen
+            if not getattr(self.policy, name).enabled:
+                found[name] = "switched off in agentd.toml"
+            elif name == "battery" and not seen and readings.charging is None:
+                found[name] = "no battery is seen; external power is taken for granted"
+            elif name == "thermal" and not seen and readings.thermal_status is None:
+                found[name] = "no sensor tells how hot it is"
+            elif name == "memory" and not seen:
+                found[name] = "nothing tells how much memory is left"
+        return found
 
     async def start(self) -> None:
         """What the device is like is known before anything is loaded, if its sensors answer in time."""

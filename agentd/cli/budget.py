@@ -107,7 +107,9 @@ def _table(budgets: budget_pb2.Budgets) -> Table:
     pace = f"{budgets.threads or 'all'} threads, {budgets.duty:.0%} of the time"
     table.add_row("[bold]state[/]", _coloured(budgets.state), f"{shown(budgets.reason)}", f"[dim]{pace}[/]")
     for each in budgets.budgets:
-        table.add_row(each.name, _coloured(each.state), shown(each.reason), "")
+        why = budgets.unenforced.get(each.name, "")
+        state = "[dim]not enforced[/]" if why else _coloured(each.state)
+        table.add_row(each.name, state, f"[dim]{shown(why)}[/]" if why else shown(each.reason), "")
     for reading in (each for each in budgets.readings if each.name not in _ELSEWHERE):
         name, _, unit = reading.name.rpartition("_")
         name = _NAMES.get(reading.name) or (name if unit in _UNITS else reading.name).replace("_", " ")

@@ -109,10 +109,13 @@ def _daemon(socket: Path) -> list[Finding]:
 
 
 def _budgets(budgets: budget_pb2.Budgets) -> Finding:
-    """What is measured; what is not can't be enforced."""
+    """What is measured, what is taken for granted, what is not enforced."""
     sources = {reading.name: reading.source for reading in budgets.readings}
-    wanted = {"temperature_c": "heat", "battery_pct": "battery", "available_mib": "memory"}
+    wanted = {"temperature_c": "heat", "battery_pct": "battery", "available_mib": "memory", "pressure_some_pct": "pressure"}
+    wanted |= {"power_w": "power"}
     measured = ", ".join(f"{what} by {sources[name]}" for name, what in wanted.items() if name in sources)
-    missing = [what for name, what in wanted.items() if name not in sources]
-    hint = f"not measured, so not enforced: {', '.join(missing)}" if missing else ""
+    not_kept = [f"{name}: {why}" for name, why in sorted(budgets.unenforced.items())]
+    trouble = [f"{name}: {why}" for name, why in sorted(budgets.faults.items())]
+    told = (("not enforced", not_kept), ("in trouble", trouble))
+    hint = "; ".join(f"{word}: {', '.join(each)}" for word, each in told if each)
     return Finding("budgets", True, f"{measured or 'nothing is measured'} (thresholds of {budgets.device})", hint)

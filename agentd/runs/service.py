@@ -83,6 +83,7 @@ class Runs:
             return _the_same(known, asked)
         if self._quotas:
             self._quotas.require(asked.principal)
+        self._admission.require_time(asked.start_by_ns / 1e9 - time.time() if asked.start_by_ns else math.inf)
         ticket = self._admission.admit(asked.priority)
         live = Live(self._new(asked), ticket)
         try:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61gentd/v1/budget.proto\x12\tagentd.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9a\x05\n\x07\x42udgets\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.agentd.v1.Budgets.State\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x64uty\x18\x04 \x01(\x01\x12\x0f\n\x07threads\x18\x05 \x01(\x05\x12\x12\n\nbackground\x18\x06 \x01(\x08\x12.\n\x0bretry_delay\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x62udgets\x18\x08 \x03(\x0b\x32\x19.agentd.v1.Budgets.Budget\x12,\n\x08readings\x18\t \x03(\x0b\x32\x1a.agentd.v1.Budgets.Reading\x12.\n\x06\x66\x61ults\x18\n \x03(\x0b\x32\x1e.agentd.v1.Budgets.FaultsEntry\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x1a{\n\x06\x42udget\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.agentd.v1.Budgets.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12*\n\x07lasting\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x36\n\x07Reading\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06source\x18\x03 \x01(\t\x1a-\n\x0b\x46\x61ultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"f\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_NOMINAL\x10\x01\x12\x11\n\rSTATE_REDUCED\x10\x02\x12\x10\n\x0cSTATE_PAUSED\x10\x03\x12\x0e\n\nSTATE_SHED\x10\x04\"\x13\n\x11GetBudgetsRequest\"\x15\n\x13WatchBudgetsRequest\"?\n\x10\x43\x61librateRequest\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa3\x02\n\x11\x43\x61librateResponse\x12\x10\n\x08\x66raction\x18\x01 \x01(\x01\x12\x0f\n\x07threads\x18\x02 \x01(\x05\x12\x32\n\x06points\x18\x03 \x03(\x0b\x32\".agentd.v1.CalibrateResponse.Point\x12\"\n\x1a\x63ooling_celsius_per_second\x18\x04 \x01(\x01\x12\r\n\x05saved\x18\x05 \x01(\x08\x1a\x83\x01\n\x05Point\x12\x0f\n\x07threads\x18\x01 \x01(\x05\x12\x19\n\x11tokens_per_second\x18\x02 \x01(\x01\x12\x1c\n\x0fhottest_celsius\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05watts\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_hottest_celsiusB\x08\n\x06_watts2\xdf\x01\n\rBudgetService\x12>\n\nGetBudgets\x12\x1c.agentd.v1.GetBudgetsRequest\x1a\x12.agentd.v1.Budgets\x12\x44\n\x0cWatchBudgets\x12\x1e.agentd.v1.WatchBudgetsRequest\x1a\x12.agentd.v1.Budgets0\x01\x12H\n\tCalibrate\x12\x1b.agentd.v1.CalibrateRequest\x1a\x1c.agentd.v1.CalibrateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61gentd/v1/budget.proto\x12\tagentd.v1\x1a\x1egoogle/protobuf/duration.proto\"\x85\x06\n\x07\x42udgets\x12\'\n\x05state\x18\x01 \x01(\x0e\x32\x18.agentd.v1.Budgets.State\x12\r\n\x05\x63\x61use\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04\x64uty\x18\x04 \x01(\x01\x12\x0f\n\x07threads\x18\x05 \x01(\x05\x12\x12\n\nbackground\x18\x06 \x01(\x08\x12.\n\x0bretry_delay\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x62udgets\x18\x08 \x03(\x0b\x32\x19.agentd.v1.Budgets.Budget\x12,\n\x08readings\x18\t \x03(\x0b\x32\x1a.agentd.v1.Budgets.Reading\x12.\n\x06\x66\x61ults\x18\n \x03(\x0b\x32\x1e.agentd.v1.Budgets.FaultsEntry\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x36\n\nunenforced\x18\x0c \x03(\x0b\x32\".agentd.v1.Budgets.UnenforcedEntry\x1a{\n\x06\x42udget\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.agentd.v1.Budgets.State\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12*\n\x07lasting\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a\x36\n\x07Reading\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x0e\n\x06source\x18\x03 \x01(\t\x1a-\n\x0b\x46\x61ultsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fUnenforcedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"f\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_NOMINAL\x10\x01\x12\x11\n\rSTATE_REDUCED\x10\x02\x12\x10\n\x0cSTATE_PAUSED\x10\x03\x12\x0e\n\nSTATE_SHED\x10\x04\"\x13\n\x11GetBudgetsRequest\"\x15\n\x13WatchBudgetsRequest\"?\n\x10\x43\x61librateRequest\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa3\x02\n\x11\x43\x61librateResponse\x12\x10\n\x08\x66raction\x18\x01 \x01(\x01\x12\x0f\n\x07threads\x18\x02 \x01(\x05\x12\x32\n\x06points\x18\x03 \x03(\x0b\x32\".agentd.v1.CalibrateResponse.Point\x12\"\n\x1a\x63ooling_celsius_per_second\x18\x04 \x01(\x01\x12\r\n\x05saved\x18\x05 \x01(\x08\x1a\x83\x01\n\x05Point\x12\x0f\n\x07threads\x18\x01 \x01(\x05\x12\x19\n\x11tokens_per_second\x18\x02 \x01(\x01\x12\x1c\n\x0fhottest_celsius\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05watts\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x12\n\x10_hottest_celsiusB\x08\n\x06_watts2\xdf\x01\n\rBudgetService\x12>\n\nGetBudgets\x12\x1c.agentd.v1.GetBudgetsRequest\x1a\x12.agentd.v1.Budgets\x12\x44\n\x0cWatchBudgets\x12\x1e.agentd.v1.WatchBudgetsRequest\x1a\x12.agentd.v1.Budgets0\x01\x12H\n\tCalibrate\x12\x1b.agentd.v1.CalibrateRequest\x1a\x1c.agentd.v1.CalibrateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BUDGETS_FAULTSENTRY']._loaded_options = None
   _globals['_BUDGETS_FAULTSENTRY']._serialized_options = b'8\001'
+  _globals['_BUDGETS_UNENFORCEDENTRY']._loaded_options = None
+  _globals['_BUDGETS_UNENFORCEDENTRY']._serialized_options = b'8\001'
   _globals['_BUDGETS']._serialized_start=70
-  _globals['_BUDGETS']._serialized_end=736
-  _globals['_BUDGETS_BUDGET']._serialized_start=406
-  _globals['_BUDGETS_BUDGET']._serialized_end=529
-  _globals['_BUDGETS_READING']._serialized_start=531
-  _globals['_BUDGETS_READING']._serialized_end=585
-  _globals['_BUDGETS_FAULTSENTRY']._serialized_start=587
-  _globals['_BUDGETS_FAULTSENTRY']._serialized_end=632
-  _globals['_BUDGETS_STATE']._serialized_start=634
-  _globals['_BUDGETS_STATE']._serialized_end=736
-  _globals['_GETBUDGETSREQUEST']._serialized_start=738
-  _globals['_GETBUDGETSREQUEST']._serialized_end=757
-  _globals['_WATCHBUDGETSREQUEST']._serialized_start=759
-  _globals['_WATCHBUDGETSREQUEST']._serialized_end=780
-  _globals['_CALIBRATEREQUEST']._serialized_start=782
-  _globals['_CALIBRATEREQUEST']._serialized_end=845
-  _globals['_CALIBRATERESPONSE']._serialized_start=848
-  _globals['_CALIBRATERESPONSE']._serialized_end=1139
-  _globals['_CALIBRATERESPONSE_POINT']._serialized_start=1008
-  _globals['_CALIBRATERESPONSE_POINT']._serialized_end=1139
-  _globals['_BUDGETSERVICE']._serialized_start=1142
-  _globals['_BUDGETSERVICE']._serialized_end=1365
+  _globals['_BUDGETS']._serialized_end=843
+  _globals['_BUDGETS_BUDGET']._serialized_start=462
+  _globals['_BUDGETS_BUDGET']._serialized_end=585
+  _globals['_BUDGETS_READING']._serialized_start=587
+  _globals['_BUDGETS_READING']._serialized_end=641
+  _globals['_BUDGETS_FAULTSENTRY']._serialized_start=643
+  _globals['_BUDGETS_FAULTSENTRY']._serialized_end=688
+  _globals['_BUDGETS_UNENFORCEDENTRY']._serialized_start=690
+  _globals['_BUDGETS_UNENFORCEDENTRY']._serialized_end=739
+  _globals['_BUDGETS_STATE']._serialized_start=741
+  _globals['_BUDGETS_STATE']._serialized_end=843
+  _globals['_GETBUDGETSREQUEST']._serialized_start=845
+  _globals['_GETBUDGETSREQUEST']._serialized_end=864
+  _globals['_WATCHBUDGETSREQUEST']._serialized_start=866
+  _globals['_WATCHBUDGETSREQUEST']._serialized_end=887
+  _globals['_CALIBRATEREQUEST']._serialized_start=889
+  _globals['_CALIBRATEREQUEST']._serialized_end=952
+  _globals['_CALIBRATERESPONSE']._serialized_start=955
+  _globals['_CALIBRATERESPONSE']._serialized_end=1246
+  _globals['_CALIBRATERESPONSE_POINT']._serialized_start=1115
+  _globals['_CALIBRATERESPONSE_POINT']._serialized_end=1246
+  _globals['_BUDGETSERVICE']._serialized_start=1249
+  _globals['_BUDGETSERVICE']._serialized_end=1472
 # @@protoc_insertion_point(module_scope)

@@ -139,6 +139,26 @@ class Budgets(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class UnenforcedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STATE_FIELD_NUMBER: _builtins.int
     CAUSE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
@@ -150,6 +170,7 @@ class Budgets(_message.Message):
     READINGS_FIELD_NUMBER: _builtins.int
     FAULTS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    UNENFORCED_FIELD_NUMBER: _builtins.int
     state: Global___Budgets.State.ValueType
     """The worst of them."""
     cause: _builtins.str
@@ -180,6 +201,10 @@ class Budgets(_message.Message):
     def faults(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What they don't, and why."""
 
+    @_builtins.property
+    def unenforced(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Budgets that are not enforced, and why: nothing measures them, or they are switched off."""
+
     def __init__(
         self,
         *,
@@ -194,10 +219,11 @@ class Budgets(_message.Message):
         readings: _abc.Iterable[Global___Budgets.Reading] | None = ...,
         faults: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         device: _builtins.str = ...,
+        unenforced: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["retry_delay", b"retry_delay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "budgets", b"budgets", "cause", b"cause", "device", b"device", "duty", b"duty", "faults", b"faults", "readings", b"readings", "reason", b"reason", "retry_delay", b"retry_delay", "state", b"state", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["background", b"background", "budgets", b"budgets", "cause", b"cause", "device", b"device", "duty", b"duty", "faults", b"faults", "readings", b"readings", "reason", b"reason", "retry_delay", b"retry_delay", "state", b"state", "threads", b"threads", "unenforced", b"unenforced"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
