@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from agentd_sandbox import Level
 
     from agentd.audit import AuditLog
-    from agentd.budgets import Allowance, Budgets
+    from agentd.budgets import Budgets
+    from agentd.budgets.governor import Budget
+    from agentd.budgets.state import Name
     from agentd.grants import Grants
     from agentd.runs import Run
     from agentd.store import Store
@@ -59,10 +61,9 @@ class Chronicle:
         """That it waits, began from which prompt with which model, or how it ended. Raises AgentdError."""
         self.audit.record(_run_event(run, model))
 
-    def budget(self, before: Allowance, after: Allowance) -> None:
+    def budget(self, name: Name, before: Budget, after: Budget) -> None:
         """Nobody waits for this to be durable."""
-        detail = {"from": before.state.name.lower(), "to": after.state.name.lower(), "budget": after.cause or before.cause}
-        detail |= {"reason": after.reason}
+        detail = {"budget": name, "from": before.state.name.lower(), "to": after.state.name.lower(), "reason": after.reason}
         event = Event(kind="budget.change", principal="agentd", detail=detail, budget=self.device())
         self.store.submit(lambda db: self.audit.append(db, event))
 

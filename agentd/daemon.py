@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from agentd_sandbox import Level
 
     from agentd.budgets import Allowance, Priority
+    from agentd.budgets.governor import Budget
+    from agentd.budgets.state import Name
     from agentd.config import Config
     from agentd.grants import Moment
     from agentd.metrics import Family
@@ -280,8 +282,8 @@ class Daemon:
         labels = {"class": priority.name.lower(), "decision": decision, "reason": reason}
         self._budgets.tally.add("agentd_admission_total", labels)
 
-    def _record_budget(self, before: Allowance, after: Allowance) -> None:
-        self._chronicle.budget(before, after)
+    def _record_budget(self, name: Name, before: Budget, after: Budget) -> None:
+        self._chronicle.budget(name, before, after)
 
     def _keep_pace(self, limits: Allowance) -> None:
         self._throttle.apply(limits)

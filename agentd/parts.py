@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.budgets import Allowance, Policy
+    from agentd.budgets.governor import Budget
+    from agentd.budgets.state import Name
     from agentd.calls import Toolbox
     from agentd.config import Config
     from agentd.engine.client import Engine
@@ -106,7 +108,7 @@ def budgets(
     config: Config,
     pace: Callable[[Allowance], None],
     changed: Callable[[Allowance], None],
-    record: Callable[[Allowance, Allowance], None],
+    record: Callable[[Name, Budget, Budget], None],
     engine: Engine,
     made: Policy,
 ) -> Budgets:

@@ -17,10 +17,12 @@ from agentd.budgets.tally import Tally
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
+    from agentd.budgets.governor import Budget
     from agentd.budgets.policy import Policy
     from agentd.budgets.pressure import Alarm
     from agentd.budgets.programs import Asked
     from agentd.budgets.sensors import Sensors
+    from agentd.budgets.state import Name
 
 _NOTICED = 0.1  # of the duty
 _FIRST_S = 2.0  # that a start waits for the sensors
@@ -30,7 +32,7 @@ _log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class Budgets:
     """Lives on the event loop. `pace` gets each change of what the engine may do, `changed` what makes a difference to people,
-    `record` each change of the state.
+    `record` each change of a budget's state: its name, how it was, how it is.
 
     `needs_mib` says what loading the model would take, 0 while it is loaded.
     """
@@ -40,7 +42,7 @@ class Budgets:
     threads: int
     pace: Callable[[Allowance], None]
     changed: Callable[[Allowance], None]
-    record: Callable[[Allowance, Allowance], None]
+    record: Callable[[Name, Budget, Budget], None]
     needs_mib: Callable[[], float] = lambda: 0.0
     programs: Sequence[Asked] = ()
     alarm: Callable[[Callable[[], None]], Alarm | None] = lambda _ring: None
@@ -161,6 +163,16 @@ class Budgets:
             for sensor in readings.faults:
                 tally.add("agentd_sensor_errors_total", {"sensor": sensor.partition(" (")[0]})
 
+    def _record(self, before: Situation) -> None:
+        """One that can't be put on record must not keep the others from what they are told."""
+        for name, budget in before.budgets.items():
+            after = self.situation.budgets[name]
+            if after.state is not budget.state:
+                try:
+                    self.record(name, budget, after)
+                except Exception:
+                    _log.exception("a change of the budget %s is not on record", name)
+
     async def _govern(self) -> None:
         while True:
             await asyncio.sleep(self.policy.states.poll_s)
@@ -183,6 +195,7 @@ class Budgets:
             self.policy, self.situation, now, self._read, self.threads, needs_mib=self.needs_mib()
         )
         self._count(before_step, readings)
+        self._record(before_step)
         before, limits = self._told, self.limits
         if _pace(limits) != _pace(self._paced):
             self.pace(limits)
@@ -196,7 +209,6 @@ class Budgets:
         if limits.state is not before.state:
             why = f": {limits.reason}" if limits.reason else ""
             _log.warning("budgets: %s, was %s%s", limits.state.name, before.state.name, why)
-            self.record(before, limits)
 
 
 def _pace(limits: Allowance) -> tuple[object, ...]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from agentd.budgets.files import read_line, read_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -134,7 +136,7 @@ class Cgroup:
     _folders: list[tuple[Path, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for line in (_text(self.proc / "self" / "cgroup") or "").splitlines():
+        for line in (read_text(self.proc / "self" / "cgroup") or "").splitlines():
             number, _, rest = line.partition(":")
             controllers, _, path = rest.partition(":")
             if "memory" in controllers.split(","):
@@ -159,8 +161,8 @@ class Cgroup:
 
 def _v2(folder: Path) -> Headroom | None:
     """memory.high counts as a limit, too: past it all is slowed until it is unusable (cgroup-v2.rst)."""
-    limits = [limit for name in ("memory.max", "memory.high") if (limit := _number(folder / name)) is not None]
-    used, stat = _number(folder / "memory.current"), _stat(folder / "memory.stat")
+    limits = [limit for name in ("memory.max", "memory.high") if (limit := _whole(folder / name)) is not None]
+    used, stat = _whole(folder / "memory.current"), _stat(folder / "memory.stat")
     if not limits or used is None:
         return None
     free = min(limits) - used + stat.get("file", 0) - stat.get("shmem", 0)
@@ -169,7 +171,7 @@ def _v2(folder: Path) -> Headroom | None:
 
 
 def _v1(folder: Path) -> Headroom | None:
-    limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
+    limit, used = _whole(folder / "memory.limit_in_bytes"), _whole(folder / "memory.usage_in_bytes")
     if limit is None or used is None or limit >= _UNLIMITED:
         return None
     stat = _stat(folder / "memory.stat")
@@ -177,14 +179,14 @@ def _v1(folder: Path) -> Headroom | None:
 
 
 def _stat(file: Path) -> dict[str, int]:
-    pairs = (line.split() for line in (_text(file) or "").splitlines())
+    pairs = (line.split() for line in (read_text(file) or "").splitlines())
     return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdecimal()}
 
 
 def _fields(file: Path) -> dict[str, int]:
     """Of the kind `Name:  12 kB`, or `name: 12`."""
     found = {}
-    for line in (_text(file) or "").splitlines():
+    for line in (read_text(file) or "").splitlines():
         name, _, rest = line.partition(":")
         amount = rest.split()[:1]
         if amount and amount[0].isdecimal():
@@ -192,13 +194,6 @@ def _fields(file: Path) -> dict[str, int]:
     return found
 
 
-def _number(file: Path) -> int | None:
-    text = (_text(file) or "").strip()
-    return int(text) if text.isdecimal() else None
-
-
-def _text(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
+def _whole(file: Path) -> int | None:
+    said = read_line(file) or ""
+    return int(said) if said.isdecimal() else None

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agentd.budgets import athermal
+from agentd.budgets.files import as_number, folders, read_line, read_number, read_text
 from agentd.budgets.power import of_battery, of_regulator
 from agentd.budgets.state import Readings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from agentd.budgets.memory import Cgroup, Engine
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # Of the processor, on boards, PCs and phones; zone numbers mean nothing. From drivers/thermal and drivers/hwmon of Linux.
 ZONES = ("cpu-thermal", "cpu_thermal", "x86_pkg_temp", "soc-", "soc_", "mtktscpu", "cpu-", "cpuss", "tsens_tz_sensor")
 _CHIPS = ("cpu_thermal", "coretemp", "k10temp", "zenpower")
-_LONGEST = 4096
 _STATUSES = {"Charging": True, "Full": True, "Not charging": True, "Discharging": False}
 _UNDERVOLTAGE_NOW = 1  # bit 0 of what `vcgencmd get_throttled` says
 
@@ -94,13 +94,13 @@ class Device:
 
     def _heat(self, said: _Said) -> None:
         found: dict[str, float] = {}
-        for zone in _folders(self.sysfs / "class" / "thermal", "thermal_zone"):
-            kind = _line(zone / "type")
+        for zone in folders(self.sysfs / "class" / "thermal", "thermal_zone"):
+            kind = read_line(zone / "type")
             if kind and self.zones and kind.startswith(tuple(self.zones)):
                 _note(found, said, f"{kind} ({zone.name})", zone / "temp")
-        for chip in _folders(self.sysfs / "class" / "hwmon", "hwmon"):
-            name = _line(chip / "name") or ""
-            if name == "rpi_volt" and (alarm := _number(chip / "in0_lcrit_alarm")) is not None:
+        for chip in folders(self.sysfs / "class" / "hwmon", "hwmon"):
+            name = read_line(chip / "name") or ""
+            if name == "rpi_volt" and (alarm := read_number(chip / "in0_lcrit_alarm")) is not None:
                 said.say("undervoltage", alarm != 0, "rpi_volt")
             elif not found and self.zones and name in (*self.zones, *(_CHIPS if self.zones == ZONES else ())):
                 for file in sorted(chip.glob("temp*_input")):
@@ -112,13 +112,13 @@ class Device:
     def _power(self, said: _Said) -> None:
         levels: dict[str, float] = {}
         charging: list[bool] = []
-        for supply in _folders(self.sysfs / "class" / "power_supply", ""):
-            kind, scope = _line(supply / "type"), _line(supply / "scope")
-            if scope == "Device" or _line(supply / "present") == "0":  # a mouse, a bay without a battery
+        for supply in folders(self.sysfs / "class" / "power_supply", ""):
+            kind, scope = read_line(supply / "type"), read_line(supply / "scope")
+            if scope == "Device" or read_line(supply / "present") == "0":  # a mouse, a bay without a battery
                 continue
             if kind == "Battery":
                 _battery(supply, said, levels, charging)
-            elif kind and _number(supply / "online") not in (None, 0):
+            elif kind and read_number(supply / "online") not in (None, 0):
                 charging.append(True)
         if levels:
             said.say("battery_pct", sum(levels.values()) / len(levels), ", ".join(levels))
@@ -135,7 +135,7 @@ class Device:
             said.say("power_w", watts, "rapl, processor only")
 
     def _memory(self, said: _Said) -> None:
-        for line in (_text(self.proc / "meminfo") or "").splitlines():
+        for line in (read_text(self.proc / "meminfo") or "").splitlines():
             name, _, rest = line.partition(":")
             if name == "MemAvailable" and (amount := rest.split()[:1]) and amount[0].isdecimal():
                 said.say("available_mib", int(amount[0]) / 1024, "meminfo")
@@ -145,10 +145,10 @@ class Device:
             if headroom.free_mib < said.values.get("available_mib", math.inf):
                 said.say("available_mib", max(0.0, headroom.free_mib), "cgroup")
                 pressure = headroom.pressure or pressure
-        for line in (_text(pressure) or "").splitlines():
+        for line in (read_text(pressure) or "").splitlines():
             kind, *values = line.split()
             told = dict(value.partition("=")[::2] for value in values)
-            share = _float(told.get("avg10", ""))
+            share = as_number(told.get("avg10", ""))
             if kind in ("some", "full") and share is not None and 0 <= share <= 100:
                 said.say(f"pressure_{kind}_pct", share, "pressure")
 
@@ -166,32 +166,32 @@ class Device:
 
 def _note(found: dict[str, float], said: _Said, name: str, file: Path, *, exact: bool = False) -> None:
     """A temperature in the kernel's thousandths; of zones some vendors say tenths or whole degrees instead."""
-    value = _number(file)
+    value = read_number(file)
     if value is not None:
         value /= 1000 if exact or abs(value) > 1500 else 10 if abs(value) > 150 else 1
     celsius = value
     if celsius is None or not -30 <= celsius <= 150:
-        said.faults[name] = f"it says {_line(file)!r}"
+        said.faults[name] = f"it says {read_line(file)!r}"
     else:
         found[name] = celsius
 
 
 def _battery(supply: Path, said: _Said, levels: dict[str, float], charging: list[bool]) -> None:
-    level = _number(supply / "capacity")
+    level = read_number(supply / "capacity")
     if level is None or not 0 <= level <= 100:
-        said.fail("battery_pct", f"{supply.name}: capacity says {_line(supply / 'capacity')!r}")
+        said.fail("battery_pct", f"{supply.name}: capacity says {read_line(supply / 'capacity')!r}")
     else:
         levels[supply.name] = level
-    if (known := _STATUSES.get(_line(supply / "status") or "")) is not None:
+    if (known := _STATUSES.get(read_line(supply / "status") or "")) is not None:
         charging.append(known)
     if known is False and (watts := _discharge(supply)) is not None:
         said.say("power_w", watts, supply.name)
-    if (tenths := _number(supply / "temp")) is not None and -300 <= tenths <= 1500:
+    if (tenths := read_number(supply / "temp")) is not None and -300 <= tenths <= 1500:
         said.say("battery_c", tenths / 10, supply.name)
 
 
 def _discharge(supply: Path) -> float | None:
-    return of_battery(*(_number(supply / name) for name in ("power_now", "voltage_now", "current_now")))
+    return of_battery(*(read_number(supply / name) for name in ("power_now", "voltage_now", "current_now")))
 
 
 def _supplied(supply: Supply, said: _Said) -> None:
@@ -227,33 +227,3 @@ def _throttled(program: Asked, said: _Said) -> None:
         said.say("throttled", bits, "vcgencmd")
         if "undervoltage" not in said.values:
             said.say("undervoltage", bool(bits & _UNDERVOLTAGE_NOW), "vcgencmd")
-
-
-def _folders(folder: Path, begins: str) -> Iterator[Path]:
-    with contextlib.suppress(OSError):
-        yield from sorted(path for path in folder.iterdir() if path.name.startswith(begins))
-
-
-def _text(file: Path) -> str | None:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(_LONGEST).decode("utf-8", "replace")
-    except OSError:  # EIO, ENODATA, EAGAIN, or it has gone: not said in this round
-        return None
-
-
-def _line(file: Path) -> str | None:
-    text = _text(file)
-    return None if text is None else text.strip()
-
-
-def _number(file: Path) -> float | None:
-    return _float(_line(file) or "")
-
-
-def _float(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from agentd.budgets.files import as_number
 from agentd.budgets.programs import Program, Server
 
 if TYPE_CHECKING:
@@ -89,21 +90,14 @@ def parse_nut(text: str) -> Said:
     told = dict(_NUT_LINE.findall(text))
     flags = told.get("ups.status", "").split()
     charging = True if "OL" in flags else False if "OB" in flags else None
-    level, celsius = _level(_number(told.get("battery.charge"))), _celsius(_number(told.get("battery.temperature")))
-    return Said(level, charging, celsius, _watts(_number(told.get("ups.realpower"))))
+    level, celsius = _level(as_number(told.get("battery.charge", ""))), _celsius(as_number(told.get("battery.temperature", "")))
+    return Said(level, charging, celsius, _watts(as_number(told.get("ups.realpower", ""))))
 
 
 def parse_pisugar(text: str) -> Said:
     told = dict(_SUGAR_LINE.findall(text))
     plugged = {"true": True, "false": False}.get(told.get("battery_power_plugged", ""))
-    return Said(_level(_number(told.get("battery"))), plugged)
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return float(text or "")
-    except ValueError:
-        return None
+    return Said(_level(as_number(told.get("battery", ""))), plugged)
 
 
 def _within(value: Any, low: float, high: float) -> float | None:

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
 from google.protobuf import struct_pb2
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
+from agentd.client.transport import Bearer, error_of
 from agentd.config import default_socket
-from agentd.errors import AgentdError, DaemonError, Reason
+from agentd.errors import AgentdError
 from agentd.v1 import (
     approval_pb2,
     approval_pb2_grpc,
@@ -68,7 +67,7 @@ class Client:
         target = address or f"unix:{self.socket}"
         credentials = grpc.ssl_channel_credentials(ca) if ca else None
         plain = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
-        self._channel = grpc.intercept_channel(plain, _Bearer(token)) if token else plain
+        self._channel = grpc.intercept_channel(plain, Bearer(token)) if token else plain
         self._close = plain.close
         self._runs = run_pb2_grpc.RunServiceStub(self._channel)
         self._tools = tool_pb2_grpc.ToolServiceStub(self._channel)
@@ -115,7 +114,7 @@ class Client:
         try:
             yield from self._runs.WatchRun(run_pb2.WatchRunRequest(name=name, after_sequence=after))
         except grpc.RpcError as e:
-            raise self._error(e) from None
+            raise error_of(e, self._where) from None
 
     def run(
         self,
@@ -342,7 +341,7 @@ class Client:
             yield from stream
         except grpc.RpcError as e:
             if e.code() is not grpc.StatusCode.CANCELLED:
-                raise self._error(e) from None
+                raise error_of(e, self._where) from None
 
     def resolve(self, request: approval_pb2.ResolveApprovalRequest) -> approval_pb2.Approval:
         """Answer a question."""
@@ -387,37 +386,4 @@ class Client:
         try:
             return method(request, timeout=deadline_s)
         except grpc.RpcError as e:
-            raise self._error(e) from None
-
-    def _error(self, error: grpc.RpcError) -> AgentdError:
-        """What the daemon said, as the error it raised there."""
-        assert isinstance(error, grpc.Call)
-        status = rpc_status.from_call(error)
-        for detail in status.details if status else ():
-            info = error_details_pb2.ErrorInfo()
-            if detail.Unpack(info) and info.reason in Reason.__members__:
-                metadata = dict(info.metadata)
-                hint = metadata.pop("hint", "")
-                message = status.message.removesuffix(hint).rstrip()
-                return AgentdError(Reason[info.reason], message, hint=hint, metadata=metadata)
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
-            message = f"No daemon answers on {self._where}."
-            metadata = {"socket": self._where}
-            return DaemonError(Reason.DAEMON_UNREACHABLE, message, hint="Start it with `agentd serve`.", metadata=metadata)
-        return AgentdError(Reason.INTERNAL, f"The request failed: {error.code().name}: {error.details()}")
-
-
-class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Sends a token with every request."""
-
-    def __init__(self, token: str) -> None:
-        self._header = ("authorization", f"Bearer {token}")
-
-    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(self._signed(client_call_details), request)
-
-    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(self._signed(client_call_details), request)
-
-    def _signed(self, details: Any) -> Any:
-        return details._replace(metadata=[*(details.metadata or ()), self._header])
+            raise error_of(e, self._where) from None

@@ -45,6 +45,7 @@ from agentd.engine.link import (
     to_engine,
     unpack,
 )
+from agentd.engine.meter import anonymous_mib
 from agentd.engine.model import Aborted, Model, greedy_or_sampled
 from agentd.engine.pace import OutOfBudget, Pacer
 from agentd.engine.parser import CallOut, MalformedOut, StreamParser, TextOut
@@ -172,7 +173,7 @@ class Engine:
         if known is None or (known.context, known.least) != (load.context, load.least_context):
             known = footprint(Path(load.path), model.parameters_of_context, load.context, load.least_context)
         self._footprint = known
-        taken = anonymous_mib()
+        taken = anonymous_mib(os.getpid())
         if context := known.largest(load.room_mib - taken):
             return context
         least = taken + known.least_mib
@@ -293,13 +294,6 @@ class Engine:
 
     def _send(self, message: BaseModel) -> None:
         self._link.sendall(frame(message))
-
-
-def anonymous_mib() -> float:
-    """What this process has taken so far that is no file's (RssAnon of proc_pid_status(5))."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon:"))
-    return 0.0
 
 
 def _failed(request: int, error: EngineError) -> Failed:

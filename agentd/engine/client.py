@@ -38,7 +38,7 @@ from agentd.engine.link import (
     from_engine,
     pack,
 )
-from agentd.engine.meter import Meter
+from agentd.engine.meter import Meter, anonymous_mib
 from agentd.engine.prompt import Conversation, render
 from agentd.engine.selftest import repack_is_usable
 from agentd.errors import EngineError, Reason
@@ -172,7 +172,7 @@ class Engine:
         """Give all its memory back, the file's cached pages included; the next request loads it again."""
         async with self._turn:
             if self._process:
-                self._anonymous_mib = _anonymous_mib(self._process.process.pid)
+                self._anonymous_mib = anonymous_mib(self._process.process.pid)
                 self.loads["unload", why] += 1
             await self.stop()
             await asyncio.to_thread(_forget, self.settings.path)
@@ -332,13 +332,6 @@ def _remember(settings: EngineSettings, footprint: Footprint | None) -> None:
     if settings.kept and footprint:
         with contextlib.suppress(OSError):
             settings.kept.write_text(json.dumps({"file": _key(settings), "footprint": footprint.model_dump()}))
-
-
-def _anonymous_mib(pid: int) -> float:
-    """Memory of a process that is no file's: what it takes from others (RssAnon of proc_pid_status(5))."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon:"))
-    return 0.0
 
 
 def _forget(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""What the engine has done since the daemon began, over all its processes; and how fast it goes."""
+"""What the engine has done since the daemon began, over all its processes; how fast it goes, and what it takes."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -50,3 +51,10 @@ class Meter:
     def speed(self) -> float:
         """Tokens written a second, of late; 0 where nothing was."""
         return self._per_s if self.clock() - self._told_at < _FRESH_S else 0.0
+
+
+def anonymous_mib(pid: int) -> float:
+    """Memory of a process that is no file's: what it takes from others (RssAnon of proc_pid_status(5)); 0 if it has gone."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open(f"/proc/{pid}/status", encoding="ascii") as file:
+        return next((int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon:")), 0.0)
+    return 0.0
