@@ -19,6 +19,7 @@ from agentd.client import Client
 from agentd.errors import AgentdError, Reason
 from agentd.models import locate
 from agentd.v1 import budget_pb2, run_pb2
+from tests.e2e.closed_loop import synthetic_model
 from tests.e2e.conftest import DaemonProcess
 from tests.e2e.device import seen
 
@@ -171,9 +172,7 @@ def test_the_three_numbers_are_those_of_the_kernel(tmp_path: Path):
 
 def test_weights_that_do_not_fit_are_noticed_and_kill_nobody(tmp_path: Path, group: Group):
     """Scenario 11: the file is larger than what the cgroup leaves for it, so each token reads it again."""
-    model = tmp_path / "large.gguf"
-    script = Path(__file__).parents[2] / "scripts/synthetic_model.py"
-    subprocess.run([sys.executable, str(script), str(model), "--shape", "small"], check=True, capture_output=True)
+    model = synthetic_model(tmp_path)
     with model.open("rb") as file:  # its pages are charged to whoever brought them in
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
