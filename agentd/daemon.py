@@ -146,6 +146,7 @@ class Daemon:
         self._unless_damaged(self._redaction.finish)
         self._recovered = self._journal.recover()
         self._records.close_lost()
+        deferred = self._records.deferred()
         self._confine()
         devices = DEVICES | config.devices
         places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc, devices, self._own)
@@ -169,15 +170,15 @@ class Daemon:
             is_known=self._roster.knows,
         )
         self._record_boot()
-        self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, parts.tcp(config))
-        await self._server.start()
-        if config.approvals.notify:
-            self._notifier.start()
-        await self._budgets.start()
+        await self._budgets.start()  # what it allows is known before anybody can ask for anything
         self._throttle.start()
         for exporter in self._exporters:
             exporter.start()
-        await self._runs.resume()
+        self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, parts.tcp(config))
+        await self._server.start()
+        self._runs.resume(deferred)
+        if config.approvals.notify:
+            self._notifier.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
         for shipper in self._shippers:
             shipper.start()

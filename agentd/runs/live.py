@@ -25,6 +25,8 @@ class Live:
     more: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     limit: asyncio.Timeout | None = None
+    left: bool = False
+    """Whether this daemon goes without it: it goes on waiting for the next one."""
     _holds: set[Hold] = field(default_factory=set)
     _left: float = 0.0
 
@@ -32,6 +34,13 @@ class Live:
         if kind == "approval":
             self.hold("approval", on=body["state"] == WAITS.value)
         self.events.append(RunEvent(len(self.events) + 1, time.time_ns(), kind, body))
+        self._tell()
+
+    def leave(self) -> None:
+        self.left = True
+        self._tell()
+
+    def _tell(self) -> None:
         self.more.set()
         self.more = asyncio.Event()
 

@@ -66,11 +66,10 @@ class RunRecords:
         values = (run.state.value, run.to_json(), run.id)
         await asyncio.wrap_future(self._store.submit(lambda db: db.execute(update, values).get))
 
-    async def deferred(self) -> list[Run]:
-        """What waits, oldest first."""
+    def deferred(self) -> list[Run]:
+        """What waits, oldest first. Not for the event loop; to be asked before any run starts."""
         query = "SELECT body FROM run WHERE state = 'queued' ORDER BY id"
-        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query)))
-        return [Run.from_json(body) for (body,) in rows]
+        return [Run.from_json(body) for (body,) in self._store.read(lambda db: list(db.execute(query)))]
 
     async def finish(self, run: Run, events: list[RunEvent]) -> None:
         await asyncio.wrap_future(self._store.submit(lambda db: _finish(db, run, events)))

@@ -80,7 +80,7 @@ class Runs:
         if self._stopping:
             raise DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
         if asked.request_id and (known := await self._records.asked_for(asked.request_id)):
-            return _the_same(known, asked)
+            return self._the_same(known, asked)
         if self._quotas:
             self._quotas.require(asked.principal)
         self._admission.require_time(asked.start_by_ns / 1e9 - time.time() if asked.start_by_ns else math.inf)
@@ -90,12 +90,10 @@ class Runs:
             kept = await self._records.insert(live.run, asked.request_id or None)
             if kept.id != live.run.id:
                 self._admission.leave(ticket)
-                return _the_same(kept, asked)
+                return self._the_same(kept, asked)
             loop = self._loop(live)
-            if live.run.deferrable:
-                await asyncio.to_thread(self._record, live.run)
-            else:
-                await self._prepare(live, loop)
+            began = live.run if live.run.deferrable else replace(live.run, state=State.RUNNING)
+            await asyncio.to_thread(self._record, began)
         except BaseException as e:
             self._admission.leave(ticket)
             await self._give_up(live.run, e)
@@ -103,15 +101,22 @@ class Runs:
         self._launch(live, loop)
         return live.run
 
+    def _the_same(self, known: Run, asked: RunRequest) -> Run:
+        """Raises RequestError (REQUEST_ID_REUSED) if another run was asked for under this id."""
+        if (known.prompt, known.principal) != (asked.prompt, asked.principal):
+            message = f"The request id {asked.request_id!r} was used for another prompt."
+            raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
+        return self._live[known.id].run if known.id in self._live else known
+
     async def _give_up(self, run: Run, error: BaseException) -> None:
         """It is not to begin at the next start, either."""
         told = (error.reason.name, error.message, error.hint) if isinstance(error, AgentdError) else ("CANCELLED", "", "")
         with contextlib.suppress(AgentdError):
             await self._records.finish(replace(run, state=State.FAILED, error=told, end_ns=time.time_ns()), [])
 
-    async def resume(self) -> None:
+    def resume(self, deferred: list[Run]) -> None:
         """What was deferred before a restart goes on waiting."""
-        for run in await self._records.deferred():
+        for run in deferred:
             live = Live(run, self._admission.admit(run.priority, again=True))
             self._launch(live, self._loop(live))
 
@@ -138,15 +143,14 @@ class Runs:
         loop.purse, loop.energy = self._quotas, self._energy
         return loop
 
-    async def _prepare(self, live: Live, loop: Loop) -> None:
-        """What its session has said before; and that it begins is on record."""
+    async def _remember(self, live: Live, loop: Loop) -> None:
+        """What its session has said before, up to now; and what that has taken in."""
         run = live.run
         earlier = await self._records.history(run.session)
         history = [each for each in earlier if each.principal == run.principal]  # a session's name is no key to others' words
         for each in history:
             loop.labels |= each.labels
         loop.history = [each.turn() for each in history]
-        await asyncio.to_thread(self._record, replace(run, labels=loop.labels, state=State.RUNNING))
 
     def _launch(self, live: Live, loop: Loop) -> None:
         self._live[live.run.id] = live
@@ -157,6 +161,8 @@ class Runs:
         """Raises _Overdue, and for the first one what keeps a deferred run from beginning."""
         ticket = live.ticket
         wait_s = self._admission.policy.wait_s if ticket.begun else live.run.start_by_ns / 1e9 - time.time()
+        if wait_s <= 0:
+            raise _Overdue
         ahead, reason = self._admission.why_waiting(ticket)
         if ahead or reason:
             live.add("queue", {"ahead": ahead, "reason": reason})
@@ -175,12 +181,13 @@ class Runs:
 
     async def _begin(self, live: Live, loop: Loop) -> None:
         live.run = replace(live.run, state=State.RUNNING)
+        await self._remember(live, loop)
         if live.run.deferrable:
             if not self._is_known(live.run.principal):
                 message = f"{live.run.principal} may have no runs any more."
                 raise RequestError(Reason.ROLE_REQUIRED, message, metadata={"principal": live.run.principal})
             await self._records.begin(live.run)
-            await self._prepare(live, loop)
+            await asyncio.to_thread(self._record, replace(live.run, labels=loop.labels))
 
     def going_on(self) -> list[Run]:
         """Oldest first."""
@@ -212,7 +219,7 @@ class Runs:
                 yield event
             return
         while True:
-            more, ended = live.more, live.run.ended  # before the events: more may come while these are sent
+            more, ended = live.more, live.run.ended or live.left  # before the events: more may come while these are sent
             for event in live.events[after:]:
                 yield event
                 after = event.sequence
@@ -251,7 +258,8 @@ class Runs:
             end = self._overdue(live)
         except asyncio.CancelledError:
             if self._stopping and live.run.state is State.QUEUED and live.run.deferrable:
-                return  # it waits on in the store, for the next start
+                live.leave()  # it waits on in the store, for the next start
+                return
             end = {"state": State.CANCELLED}
         except AgentdError as e:
             end = {"state": State.FAILED, "error": (e.reason.name, e.message, e.hint)}
@@ -298,14 +306,6 @@ class Runs:
             await asyncio.to_thread(self._record, live.run)
         with contextlib.suppress(AgentdError):
             await self._caller.end_run(live.run.id)
-
-
-def _the_same(known: Run, asked: RunRequest) -> Run:
-    """Raises RequestError (REQUEST_ID_REUSED) if another run was asked for under this id."""
-    if (known.prompt, known.principal) != (asked.prompt, asked.principal):
-        message = f"The request id {asked.request_id!r} was used for another prompt."
-        raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
-    return known
 
 
 def _check(asked: RunRequest) -> None:
