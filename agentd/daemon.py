@@ -29,7 +29,7 @@ from agentd.audit import (
     settle_key,
 )
 from agentd.audit.anchors import found
-from agentd.budgets import Admission, Quotas, State, calibration
+from agentd.budgets import Admission, Quotas, State, Usage, calibration
 from agentd.budgets.policy import calibrated
 from agentd.calls import Calls, Permission, Places
 from agentd.chronicle import Chronicle
@@ -166,8 +166,9 @@ class Daemon:
             record=self._record_run,
             admission=self._admission,
             quotas=self._quotas,
-            energy=lambda: self._budgets.joules,
+            used=self._used,
             is_known=self._roster.knows,
+            prepare=self._engine.prepare,
         )
         self._record_boot()
         await self._budgets.start()  # what it allows is known before anybody can ask for anything
@@ -271,9 +272,17 @@ class Daemon:
         async with contextlib.aclosing(self._calibrator.run(seconds)) as measuring:
             async for progress in measuring:
                 if found := progress.finished:
-                    await asyncio.to_thread(calibration.save, found, parts.calibration_file(config))
+                    try:
+                        await asyncio.to_thread(calibration.save, found, parts.calibration_file(config))
+                    except OSError as e:
+                        message = f"What was measured can't be kept: {e.strerror}."
+                        raise StoreError(Reason.STORE_FULL, message, hint="Free some space in the state folder.") from None
                     self._budgets.policy = calibrated(self._budgets.policy, found, parts.threads(config))
                 yield progress
+
+    def _used(self) -> Usage:
+        total = self._engine.meter.total
+        return Usage(total.generated, total.busy_s, 0, self._budgets.joules)
 
     def _metrics(self) -> list[Family]:
         going_on = len(self._calls.running()), len(self._runs.going_on())

@@ -54,6 +54,8 @@ class Reason(Enum):
     QUEUE_FULL = Code.RESOURCE_EXHAUSTED, "queue full"
     QUOTA_SPENT = Code.RESOURCE_EXHAUSTED, "quota spent"
     NOT_BEGUN = Code.DEADLINE_EXCEEDED, "did not begin in time"
+    CALIBRATING = Code.FAILED_PRECONDITION, "calibration going on"
+    CALIBRATION_CUT = Code.ABORTED, "calibration not finished"
     RUN_GOING_ON = Code.FAILED_PRECONDITION, "run going on"
     CALL_NOT_FOUND = Code.NOT_FOUND, "unknown call"
     GRANT_REQUIRED = Code.PERMISSION_DENIED, "not granted"

@@ -25,8 +25,8 @@ from agentd.budgets.power import Counter
 from agentd.budgets.pressure import alarm
 from agentd.budgets.programs import Teller
 from agentd.budgets.supplies import supply
-from agentd.engine.client import EngineSettings, Room
 from agentd.engine.prompt import ToolSpec
+from agentd.engine.settings import EngineSettings, Room
 from agentd.errors import ConfigError, Reason, RequestError
 from agentd.grants import Conditions, Grant, parse
 from agentd.journal import Keep
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from agentd.engine.client import Engine
     from agentd.store import Store
 
+_ROOM = 0.9  # of the limit: what grows while it runs is not to reach it
 _VCGENCMD_S, _PMIC_S = 10.0, 10.0  # between two questions: asking 10 times a second slows decoding
 
 
@@ -143,13 +144,16 @@ def _cgroup(config: Config) -> Cgroup:
     return Cgroup(Path(config.tools.proc), Path(config.tools.sysfs) / "fs" / "cgroup")
 
 
-def room(budgets: Budgets) -> Room:
-    """What the engine may take beside its weights: no more than the policy's own limit, and what others leave."""
-    memory, readings = budgets.policy.memory, budgets.readings
-    if not memory.enabled or readings.available_mib is None:
+async def room(budgets: Budgets) -> Room:
+    """What the engine may take beside its weights: less than the policy's own limit, and what others leave by now."""
+    memory = budgets.policy.memory
+    if not memory.enabled:
         return Room()
-    ever = min(memory.max_anon_mib, (readings.memory_limit_mib or math.inf) - memory.shed_available_mib)
-    return Room(max(1.0, min(ever, readings.available_mib - memory.shed_available_mib)), max(1.0, ever))
+    await budgets.fresh()
+    readings = budgets.readings
+    ever = min(memory.max_anon_mib * _ROOM, (readings.memory_limit_mib or math.inf) - memory.shed_available_mib)
+    left = (math.inf if readings.available_mib is None else readings.available_mib) - memory.shed_available_mib
+    return Room(max(1.0, min(ever, left)), max(1.0, ever))
 
 
 def quotas(config: Config) -> tuple[Quota, ...]:

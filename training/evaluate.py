@@ -16,9 +16,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from agentd.engine.client import Engine, EngineSettings
+from agentd.engine.client import Engine
 from agentd.engine.link import Delta, Done, ToolCall
 from agentd.engine.prompt import Generated, Part, Responded, Turn
+from agentd.engine.settings import EngineSettings
 from training.dialogues import Dialogues, Sample
 from training.preamble import conversation
 

@@ -140,7 +140,7 @@ def run_message(run: Run) -> run_pb2.Run:
             joules=run.joules,
         ),
         priority=run_pb2.Run.Priority.Value(f"PRIORITY_{run.priority.name}"),
-        start_by_time=timestamp(run.start_by_ns),
+        start_by_time=timestamp(run.start_by_ns) if run.start_by_ns else None,
         budget=run_pb2.Run.Budget(**asdict(run.budget)),
     )
     if isinstance(run.stop_reason, StopReason):

@@ -72,7 +72,7 @@ class QueueFull(AgentdError):
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A place in the order of all that waits; `begun` since its first turn."""
+    """A place in the order of all that waits. Whoever has it says when its work has `begun`."""
 
     priority: Priority
     number: int
@@ -138,8 +138,7 @@ class Admission:
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
         """The model is its alone. Waits without end: whoever can't has a deadline of its own."""
         await self._come(ticket)
-        began, ticket.begun = self.clock(), True
-        self._turned_away = 0
+        began, self._turned_away = self.clock(), 0
         try:
             yield
         finally:

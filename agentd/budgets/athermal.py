@@ -19,13 +19,14 @@ EVERY_S = 10.0
 _STATUSES = range(7)  # ATHERMAL_STATUS_NONE to _SHUTDOWN
 _FORECAST_S = 0
 _SETPOINT_C, _SETPOINT_HEADROOM, _C_PER_HEADROOM = 38.0, 0.8, 30.0
+_HOTTEST_C = 120.0
 
 
 def celsius(headroom: float) -> float:
     """The temperature that thresholds for a phone's battery are for: 0.1 of headroom is about 3 C of its skin, and 0.8 is where
     it is to be held.
     """
-    return _SETPOINT_C + (headroom - _SETPOINT_HEADROOM) * _C_PER_HEADROOM
+    return min(_HOTTEST_C, _SETPOINT_C + (headroom - _SETPOINT_HEADROOM) * _C_PER_HEADROOM)
 
 
 def parse(line: str) -> tuple[int | None, float | None]:
@@ -36,8 +37,8 @@ def parse(line: str) -> tuple[int | None, float | None]:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None, None
     known = status if type(status) is int and status in _STATUSES else None
-    finite = isinstance(headroom, int | float) and not isinstance(headroom, bool) and math.isfinite(headroom)
-    return known, float(headroom) if finite and 0 <= headroom <= 10 else None
+    number = isinstance(headroom, int | float) and not isinstance(headroom, bool)
+    return known, float(headroom) if number and 0 <= headroom <= 10 else None  # NaN is within nothing
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class Budgets:
     alarm: Callable[[Callable[[], None]], Alarm | None] = lambda _ring: None
     """Makes what rings when memory gets short."""
     clock: Callable[[], float] = time.monotonic
-    limits: Allowance = field(default_factory=Allowance)
+    limits: Allowance = field(default_factory=lambda: Allowance(background=False))  # until something was read
     situation: Situation = field(default_factory=Situation)
     tally: Tally = field(default_factory=Tally)
     joules: float = 0.0
@@ -115,6 +115,12 @@ class Budgets:
             await asyncio.wait(self._tasks)
         for program in self.programs:
             await asyncio.to_thread(program.stop)
+
+    async def fresh(self) -> None:
+        """Wait for readings that are newer than this, if the sensors answer in time."""
+        self._has_read.clear()
+        self._hurry.set()
+        await asyncio.to_thread(self._has_read.wait, _FIRST_S)
 
     async def watch(self) -> AsyncIterator[Allowance]:
         """The limits now, and each time they change."""

@@ -285,8 +285,7 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
         after = replace(after, threads=threads, threads_since=now)
     if after.budgets["battery"].state is State.REDUCED:
         duty = min(duty, policy.battery.reduced_duty)
-    power = readings.battery_pct is None or bool(readings.charging)
-    background = worst.state is State.NOMINAL and (power or (readings.battery_pct or 0) >= policy.battery.background_above_pct)
+    background = worst.state is State.NOMINAL and _has_power(policy.battery, after, readings)
     limits = Allowance(
         state=worst.state,
         cause=cause if worst.state else None,
@@ -298,6 +297,16 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
         trim=after.budgets["memory"].state > State.NOMINAL,
     )
     return after, limits
+
+
+def _has_power(battery: BatteryPolicy, after: Situation, readings: Readings) -> bool:
+    """Whether work that can wait may use some. A battery that says nothing now is no external power."""
+    if readings.charging or not battery.enabled:
+        return True
+    if readings.battery_pct is not None:
+        return readings.battery_pct >= battery.background_above_pct
+    sensor = SENSORS["battery"]
+    return readings.charging is None and sensor not in after.seen and sensor not in readings.faults
 
 
 def _retry(policy: Policy, cause: Name, worst: Budget, now: float, readings: Readings) -> float:

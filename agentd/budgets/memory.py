@@ -106,6 +106,8 @@ def mapped_mib(smaps: Path, file: Path) -> float:
 
 def cached_mib(file: Path) -> float | None:
     """How much of a file is in the page cache. Raises OSError."""
+    if not os.stat(file).st_size:
+        return 0.0
     if os.stat(file).st_uid != os.geteuid() and not os.access(file, os.W_OK):
         return None
     with file.open("rb") as opened, contextlib.closing(mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)) as mapping:
@@ -120,7 +122,7 @@ def cached_mib(file: Path) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """What a cgroup still leaves before it kills, in MiB, and where its own pressure is told (v2 only)."""
+    """What the fullest cgroup still leaves before it kills, and the least limit of all, in MiB; where its pressure is (v2)."""
 
     free_mib: float
     limit_mib: float
@@ -156,7 +158,10 @@ class Cgroup:
     def headroom(self) -> Headroom | None:
         """None where there is no limit."""
         found = [each for folder, v2 in self._folders if (each := _v2(folder) if v2 else _v1(folder))]
-        return min(found, key=lambda each: each.free_mib, default=None)
+        if not found:
+            return None
+        fullest = min(found, key=lambda each: each.free_mib)
+        return Headroom(fullest.free_mib, min(each.limit_mib for each in found), fullest.pressure)
 
 
 def _v2(folder: Path) -> Headroom | None:

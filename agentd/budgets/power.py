@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-_RAIL = re.compile(r"^\s*(\w+)_(A|V) (?:current|volt)\(\d+\)=([0-9.]+)[AV]\s*$", re.MULTILINE)
+_RAIL = re.compile(r"^[ \t]*(\w+)_(A|V) (?:current|volt)\(\d+\)=([0-9.]+)[AV][ \t]*$", re.MULTILINE)
 _MOST_W = 1000.0
 
 

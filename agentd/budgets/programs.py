@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _LONGEST_PAUSE_S = 600.0
 _LONGEST_ANSWER = 64 << 10
 _TICK_S = 0.2
+_REAP_S = 1.0
 
 
 class Asked(abc.ABC):
@@ -55,7 +56,10 @@ class Asked(abc.ABC):
     def _run(self) -> None:
         pause = self.every_s
         while not self._stopped.is_set():
-            answer = self._ask()
+            try:
+                answer = self._ask()
+            except Exception as e:  # its thread must live: nobody else would say that it is silent
+                answer, self.trouble = None, f"{self.name} can't be asked: {e}"
             if answer is None:
                 pause = min(pause * 2, max(_LONGEST_PAUSE_S, self.every_s))
                 self._stopped.wait(pause)
@@ -91,11 +95,12 @@ class Program(Asked):
         except OSError as e:
             self.trouble = f"{self.command[0]} can't be started: {e.strerror}"
             return None
-        with process:
-            output = self._answer(process)
-            if output is None:
-                self.trouble = f"{self.command[0]} did not answer in {self.timeout_s:g} s"
-                os.killpg(process.pid, signal.SIGKILL)  # it is not waited for yet, so the number is still its own
+        output = self._answer(process)
+        if output is None:
+            self.trouble = f"{self.command[0]} did not answer in {self.timeout_s:g} s"
+            _kill(process)
+        elif process.stdout:
+            process.stdout.close()
         if output is not None and process.returncode:
             self.trouble = f"{self.command[0]} ended with status {process.returncode}"
             return None
@@ -117,6 +122,16 @@ class Program(Asked):
                     return None
                 said += chunk
         return None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With all it has started; what is another user's (setuid) stays. It is not waited for yet: the number is still its own."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.stdout:
+        process.stdout.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_REAP_S)
 
 
 class Teller(Asked):
@@ -162,8 +177,7 @@ class Teller(Asked):
 
     def _end(self) -> None:
         if self._process:
-            with self._process as process, contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill(self._process)
             self._process = None
 
 
@@ -181,7 +195,9 @@ class Server(Asked):
             with socket.create_connection((host, int(port)), self.timeout_s) as connection:
                 connection.sendall(self._question)
                 while said.count(b"\n") < self._answers and len(said) < _LONGEST_ANSWER:
-                    connection.settimeout(max(0.01, deadline - time.monotonic()))
+                    if (left := deadline - time.monotonic()) <= 0:
+                        raise TimeoutError
+                    connection.settimeout(left)
                     if not (chunk := connection.recv(4096)):
                         break
                     said += chunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _HOUR_S = 3600
 _KEPT_HOURS = 24
+_OF_THE_MODEL = ("tokens", "seconds", "joules")
 _UNITS = {"tokens": "tokens", "seconds": "seconds of the model", "calls": "calls", "joules": "joules"}
 _ADD = """
 INSERT INTO used VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
@@ -35,6 +36,15 @@ class Usage:
     seconds: float = 0.0
     calls: int = 0
     joules: float = 0.0
+
+    def __sub__(self, other: Usage) -> Usage:
+        """Of counts that grow; 0 where one did not."""
+        return Usage(
+            max(0, self.tokens - other.tokens),
+            max(0.0, self.seconds - other.seconds),
+            max(0, self.calls - other.calls),
+            max(0.0, self.joules - other.joules),
+        )
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -94,14 +104,14 @@ class Quotas:
         for principal, hour, *amounts in rows:
             self._used.setdefault(str(principal), {})[int(hour)] = Usage(*amounts)
 
-    def require(self, principal: str) -> None:
+    def require(self, principal: str, what: Sequence[str] = _OF_THE_MODEL) -> None:
         """Raises QuotaSpent where nothing is left."""
         for quota in self._of(principal):
             used = self._within(principal, quota.hours)
-            for each in fields(Usage):
-                limit = getattr(quota, each.name)
-                if limit is not None and getattr(used, each.name) >= limit:
-                    raise QuotaSpent(principal, quota, each.name, self._back_in_s(principal, quota))
+            for name in what:
+                limit = getattr(quota, name)
+                if limit is not None and getattr(used, name) >= limit:
+                    raise QuotaSpent(principal, quota, name, self._back_in_s(principal, quota))
 
     def tokens_left(self, principal: str) -> float:
         """At least 0; infinite without a quota."""
@@ -131,7 +141,7 @@ class Quotas:
 
     def call(self, principal: str) -> None:
         """One call of a tool. Raises QuotaSpent."""
-        self.require(principal)
+        self.require(principal, ("calls",))
         self.spend(principal, Usage(calls=1))
 
     def _of(self, principal: str) -> list[Quota]:

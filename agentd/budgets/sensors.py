@@ -7,6 +7,7 @@ sysfs-class-power): what can't be true counts as not said. Roots are given, so t
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from agentd.budgets.programs import Asked
     from agentd.budgets.supplies import Supply
 
+_log = logging.getLogger(__name__)
 # Of the processor, on boards, PCs and phones; zone numbers mean nothing. From drivers/thermal and drivers/hwmon of Linux.
 ZONES = ("cpu-thermal", "cpu_thermal", "x86_pkg_temp", "soc-", "soc_", "mtktscpu", "cpu-", "cpuss", "tsens_tz_sensor")
 _CHIPS = ("cpu_thermal", "coretemp", "k10temp", "zenpower")
@@ -78,19 +80,22 @@ class Device:
 
     def read(self) -> Readings:
         said = _Said(phone=not self.zones)
-        self._heat(said)
-        if self.batteries:
-            self._power(said)
-        self._memory(said)
-        self._engine(said)
+        parts = (self._heat, self._power, self._memory, self._engine, self._asked, self._watts)
+        for part in parts:
+            try:
+                part(said)
+            except Exception as e:  # one that lies in a new way must not silence the others
+                said.faults[part.__name__.strip("_")] = type(e).__name__
+                _log.debug("a sensor could not be read", exc_info=True)
+        return Readings(**said.values, sources=said.sources, faults=said.faults)
+
+    def _asked(self, said: _Said) -> None:
         if self.supply:
             _supplied(self.supply, said)
         if self.vcgencmd:
             _throttled(self.vcgencmd, said)
         if self.athermal:
             _of_android(self.athermal, said)
-        self._watts(said)
-        return Readings(**said.values, sources=said.sources, faults=said.faults)
 
     def _heat(self, said: _Said) -> None:
         found: dict[str, float] = {}
@@ -110,6 +115,8 @@ class Device:
             said.say("temperature_c", found[hottest], hottest)
 
     def _power(self, said: _Said) -> None:
+        if not self.batteries:
+            return
         levels: dict[str, float] = {}
         charging: list[bool] = []
         for supply in folders(self.sysfs / "class" / "power_supply", ""):
@@ -223,7 +230,7 @@ def _throttled(program: Asked, said: _Said) -> None:
     """`throttled=0x50005` of the Raspberry Pi's firmware."""
     told = (program.latest() or "").strip().removeprefix("throttled=")
     with contextlib.suppress(ValueError):
-        bits = int(told, 16)
+        bits = int(told[:18], 16) & 0xFFFFFFFF
         said.say("throttled", bits, "vcgencmd")
         if "undervoltage" not in said.values:
             said.say("undervoltage", bool(bits & _UNDERVOLTAGE_NOW), "vcgencmd")

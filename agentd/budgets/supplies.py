@@ -61,7 +61,7 @@ def supply(provider: Provider, address: str, command: Sequence[str]) -> Supply |
         return None
     ups, _, host = address.rpartition("@")
     host, colon, port = (host or "127.0.0.1").partition(":")
-    if colon and not port.isdecimal():
+    if colon and not (port.isdecimal() and 0 < int(port) < 65536):
         raise ValueError(f"{address} is not HOST:PORT")
     where = f"{host}:{port or _PORTS[provider]}"
     if provider == "nut":

@@ -113,15 +113,17 @@ def _table(budgets: budget_pb2.Budgets) -> Table:
     for reading in (each for each in budgets.readings if each.name not in _ELSEWHERE):
         name, _, unit = reading.name.rpartition("_")
         name = _NAMES.get(reading.name) or (name if unit in _UNITS else reading.name).replace("_", " ")
-        table.add_row(f"[dim]{name}[/]", _value(reading.value, unit), f"[dim]{shown(reading.source)}[/]", "")
+        table.add_row(f"[dim]{name}[/]", _value(reading.name, reading.value, unit), f"[dim]{shown(reading.source)}[/]", "")
     for name, why in sorted(budgets.faults.items()):
         table.add_row(f"[dim]{shown(name)}[/]", "[yellow]?[/]", f"[yellow]{shown(why)}[/]", "")
     return table
 
 
-def _value(value: float, unit: str) -> str:
-    if unit not in _UNITS:
+def _value(name: str, value: float, unit: str) -> str:
+    if name in ("charging", "undervoltage"):
         return "yes" if value else "no"
+    if unit not in _UNITS:
+        return f"{int(value):#x}" if name == "throttled" else f"{value:g}"
     digits = 0 if value >= 10 or value == int(value) else 1
     return f"{value:,.{digits}f} {_UNITS[unit]}"
 

@@ -12,6 +12,7 @@ from agentd.budgets import OverBudget, Priority
 from agentd.budgets.calibration import FASTEST_COOLING, Calibration, Point
 from agentd.engine.link import Done
 from agentd.engine.prompt import Conversation, Turn
+from agentd.errors import Reason, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -25,6 +26,7 @@ _COOLING_SHARE = 0.2  # of all the time
 _LEAST_COOLING_C = 1.0  # less than that is noise
 _LOOK_S = 1.0
 _MOST_STEPS = 8
+_LONGEST_PAUSE_S = 180.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,9 @@ class Calibrator:
 
     async def run(self, seconds: float) -> AsyncGenerator[Progress, None]:
         """Closing the iterator ends it. Raises OverBudget if the device is too hot or too low to begin, EngineError."""
+        if self._busy.locked():
+            message, hint = "The device is being calibrated already.", "Wait for that to end."
+            raise RequestError(Reason.CALIBRATING, message, hint=hint)
         async with self._busy:
             if self.budgets.limits.holds:
                 raise OverBudget(self.budgets.limits)
@@ -65,18 +70,28 @@ class Calibrator:
             working = seconds * (1 - _COOLING_SHARE)
             try:
                 for number, threads in enumerate(steps):
+                    async for _ in self._until_it_may(min(_LONGEST_PAUSE_S, seconds) if number else 0.0):
+                        yield Progress(number / len(steps) * (1 - _COOLING_SHARE), 0, tuple(points))
                     async for share in self._step(threads, working / len(steps), points):
                         done = (number + share) / len(steps) * (1 - _COOLING_SHARE)
                         yield Progress(done, threads, tuple(points))
             finally:
                 self.throttle.force(0)
-            if not points:
-                raise OverBudget(self.budgets.limits)
+            if len(points) < len(steps):
+                message = f"Only {len(points)} of {len(steps)} numbers of threads could be measured within the budgets."
+                raise RequestError(Reason.CALIBRATION_CUT, message, hint="Try again when the device is cool and charging.")
             slopes: list[float] = []
             async for share in self._cool(seconds - working, slopes):
                 yield Progress(1 - _COOLING_SHARE * (1 - share), 0, tuple(points))
             slope = slopes[0] if slopes else None
             yield Progress(1.0, 0, tuple(points), Calibration(model=model, points=tuple(points), cooling_c_per_s=slope))
+
+    async def _until_it_may(self, longest_s: float) -> AsyncGenerator[None, None]:
+        """A pause lasts half a minute at least: a board without a fan has to cool between two steps."""
+        until = time.monotonic() + longest_s
+        while self.budgets.limits.holds and time.monotonic() < until:
+            yield
+            await asyncio.sleep(_LOOK_S)
 
     async def _step(self, threads: int, seconds: float, points: list[Point]) -> AsyncGenerator[float, None]:
         """Share by share of the time; in the end there is a point more, if anything could be measured."""
@@ -103,7 +118,7 @@ class Calibrator:
             measuring.result()
 
     async def _measure(self, step: _Step) -> None:
-        ticket = self.admission.admit(Priority.NORMAL)
+        ticket = self.admission.admit(Priority.INTERACTIVE, again=True)  # nobody is to make it take longer than was asked
         conversation = Conversation("You count.", (), (Turn("Count from one to one thousand, in words.", ()),), thinking=False)
         try:
             async with self.admission.turn(ticket):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -26,7 +24,6 @@ from agentd.engine.link import (
     Delta,
     Done,
     Failed,
-    Footprint,
     Generate,
     Load,
     Malformed,
@@ -41,10 +38,11 @@ from agentd.engine.link import (
 from agentd.engine.meter import Meter, anonymous_mib
 from agentd.engine.prompt import Conversation, render
 from agentd.engine.selftest import repack_is_usable
+from agentd.engine.settings import EngineSettings, Room, remember, remembered
 from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
     from pydantic import BaseModel
@@ -59,28 +57,8 @@ instead of 0.04 s. 1000 turns are as fast on an idle machine (measured: 310 toke
 Output = Delta | ToolCall | Malformed | Done
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How to load the model. `repack` "auto" tries it in a throw-away process first."""
-
-    path: Path
-    context: int
-    batch: int
-    threads: int
-    repack: str
-    load_timeout_s: float
-    least_context: int = 256
-    """Down to this it is halved where memory is short."""
-    kept: Path | None = None
-    """A file for what is found out about the model's memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """MiB of anonymous memory that the engine may take: now, and at best. 0: not known."""
-
-    now_mib: float = 0.0
-    ever_mib: float = 0.0
+async def _unknown() -> Room:
+    return Room()
 
 
 @dataclass(slots=True)
@@ -94,7 +72,7 @@ class _Process:
 class Engine:
     """Loads on first use, or on `load`. One generation at a time; others wait."""
 
-    def __init__(self, settings: EngineSettings, room: Callable[[], Room] = Room) -> None:
+    def __init__(self, settings: EngineSettings, room: Callable[[], Awaitable[Room]] = _unknown) -> None:
         self.settings, self._room = settings, room
         self.meter = Meter()
         self.loads: Counter[tuple[str, str]] = Counter()
@@ -114,7 +92,8 @@ class Engine:
 
     @property
     def pid(self) -> int | None:
-        return self._process.process.pid if self._process else None
+        process = self._process  # once: other threads ask, too
+        return process.process.pid if process else None
 
     async def load(self) -> Ready:
         """Load the model unless it is. Raises EngineError: MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT."""
@@ -149,6 +128,14 @@ class Engine:
             self._idle_since = time.monotonic()
             self._turn.release()
 
+    async def prepare(self) -> bool:
+        """Load the model unless it is; False if the budgets do not let that be. Raises EngineError."""
+        async with self._turn:
+            if self._pace.hold or self._pace.stop:
+                return False
+            await self._started()
+            return not (self._pace.hold or self._pace.stop)
+
     def _holds_back(self) -> bool:
         """Whether nothing is to begin: loading would take the memory that is to be given back, and heat what is to cool."""
         return self._pace.stop or (self._pace.hold and self._process is None)
@@ -172,7 +159,7 @@ class Engine:
         """Give all its memory back, the file's cached pages included; the next request loads it again."""
         async with self._turn:
             if self._process:
-                self._anonymous_mib = anonymous_mib(self._process.process.pid)
+                self._anonymous_mib = _least_mib(self._process)
                 self.loads["unload", why] += 1
             await self.stop()
             await asyncio.to_thread(_forget, self.settings.path)
@@ -207,7 +194,7 @@ class Engine:
             raise
         finally:
             if not ended:  # our reader went away in the middle
-                await asyncio.shield(self._abandon(process, request.id))
+                await _to_its_end(asyncio.create_task(self._abandon(process, request.id)))
 
     async def _abandon(self, process: _Process, request: int) -> None:
         """Cancel and wait for the end, so that the next request finds a quiet link; kill what does not answer."""
@@ -216,7 +203,9 @@ class Engine:
                 await self._send(process, Cancel(id=request))
                 while True:
                     message = await self._receive(process.reader, process.process)
-                    if isinstance(message, Done | Failed) and message.id == request:
+                    if isinstance(message, Progress):
+                        self.meter.told(message)
+                    elif isinstance(message, Done | Failed) and message.id == request:
                         return
         except (EngineError, TimeoutError):
             process.process.kill()
@@ -240,7 +229,7 @@ class Engine:
             )
         reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
         _sacrifice(child.pid)
-        s, room = self.settings, self._room()
+        s, room = self.settings, await self._room()
         load = Load(
             path=str(s.path),
             context=s.context,
@@ -250,7 +239,7 @@ class Engine:
             least_context=min(s.least_context, s.context),
             room_mib=room.now_mib,
             ever_mib=room.ever_mib,
-            footprint=await asyncio.to_thread(_remembered, s),
+            footprint=await asyncio.to_thread(remembered, s),
         )
         try:
             async with asyncio.timeout(s.load_timeout_s):
@@ -266,11 +255,11 @@ class Engine:
             child.kill()
             await _ended(child)
             raise _error(message) if isinstance(message, Failed) else _crashed(child)
-        writer.write(frame(self._pace))
         if message.footprint != load.footprint:
-            await asyncio.to_thread(_remember, s, message.footprint)
+            await asyncio.to_thread(remember, s, message.footprint)
         self.meter.begin()
         self.loads["load", "again" if self.loads else "first"] += 1
+        writer.write(frame(self._pace))  # what changes it from here on finds the process
         self._process = _Process(child, reader, writer, message)
         self._idle_since = time.monotonic()
         return self._process
@@ -289,11 +278,30 @@ class Engine:
         try:
             (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
             if length > LARGEST:
+                child.kill()
                 raise EngineError(Reason.ENGINE_CRASHED, "The engine process sent nonsense.")
             return from_engine.validate_json(await reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError, ValidationError):
             await _ended(child)
             raise _crashed(child) from None
+
+
+async def _to_its_end(task: asyncio.Task[None]) -> None:
+    """Whatever cancels come meanwhile: nobody else may use the link before."""
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        raise asyncio.CancelledError
+
+
+def _least_mib(process: _Process) -> float:
+    """What it takes with the least context: what must be free for it to be loaded again."""
+    known, taken = process.model.footprint, anonymous_mib(process.process.pid)
+    return max(0.0, taken - (known.of(process.model.context) - known.least_mib)) if known else taken
 
 
 def _nothing(request: int) -> Done:
@@ -305,33 +313,6 @@ def _sacrifice(pid: int) -> None:
     """If the kernel must kill for memory, then this process: its death costs a reload (oom_score_adj of proc(5))."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
         file.write("500")
-
-
-def _key(settings: EngineSettings) -> list[object]:
-    status = settings.path.stat()
-    return [
-        str(settings.path),
-        status.st_size,
-        status.st_mtime_ns,
-        settings.context,
-        settings.batch,
-        version("llama-cpp-python"),
-    ]
-
-
-def _remembered(settings: EngineSettings) -> Footprint | None:
-    """What an earlier load has found of this very file."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(settings.kept.read_text()) if settings.kept else {}
-        if kept and kept["file"] == _key(settings):
-            return Footprint.model_validate(kept["footprint"])
-    return None
-
-
-def _remember(settings: EngineSettings, footprint: Footprint | None) -> None:
-    if settings.kept and footprint:
-        with contextlib.suppress(OSError):
-            settings.kept.write_text(json.dumps({"file": _key(settings), "footprint": footprint.model_dump()}))
 
 
 def _forget(path: Path) -> None:
@@ -350,7 +331,8 @@ async def _ended(child: subprocess.Popen[bytes]) -> None:
         await asyncio.to_thread(child.wait, STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         child.kill()
-        await asyncio.to_thread(child.wait, STOP_TIMEOUT_S)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a disk; the kernel ends it when that answers
+            await asyncio.to_thread(child.wait, STOP_TIMEOUT_S)
 
 
 def _crashed(child: subprocess.Popen[bytes]) -> EngineError:

@@ -17,6 +17,13 @@ LENGTH = struct.Struct("!I")
 LARGEST = 64 << 20
 
 
+# What comes from the engine is bounded: its numbers are added up, stored and put into protobuf messages.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Small = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Mebibytes = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,10 +31,10 @@ class _Message(BaseModel):
 class Footprint(_Message):
     """MiB of caches and workspace: of a context of so many tokens, and of the least one. In between it grows evenly."""
 
-    context: int = Field(gt=0)
-    mib: float = Field(ge=0, allow_inf_nan=False)
-    least: int = Field(gt=0)
-    least_mib: float = Field(ge=0, allow_inf_nan=False)
+    context: int = Field(gt=0, le=2**31 - 1)
+    mib: Mebibytes
+    least: int = Field(gt=0, le=2**31 - 1)
+    least_mib: Mebibytes
 
     def of(self, context: int) -> float:
         """MiB of a context in between."""
@@ -103,10 +110,10 @@ class Ready(_Message):
 
     kind: Literal["ready"] = "ready"
     name: str
-    parameters: int
-    size: int
-    context: int
-    load_ms: int
+    parameters: Count
+    size: Count
+    context: Small
+    load_ms: Small
     footprint: Footprint | None = None
 
 
@@ -116,11 +123,11 @@ class Progress(_Message):
     """
 
     kind: Literal["progress"] = "progress"
-    prefilled: int = Field(ge=0)
-    generated: int = Field(ge=0)
-    passes: int = Field(ge=0)
-    busy_s: float = Field(ge=0, allow_inf_nan=False)
-    rest_s: float = Field(ge=0, allow_inf_nan=False)
+    prefilled: Count
+    generated: Count
+    passes: Count
+    busy_s: Seconds
+    rest_s: Seconds
 
 
 class Delta(_Message):
@@ -156,10 +163,10 @@ class Done(_Message):
     id: int
     reason: Literal["stop", "tool", "length", "context", "cancelled", "budget"]
     ids: tuple[int, ...]
-    prompt_tokens: int
-    cached_tokens: int
-    prefill_ms: int
-    decode_ms: int
+    prompt_tokens: Small
+    cached_tokens: Small
+    prefill_ms: Small
+    decode_ms: Small
 
 
 class Failed(_Message):

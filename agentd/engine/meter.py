@@ -7,12 +7,23 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from agentd.engine.link import Progress
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_NOTHING = Progress(prefilled=0, generated=0, passes=0, busy_s=0, rest_s=0)
+    from agentd.engine.link import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Total:
+    """Tokens of prompts, tokens written, passes over the weights, seconds at work, seconds at rest."""
+
+    prefilled: int = 0
+    generated: int = 0
+    passes: int = 0
+    busy_s: float = 0.0
+    rest_s: float = 0.0
+
+
 _FRESH_S = 10.0
 
 
@@ -21,8 +32,8 @@ class Meter:
     """`told` on the event loop; the rest from any thread."""
 
     clock: Callable[[], float] = time.monotonic
-    _past: Progress = field(default_factory=lambda: _NOTHING)
-    _now: Progress = field(default_factory=lambda: _NOTHING)
+    _past: Total = field(default_factory=Total)
+    _now: Total = field(default_factory=Total)
     _told_at: float = 0.0
     _per_s: float = 0.0
 
@@ -31,16 +42,17 @@ class Meter:
         wrote, passed = progress.generated - self._now.generated, now - self._told_at
         if wrote > 0 and passed > 0:
             self._per_s = wrote / passed if passed < _FRESH_S else 0.0
-        self._now, self._told_at = progress, now
+        self._now = Total(progress.prefilled, progress.generated, progress.passes, progress.busy_s, progress.rest_s)
+        self._told_at = now
 
     def begin(self) -> None:
         """A new process counts from 0."""
-        self._past, self._now = self.total, _NOTHING
+        self._past, self._now = self.total, Total()
 
     @property
-    def total(self) -> Progress:
+    def total(self) -> Total:
         past, now = self._past, self._now
-        return Progress(
+        return Total(
             prefilled=past.prefilled + now.prefilled,
             generated=past.generated + now.generated,
             passes=past.passes + now.passes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from agentd.engine.client import Engine
 
 
+_log = logging.getLogger(__name__)
 _LOOK_S = 10.0
 _SHORT_S = 10.0  # that a model stays with nothing to do while memory is short
 
@@ -69,7 +71,10 @@ class Throttle:
         while True:
             await asyncio.sleep(min(self.idle_s / 4, _LOOK_S))
             if self.engine.idle_s() >= (min(self.idle_s, _SHORT_S) if self._pace.trim else self.idle_s):
-                await self.engine.unload("memory" if self._pace.trim else "idle")
+                try:
+                    await self.engine.unload("memory" if self._pace.trim else "idle")
+                except Exception:  # the next look tries again
+                    _log.exception("the model could not be unloaded")
 
     def _end(self) -> None:
         self._tell(self._pace.model_copy(update={"stop": True}))

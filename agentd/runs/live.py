@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from agentd.runs.run import WAITS, Run, RunEvent
+from agentd.runs.run import WAITS, Run, RunEvent, State
 
 if TYPE_CHECKING:
     from agentd.budgets import Ticket
 
+_MOST_TOLD = 100
 Hold = Literal["turn", "approval", "budget"]
 
 
@@ -29,12 +31,23 @@ class Live:
     """Whether this daemon goes without it: it goes on waiting for the next one."""
     _holds: set[Hold] = field(default_factory=set)
     _left: float = 0.0
+    _told_state: str = ""
+    _told_times: int = 0
 
     def add(self, kind: str, body: dict[str, Any]) -> None:
         if kind == "approval":
             self.hold("approval", on=body["state"] == WAITS.value)
         self.events.append(RunEvent(len(self.events) + 1, time.time_ns(), kind, body))
         self._tell()
+
+    def tell_budget(self, body: dict[str, Any]) -> None:
+        """While it waits, changes of the state only, and not without end: that may be days."""
+        if self.run.state is State.QUEUED:
+            if body["state"] == self._told_state or self._told_times >= _MOST_TOLD:
+                return
+            self._told_times += 1
+        self._told_state = body["state"]
+        self.add("budget", body)
 
     def leave(self) -> None:
         self.left = True
@@ -48,11 +61,21 @@ class Live:
         """Its time stands still while anything holds it."""
         held = bool(self._holds)
         self._holds = self._holds | {why} if on else self._holds - {why}
-        if self.limit is None or held == bool(self._holds):
+        if self.limit is None or held == bool(self._holds) or self.limit.expired():
             return
+        self._keep_time()
+
+    def time(self, limit: asyncio.Timeout) -> None:
+        """From now on it has so much time; what holds it already does."""
+        self.limit = limit
+        if self._holds:
+            self._keep_time()
+
+    def _keep_time(self) -> None:
+        """Stand still or go on. One whose time has run out in this very moment ends anyway."""
+        assert self.limit is not None
         now = asyncio.get_running_loop().time()
         if self._holds:
             self._left = max(0.0, (self.limit.when() or now) - now)
-            self.limit.reschedule(None)
-        else:
-            self.limit.reschedule(now + self._left)
+        with contextlib.suppress(RuntimeError):
+            self.limit.reschedule(None if self._holds else now + self._left)

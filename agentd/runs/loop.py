@@ -117,8 +117,8 @@ class Loop:
     turn: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
     """Around each generation: the model is this run's alone."""
     purse: Purse | None = None
-    energy: Callable[[], float] = lambda: 0.0
-    """Joules that the device has used so far."""
+    used: Callable[[], Usage] = Usage
+    """What the model and the device have used so far, of all runs: the difference over a turn is this run's."""
     within: tuple[Pattern, ...] = ()
     """The most that its calls may touch, if whoever started it is bounded."""
     rehearse: bool = False
@@ -180,23 +180,26 @@ class Loop:
                 self.history.pop(0)  # the oldest turn of the session has to go
 
     async def _generate_once(self) -> _Step:
+        step = _Step()
         async with self.turn():
-            before = self.energy()
-            step = await self._ask()
-            used = self.energy() - before
-        done = step.done
-        assert done is not None
-        seconds = (done.prefill_ms + done.decode_ms) / 1000
-        self.generated_tokens += len(done.ids)
-        self.prompt_tokens += done.prompt_tokens - done.cached_tokens
-        self.seconds += seconds
-        self.joules += used
-        if self.purse:
-            self.purse.spend(self.run.principal, Usage(len(done.ids), seconds, 0, used))
+            before = self.used()
+            try:
+                await self._ask(step)
+            finally:  # what is cancelled, or ends at a limit, was used all the same
+                self._count(step.done, self.used() - before)
         return step
 
-    async def _ask(self) -> _Step:
-        settings, step = self.settings, _Step()
+    def _count(self, done: Done | None, used: Usage) -> None:
+        tokens = len(done.ids) if done else used.tokens
+        self.generated_tokens += tokens
+        self.prompt_tokens += done.prompt_tokens - done.cached_tokens if done else 0
+        self.seconds += used.seconds
+        self.joules += used.joules
+        if self.purse:
+            self.purse.spend(self.run.principal, Usage(tokens, used.seconds, 0, used.joules))
+
+    async def _ask(self, step: _Step) -> None:
+        settings = self.settings
         turns = (*self.history, Turn(self.run.prompt, tuple(self._parts)))
         conversation = Conversation(settings.system, settings.tools, turns, settings.thinking)
         most = min(
@@ -215,7 +218,6 @@ class Loop:
                         step.calls.append(output)
                     case Done():
                         step.done = output
-        return step
 
     async def _make(self, call: ToolCall | Malformed) -> StopReason | None:
         if isinstance(call, Malformed):

@@ -60,8 +60,13 @@ class RunRecords:
         body = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (request_id,)).get)
         return None if body is None else Run.from_json(str(body))
 
-    async def begin(self, run: Run) -> None:
-        """From now on it is lost if the daemon is killed: nothing is done twice."""
+    async def drop(self, run: Run) -> None:
+        """It never was."""
+        statement = "DELETE FROM run WHERE id = ?"
+        await asyncio.wrap_future(self._store.submit(lambda db: db.execute(statement, (run.id,)).get))
+
+    async def keep(self, run: Run) -> None:
+        """As it is now. One that is kept as running is lost if the daemon is killed: nothing is done twice."""
         update = "UPDATE run SET state = ?, body = ? WHERE id = ?"
         values = (run.state.value, run.to_json(), run.id)
         await asyncio.wrap_future(self._store.submit(lambda db: db.execute(update, values).get))

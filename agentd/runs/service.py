@@ -7,11 +7,11 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from agentd.budgets import Admission, Allowance, Priority
+from agentd.budgets import Admission, Allowance, Priority, Usage
 from agentd.budgets.policy import AdmissionPolicy
 from agentd.errors import AgentdError, DaemonError, Reason, RequestError
 from agentd.grants import parse
@@ -21,7 +21,7 @@ from agentd.runs.run import Run, RunEvent, RunRequest, State, StopReason
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from agentd.budgets import Quotas
     from agentd.runs.record import RunRecords
@@ -30,7 +30,13 @@ __all__ = ["Limits", "ModelSettings", "Runs"]
 
 _log = logging.getLogger(__name__)
 LONGEST_PROMPT = 1 << 20
+_NOT_READY_S = 2.0
 STOP_TIMEOUT_S = 15.0
+
+
+async def _nothing() -> bool:
+    """Where the model needs no preparation."""
+    return True
 
 
 def _nobody(_: Run) -> None:
@@ -55,17 +61,18 @@ class Runs:
         record: Callable[[Run], None] = _nobody,
         admission: Admission | None = None,
         quotas: Quotas | None = None,
-        energy: Callable[[], float] = lambda: 0.0,
+        used: Callable[[], Usage] = Usage,
         is_known: Callable[[str], bool] = lambda _principal: True,
+        prepare: Callable[[], Awaitable[bool]] = _nothing,
     ) -> None:
         """`record` gets each run when it is deferred, begins and has ended, on a thread of its own; what it raises keeps a run
-        from beginning. `energy` is what the device has used so far in joules. `is_known` says whether a principal may still
-        have runs: one that was deferred may have been asked for long ago.
+        from beginning. `used` is what the model and the device have used so far. `is_known` says whether a principal may still
+        have runs: one that was deferred may have been asked for long ago. `prepare` loads the model, if it may be.
         """
         self._admission = admission or Admission(AdmissionPolicy(), Allowance)
         self._records, self._model, self._caller, self._record = records, model, caller, record
         self._settings, self._limits = settings, limits
-        self._quotas, self._energy, self._is_known = quotas, energy, is_known
+        self._quotas, self._used, self._is_known, self._prepare = quotas, used, is_known, prepare
         self._live: dict[str, Live] = {}
         self._keeping: set[asyncio.Task[None]] = set()
         self._stopping = False
@@ -76,9 +83,10 @@ class Runs:
         Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; OverBudget, QueueFull, QuotaSpent; StoreError; DaemonError
         (DAEMON_STOPPING).
         """
-        _check(asked)
+        policy = self._admission.policy
+        _check(asked, max(policy.defer_s, policy.wait_s))
         if self._stopping:
-            raise DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
+            raise _stopping()
         if asked.request_id and (known := await self._records.asked_for(asked.request_id)):
             return self._the_same(known, asked)
         if self._quotas:
@@ -94,11 +102,14 @@ class Runs:
             loop = self._loop(live)
             began = live.run if live.run.deferrable else replace(live.run, state=State.RUNNING)
             await asyncio.to_thread(self._record, began)
-        except BaseException as e:
+            if self._stopping and not live.run.deferrable:
+                raise _stopping()
+        except BaseException:
             self._admission.leave(ticket)
-            await self._give_up(live.run, e)
+            await self._give_up(live.run)
             raise
-        self._launch(live, loop)
+        if not self._stopping:  # what can wait is in the store, for the next start
+            self._launch(live, loop)
         return live.run
 
     def _the_same(self, known: Run, asked: RunRequest) -> Run:
@@ -108,11 +119,10 @@ class Runs:
             raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
         return self._live[known.id].run if known.id in self._live else known
 
-    async def _give_up(self, run: Run, error: BaseException) -> None:
-        """It is not to begin at the next start, either."""
-        told = (error.reason.name, error.message, error.hint) if isinstance(error, AgentdError) else ("CANCELLED", "", "")
+    async def _give_up(self, run: Run) -> None:
+        """It never was: asking again under its id is to start it."""
         with contextlib.suppress(AgentdError):
-            await self._records.finish(replace(run, state=State.FAILED, error=told, end_ns=time.time_ns()), [])
+            await self._records.drop(run)
 
     def resume(self, deferred: list[Run]) -> None:
         """What was deferred before a restart goes on waiting."""
@@ -140,7 +150,7 @@ class Runs:
         loop.labels, loop.rehearse = run.labels, run.rehearse
         loop.within = tuple(parse(text, resolved=True) for text in run.within)
         loop.turn = lambda: self._turn(live, loop)
-        loop.purse, loop.energy = self._quotas, self._energy
+        loop.purse, loop.used = self._quotas, self._used
         return loop
 
     async def _remember(self, live: Live, loop: Loop) -> None:
@@ -159,35 +169,72 @@ class Runs:
     @contextlib.asynccontextmanager
     async def _turn(self, live: Live, loop: Loop) -> AsyncIterator[None]:
         """Raises _Overdue, and for the first one what keeps a deferred run from beginning."""
-        ticket = live.ticket
-        wait_s = self._admission.policy.wait_s if ticket.begun else live.run.start_by_ns / 1e9 - time.time()
-        if wait_s <= 0:
-            raise _Overdue
-        ahead, reason = self._admission.why_waiting(ticket)
-        if ahead or reason:
-            live.add("queue", {"ahead": ahead, "reason": reason})
-        async with contextlib.AsyncExitStack() as stack:
+        first = not live.ticket.begun
+        until = live.run.start_by_ns / 1e9 if first else time.time() + self._patience_s(live.run)
+        told = False
+        while True:
+            ahead, reason = self._admission.why_waiting(live.ticket)
+            if (ahead or reason) and not told:
+                live.add("queue", {"ahead": ahead, "reason": reason})
+                told = True
+            async with contextlib.AsyncExitStack() as stack:
+                live.hold("turn", on=True)
+                try:
+                    await self._come(stack, live, until)
+                    ready = not first or await self._is_ready(live.run)
+                finally:
+                    live.hold("turn", on=False)
+                if ready:
+                    if first:
+                        await self._begin(live, loop)
+                    yield
+                    return
             live.hold("turn", on=True)
-            try:
-                async with asyncio.timeout(wait_s):
-                    await stack.enter_async_context(self._admission.turn(ticket))
-            except TimeoutError:
-                raise _Overdue from None
-            finally:
-                live.hold("turn", on=False)
-            if live.run.state is State.QUEUED:
-                await self._begin(live, loop)
-            yield
+            await asyncio.sleep(
+                _NOT_READY_S
+            )  # between the turn and the model's loading the device has become too hot or too full
+            live.hold("turn", on=False)
+
+    def _patience_s(self, run: Run) -> float:
+        """How long one that has begun waits for a further turn."""
+        policy = self._admission.policy
+        return policy.defer_s if run.deferrable else policy.wait_s
+
+    async def _come(self, stack: contextlib.AsyncExitStack, live: Live, until: float) -> None:
+        """Raises _Overdue."""
+        left = until - time.time()
+        if left <= 0:
+            raise _Overdue
+        try:
+            async with asyncio.timeout(left):
+                await stack.enter_async_context(self._admission.turn(live.ticket))
+        except TimeoutError:
+            raise _Overdue from None
+
+    async def _is_ready(self, run: Run) -> bool:
+        """Whether the model is there to begin with. What can wait waits for memory, too."""
+        try:
+            return await self._prepare() or not run.deferrable
+        except AgentdError as e:
+            if e.reason is Reason.BUDGET_MEMORY and run.deferrable:
+                return False
+            raise
 
     async def _begin(self, live: Live, loop: Loop) -> None:
-        live.run = replace(live.run, state=State.RUNNING)
+        """Until that is on disk it is still one that waits."""
         await self._remember(live, loop)
-        if live.run.deferrable:
-            if not self._is_known(live.run.principal):
-                message = f"{live.run.principal} may have no runs any more."
-                raise RequestError(Reason.ROLE_REQUIRED, message, metadata={"principal": live.run.principal})
-            await self._records.begin(live.run)
-            await asyncio.to_thread(self._record, replace(live.run, labels=loop.labels))
+        begun = replace(live.run, state=State.RUNNING)
+        if begun.deferrable:
+            if not self._is_known(begun.principal):
+                message, hint = (
+                    f"{begun.principal} may have no runs any more.",
+                    "Its token was revoked, or its role taken away.",
+                )
+                raise RequestError(Reason.ROLE_REQUIRED, message, hint=hint, metadata={"principal": begun.principal})
+            await self._records.keep(begun)
+            live.run = begun
+            await asyncio.to_thread(self._record, replace(begun, labels=loop.labels))
+        live.run, live.ticket.begun = begun, True
 
     def going_on(self) -> list[Run]:
         """Oldest first."""
@@ -195,10 +242,10 @@ class Runs:
 
     def notice(self, body: dict[str, Any], *, holds: bool) -> None:
         """What battery, heat and memory allow has changed: whoever watches a run is told, and whoever may goes on."""
-        for live in self._live.values():
+        for live in list(self._live.values()):
             if not live.run.ended:
                 live.hold("budget", on=holds)
-                live.add("budget", body)
+                live.tell_budget(body)
         self._admission.look()
 
     async def get(self, run: str) -> Run:
@@ -228,8 +275,12 @@ class Runs:
             await more.wait()
 
     async def cancel(self, run: str) -> Run:
-        """End a run and wait until it has ended. Raises RequestError (RUN_NOT_FOUND)."""
+        """End a run and wait until it has ended. Raises RequestError (RUN_NOT_FOUND), StoreError."""
         live = self._live.get(run)
+        if live and live.run.state is State.QUEUED and live.run.deferrable:
+            await self._records.keep(
+                replace(live.run, state=State.CANCELLED, end_ns=time.time_ns())
+            )  # or it would run after all
         if live and live.task:
             live.task.cancel()
             await asyncio.wait([live.task], timeout=STOP_TIMEOUT_S)
@@ -249,7 +300,8 @@ class Runs:
     async def _go(self, live: Live, loop: Loop) -> None:
         end: dict[str, Any]
         try:
-            async with asyncio.timeout(loop.limits.seconds) as live.limit:
+            async with asyncio.timeout(loop.limits.seconds) as limit:
+                live.time(limit)
                 stop = await loop.go()
             end = {"state": State.SUCCEEDED, "stop_reason": stop}
         except TimeoutError:
@@ -291,7 +343,8 @@ class Runs:
     def _overdue(self, live: Live) -> dict[str, Any]:
         """One that has begun ends with what it has."""
         if live.run.state is State.RUNNING:
-            return {"state": State.SUCCEEDED, "stop_reason": StopReason.BUDGET}
+            held = bool(self._admission.why_waiting(live.ticket)[1])
+            return {"state": State.SUCCEEDED, "stop_reason": StopReason.BUDGET if held else StopReason.TIME_LIMIT}
         ahead, reason = self._admission.why_waiting(live.ticket)
         why = reason or (f"{ahead} runs were before it" if ahead else "the model was busy")
         by = datetime.fromtimestamp(live.run.start_by_ns / 1e9, UTC).isoformat(" ", "seconds")
@@ -308,23 +361,34 @@ class Runs:
             await self._caller.end_run(live.run.id)
 
 
-def _check(asked: RunRequest) -> None:
-    def bad(field: str, why: str) -> RequestError:
-        return RequestError(Reason.BAD_FIELD, f"{field} {why}.", field=field, metadata={"field": field})
+def _stopping() -> DaemonError:
+    return DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
 
+
+def _bad(field: str, why: str) -> RequestError:
+    return RequestError(Reason.BAD_FIELD, f"{field} {why}.", field=field, metadata={"field": field})
+
+
+def _check(asked: RunRequest, longest_wait_s: float) -> None:
     if not asked.prompt.strip():
-        raise bad("run.prompt", "is empty")
+        raise _bad("run.prompt", "is empty")
     if len(asked.prompt) > LONGEST_PROMPT:
-        raise bad("run.prompt", f"has {len(asked.prompt)} characters; {LONGEST_PROMPT} are the most")
+        raise _bad("run.prompt", f"has {len(asked.prompt)} characters; {LONGEST_PROMPT} are the most")
     if "\0" in asked.prompt:
-        raise bad("run.prompt", "contains a NUL character")
+        raise _bad("run.prompt", "contains a NUL character")
     for field_name, value in (("run.session", asked.session), ("request_id", asked.request_id)):
         if len(value) > 64 or not value.isprintable():
-            raise bad(field_name, "is longer than 64 characters or not printable")
-    if asked.start_by_ns and asked.start_by_ns <= time.time_ns():
-        raise bad("run.start_by_time", "is not in the future")
-    budget = asked.budget
-    for name in ("tokens", "seconds", "calls", "joules"):
-        amount = getattr(budget, name)
+            raise _bad(field_name, "is longer than 64 characters or not printable")
+    for name, amount in asdict(asked.budget).items():
         if not 0 <= amount < math.inf:
-            raise bad(f"run.budget.{name}", "is negative or no number")
+            raise _bad(f"run.budget.{name}", "is negative or no number")
+    if asked.start_by_ns:
+        _check_time(asked.start_by_ns, longest_wait_s)
+
+
+def _check_time(start_by_ns: int, longest_wait_s: float) -> None:
+    left_s = (start_by_ns - time.time_ns()) / 1e9
+    if left_s <= 0:
+        raise _bad("run.start_by_time", "is not in the future")
+    if left_s > longest_wait_s:
+        raise _bad("run.start_by_time", f"is more than {longest_wait_s:g} s away, the longest that a run may wait here")

@@ -73,7 +73,8 @@ class BudgetServiceServicer:
     def Calibrate(self, request, context):
         """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
         streams how far it is. Ends with the stream. Needs the role admin.
-        Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+        Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION CALIBRATING (by somebody else), MODEL_INVALID; ABORTED
+        CALIBRATION_CUT; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, STORE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,8 @@ class BudgetServiceStub:
     Calibrate: _grpc.UnaryStreamMultiCallable[_budget_pb2.CalibrateRequest, _budget_pb2.CalibrateResponse]
     """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
     streams how far it is. Ends with the stream. Needs the role admin.
-    Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+    Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION CALIBRATING (by somebody else), MODEL_INVALID; ABORTED
+    CALIBRATION_CUT; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, STORE_FULL.
     """
 
 @_typing.type_check_only
@@ -55,7 +56,8 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     Calibrate: _aio.UnaryStreamMultiCallable[_budget_pb2.CalibrateRequest, _budget_pb2.CalibrateResponse]  # type: ignore[assignment]
     """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
     streams how far it is. Ends with the stream. Needs the role admin.
-    Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+    Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION CALIBRATING (by somebody else), MODEL_INVALID; ABORTED
+    CALIBRATION_CUT; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, STORE_FULL.
     """
 
 class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -85,7 +87,8 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_budget_pb2.CalibrateResponse], _abc.AsyncIterator[_budget_pb2.CalibrateResponse]]:
         """Measures how fast the model is and how hot the device gets with each number of threads, keeps that for the governor, and
         streams how far it is. Ends with the stream. Needs the role admin.
-        Errors: INVALID_ARGUMENT BAD_FIELD; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY.
+        Errors: INVALID_ARGUMENT BAD_FIELD; FAILED_PRECONDITION CALIBRATING (by somebody else), MODEL_INVALID; ABORTED
+        CALIBRATION_CUT; RESOURCE_EXHAUSTED BUDGET_THERMAL, BUDGET_BATTERY, BUDGET_MEMORY, STORE_FULL.
         """
 
 def add_BudgetServiceServicer_to_server(servicer: BudgetServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

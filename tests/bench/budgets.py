@@ -14,9 +14,10 @@ from agentd.budgets import Device as Sensors
 from agentd.budgets import policy_for
 from agentd.budgets.governor import Situation, step
 from agentd.client import Client
-from agentd.engine.client import Engine, EngineSettings
+from agentd.engine.client import Engine
 from agentd.engine.link import Done, Pace
 from agentd.engine.prompt import Conversation, Turn
+from agentd.engine.settings import EngineSettings
 from agentd.v1 import budget_pb2, run_pb2
 from tests.bench.figures import Figure, milliseconds, percentile
 from tests.e2e.conftest import DaemonProcess

@@ -50,9 +50,16 @@ def test_what_is_spent_is_refused_with_what_and_when(store: Store, clock: Clock,
     quotas = Quotas([quota], store, clock)
     quotas.spend("unix:pi", used)
     with pytest.raises(QuotaSpent) as caught:
-        quotas.require("unix:pi")
+        (quotas.require if quota.calls is None else quotas.call)("unix:pi")
     assert caught.value.metadata["per"] == quota.per
     assert 0 < caught.value.retry_s <= quota.hours * HOUR
+
+
+def test_spent_calls_forbid_calls_and_nothing_else(store: Store, clock: Clock):
+    quotas = Quotas([Quota("*", "day", calls=0)], store, clock)
+    quotas.require("unix:pi")
+    with pytest.raises(QuotaSpent):
+        quotas.call("unix:pi")
 
 
 def test_one_principal_spends_nothing_of_anothers(store: Store, clock: Clock):

@@ -56,19 +56,40 @@ def test_what_is_measured_is_kept_and_used_after_a_restart(device: Device):
     assert "kept" in shown
 
 
-def test_heat_ends_a_step_and_a_device_that_is_too_hot_is_not_measured(device: Device):
+def test_heat_ends_a_step_and_after_a_pause_it_goes_on(device: Device):
     with Client(device.socket) as client:
-        stream = client.calibrate(20)
-        begun = time.monotonic()
-        heated = threading.Timer(1.5, lambda: device.heat(83))
-        heated.start()
-        told = list(stream)
-        assert time.monotonic() - begun < 19
+        timers = [threading.Timer(1.5, lambda: device.heat(83)), threading.Timer(5, lambda: device.heat(60))]
+        for timer in timers:
+            timer.start()
+        told = list(client.calibrate(10))
         assert told[-1].saved
+        assert [point.threads for point in told[-1].points] == [1, 2]
+        assert told[-1].points[0].hottest_celsius < 83
+
+
+def test_a_device_that_is_too_hot_is_not_measured(device: Device):
+    """Nor one that gets so and stays so; then nothing is kept."""
+    with Client(device.socket) as client:
+        heated = threading.Timer(1, lambda: device.heat(83))
+        heated.start()
+        with pytest.raises(AgentdError) as caught:
+            list(client.calibrate(5))
+        assert caught.value.reason is Reason.CALIBRATION_CUT
+        assert not (device.state / "calibration.json").exists()
         seen(client, budget_pb2.Budgets.STATE_PAUSED)
         with pytest.raises(AgentdError) as caught:
             list(client.calibrate(20))
         assert caught.value.reason is Reason.BUDGET_THERMAL
+
+
+def test_one_at_a_time(device: Device):
+    with Client(device.socket) as client, Client(device.socket) as other:
+        stream = client.calibrate(30)
+        next(stream)
+        with pytest.raises(AgentdError) as caught:
+            list(other.calibrate(5))
+        assert caught.value.reason is Reason.CALIBRATING
+        stream.close()
 
 
 def test_a_client_that_goes_away_ends_it_and_nothing_is_kept(device: Device):

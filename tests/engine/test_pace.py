@@ -13,9 +13,10 @@ import pytest
 
 from agentd import models
 from agentd.budgets import Allowance, State
-from agentd.engine.client import Engine, EngineSettings
+from agentd.engine.client import Engine
 from agentd.engine.link import Delta, Done, Pace
 from agentd.engine.prompt import Conversation, Turn
+from agentd.engine.settings import EngineSettings
 from agentd.engine.throttle import Throttle
 from agentd.errors import EngineError
 

@@ -1,0 +1,881 @@
+"""Sensors that lie, die and hang, configurations with mistakes, ports that strangers reach: the daemon goes on and says what is."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agentd.client import Client
+from agentd.errors import AgentdError, Reason
+from agentd.v1 import budget_pb2, run_pb2, token_pb2
+from tests.e2e.conftest import DaemonProcess
+from tests.e2e.device import QUICK, Device, seen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_State = budget_pb2.Budgets.State
+Run = run_pb2.Run
+DEADLINE_S = 30.0
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Device]:
+    with Device(tmp_path, extra=QUICK).made().running() as running:
+        yield running
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def readings(client: Client) -> dict[str, float]:
+    return {each.name: each.value for each in client.budgets().readings}
+
+
+def state_of(client: Client, name: str) -> int:
+    return next(each.state for each in client.budgets().budgets if each.name == name)
+
+
+def ended(client: Client, run: run_pb2.Run) -> run_pb2.Run:
+    return list(client._runs.WatchRun(run_pb2.WatchRunRequest(name=run.name), timeout=DEADLINE_S))[-1].run
+
+
+def refusal(call: Callable[[], object]) -> AgentdError:
+    with pytest.raises(AgentdError) as caught:
+        call()
+    return caught.value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+# Mistakes in agentd.toml
+
+
+MISTAKES = [
+    ('[budgets.memory]\nmax_anon_mib = "900"\n', "budgets.memory.max_anon_mib"),
+    ("[budgets.memory]\nmax_anon_mib = true\n", "budgets.memory.max_anon_mib"),
+    ("[budgets.memory]\nmax_anon_mib = nan\n", "budgets.memory.max_anon_mib"),
+    ("[budgets.memory]\nleast_context = 0\n", "budgets.memory.least_context"),
+    ("[budgets.memory]\nleast_context = 1.5\n", "budgets.memory.least_context"),
+    ("[budgets.memory]\nreduce_reread_pct = -2\n", "budgets.memory.reduce_reread_pct"),
+    ("[budgets.memory]\nidle_unload_s = nan\n", "budgets.memory.idle_unload_s"),
+    ("[budgets.memory]\nreduce_available_mib = 100\nshed_available_mib = 200\n", "budgets.memory"),
+    ("[budgets.thermal]\nsetpoint_f = 170\n", "budgets.thermal.setpoint_f"),
+    ('[budgets.thermal]\nzones = "cpu-thermal"\n', "budgets.thermal.zones"),
+    ("[budgets.thermal]\nzones = [3]\n", "budgets.thermal.zones"),
+    ("[budgets.thermal]\npause_c = 60\n", "budgets.thermal"),
+    ("[budgets.thermal]\ncritical_c = inf\n", "budgets.thermal.critical_c"),
+    ('[budgets.battery]\nprovider = "acpi"\n', "budgets.battery.provider"),
+    ('[budgets.battery]\nprovider = "command"\n', "budgets.battery"),
+    ('[budgets.battery]\nprovider = "nut"\naddress = "localhost"\n', "budgets.battery"),
+    ('[budgets.battery]\nprovider = "nut"\naddress = "ups@localhost:nut"\n', "budgets.battery"),
+    ('[budgets.battery]\nprovider = "command"\ncommand = "cat x"\n', "budgets.battery.command"),
+    ('[budgets.battery]\nprovider = "nut"\naddress = 3\n', "budgets.battery.address"),
+    ("[budgets.battery]\nreduce_below_pct = 150\n", "budgets.battery"),
+    ("[budgets.battery]\npause_below_pct = 5\n", "budgets.battery"),
+    ("[budgets.states]\nhold_s = -1\n", "budgets.states.hold_s"),
+    ("[budgets.states]\npoll_s = 0\n", "budgets.states.poll_s"),
+    ("[budgets.states]\nhold_ms = 5\n", "budgets.states.hold_ms"),
+    ("[budgets.admission]\nqueue_max = -1\n", "budgets.admission.queue_max"),
+    ("[budgets.admission]\nqueue_max = 1.5\n", "budgets.admission.queue_max"),
+    ("[budgets.admission]\nwait_s = 0\n", "budgets.admission.wait_s"),
+    ("[budgets.admission]\ndefer_s = -1\n", "budgets.admission.defer_s"),
+    ("[budgets.network]\nx = 1\n", "budgets.network"),
+    ("[budgets]\nthermal = 75\n", "budgets.thermal"),
+    ('[[quotas]]\nprincipal = "*"\nper = "week"\ntokens = 5\n', "quotas[0].per"),
+    ('[[quotas]]\nprincipal = "*"\nper = "day"\ntokens = -5\n', "quotas[0].tokens"),
+    ('[[quotas]]\nprincipal = "*"\nper = "day"\nminutes = 5\n', "quotas[0].minutes"),
+    ('[quotas]\nprincipal = "*"\nper = "day"\ntokens = 5\n', "quotas"),
+    ('[metrics]\nlisten = "9464"\n', "metrics.listen"),
+    ('[metrics]\notlp = "localhost:4318"\n', "metrics.otlp"),
+    ('[metrics]\notlp = "ftp://localhost/v1/metrics"\n', "metrics.otlp"),
+    ("[metrics]\nevery_s = 0\n", "metrics.every_s"),
+    ("[metrics]\nport = 9464\n", "metrics.port"),
+    ("[runs]\ntokens = 0\n", "runs.tokens"),
+]
+
+
+@pytest.mark.parametrize(("text", "key"), MISTAKES)
+def test_a_mistake_in_the_configuration_is_refused_with_its_key(tmp_path: Path, text: str, key: str):
+    """Exit status 1, a line or two."""
+    config = tmp_path / "agentd.toml"
+    config.write_text(f'state = "{tmp_path}/state"\nsocket = "{tmp_path}/agentd.sock"\n{text}')
+    told = subprocess.run(
+        [sys.executable, "-m", "agentd", "serve", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    assert told.returncode == 1
+    assert key.replace("[0]", "") in re.sub(r"\[\d+\]|\.\d+(?=\.|\b)", "", told.stderr), told.stderr
+    assert "Traceback" not in told.stderr
+    assert 1 <= len(told.stderr.strip().splitlines()) <= 3, told.stderr
+
+
+def test_doctor_finds_the_same_mistakes(tmp_path: Path):
+    config = tmp_path / "agentd.toml"
+    config.write_text("[budgets.memory]\nshed_available_mib = -1\n")
+    command = [sys.executable, "-m", "agentd", "doctor", "--config", str(config)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert told.returncode == 1
+    assert "budgets.memory.shed_available_mib" in told.stdout + told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_a_port_for_metrics_that_is_taken_is_said_at_the_start(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        daemon = DaemonProcess(tmp_path, extra=f'[metrics]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n')
+        assert daemon.start(wait=False).ended() == 1
+        assert "[metrics] listen" in daemon.log
+        assert "Traceback" not in daemon.log
+
+
+# Servers that speak as NUT's upsd and pisugar-server do
+
+
+@dataclass
+class Ups:
+    """A server of lines. What `answer` gives for a line is sent; bytes as they are, None ends the connection."""
+
+    answer: Callable[[str], str | bytes | None]
+    port: int = 0
+    lines: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Ups]:
+        outer = self
+
+        class Handler(socketserver.StreamRequestHandler):
+            timeout = 20
+
+            def handle(self) -> None:
+                with contextlib.suppress(OSError):
+                    for line in self.rfile:
+                        outer.lines.append(line.decode(errors="replace").strip())
+                        reply = outer.answer(outer.lines[-1])
+                        if reply is None:
+                            return
+                        self.wfile.write(reply if isinstance(reply, bytes) else f"{reply}\n".encode())
+
+        class Server(socketserver.ThreadingTCPServer):
+            allow_reuse_address = True
+            daemon_threads = True
+            block_on_close = False
+
+        with Server(("127.0.0.1", self.port), Handler) as server:
+            self.port = server.server_address[1]
+            thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+            thread.start()
+            try:
+                yield self
+            finally:
+                server.shutdown()
+                thread.join(10)
+
+
+def nut(values: dict[str, str]) -> Callable[[str], str]:
+    def answer(line: str) -> str:
+        words = line.split()
+        match words:
+            case ["GET", "VAR", ups, name]:
+                return f'VAR {ups} {name} "{values[name]}"' if name in values else "ERR VAR-NOT-SUPPORTED"
+            case ["LIST", "VAR", ups]:
+                lines = [f'VAR {ups} {name} "{value}"' for name, value in values.items()]
+                return "\n".join([f"BEGIN LIST VAR {ups}", *lines, f"END LIST VAR {ups}"])
+            case ["LOGOUT"]:
+                return "OK Goodbye"
+        return "ERR UNKNOWN-COMMAND"
+
+    return answer
+
+
+def battery(device: Device, **settings: object) -> Device:
+    table = "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items())
+    device.extra = QUICK + "stale_s = 1\n" + "[budgets.battery]\n" + table
+    return device
+
+
+@pytest.mark.parametrize("poll", [30])
+def test_batteries_that_only_other_programs_know_of_run_low(tmp_path: Path, poll: int):
+    """NUT, PiSugar and a command, each asked every 30 s. The battery in sysfs is another one and does not count."""
+    ups = {"battery.charge": "90", "ups.status": "OL CHRG", "battery.temperature": "25"}
+    sugar = {"battery": "90.5", "battery_charging": "false", "battery_power_plugged": "true"}
+
+    def pisugar(line: str) -> str:
+        name = line.removeprefix("get ").strip()
+        return f"{name}: {sugar[name]}" if name in sugar else "Invalid request."
+
+    with contextlib.ExitStack() as stack:
+        nut_server, sugar_server = stack.enter_context(Ups(nut(ups)).serving()), stack.enter_context(Ups(pisugar).serving())
+        told = script(tmp_path, 'echo \'{"percentage": 90, "charging": true}\'')
+        devices = {name: Device(tmp_path / name).made() for name in ("nut", "pisugar", "command")}
+        battery(devices["nut"], provider="nut", address=f"ups@127.0.0.1:{nut_server.port}")
+        battery(devices["pisugar"], provider="pisugar", address=f"127.0.0.1:{sugar_server.port}")
+        battery(devices["command"], provider="command", command=[told])
+        for each in devices.values():
+            each.charge(3, "Discharging")
+            stack.enter_context(each.running())
+        clients = [stack.enter_context(Client(each.socket)) for each in devices.values()]
+        for client in clients:
+            until(lambda client=client: readings(client).get("charging") == 1)  # type: ignore[misc]
+            assert readings(client)["battery_pct"] == pytest.approx(90, abs=1)
+            assert state_of(client, "battery") == _State.STATE_NOMINAL
+        ups |= {"ups.status": "OB DISCHRG", "battery.charge": "20"}
+        sugar |= {"battery_power_plugged": "false", "battery": "20.0"}
+        script(tmp_path, 'echo \'{"percentage": 20, "charging": false}\'')
+        deadline = time.monotonic() + poll + 15
+        while any(state_of(client, "battery") != _State.STATE_PAUSED for client in clients):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert all("20" in client.budgets().reason for client in clients)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda _: 'VAR ups battery.charge "nan"',
+        lambda _: "ERR ACCESS-DENIED",
+        lambda _: b"x" * 5_000_000,
+        lambda _: None,
+        lambda _: b'VAR ups [/red]\x1b[31m "[bold"\n',
+    ],
+    ids=["nan", "denied", "endless", "hangup", "markup"],
+)
+def test_a_ups_that_never_said_anything_sensible_is_none_and_that_is_said(tmp_path: Path, answer: Callable[[str], str]):
+    with Ups(answer).serving() as ups:
+        device = battery(Device(tmp_path).made(), provider="nut", address=f"ups@127.0.0.1:{ups.port}")
+        with device.running(), Client(device.socket) as client:
+            until(lambda: client.budgets().faults or "battery" in client.budgets().unenforced)
+            until(lambda: "battery" in client.budgets().unenforced)
+            assert "battery_pct" not in readings(client)
+            assert "battery" in device.command("budget").stdout
+            assert not {"\x1b", "\x07"} & set(device.command("budget").stdout)
+            assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+
+
+def script(root: Path, text: str) -> str:
+    path = root / "battery.sh"
+    new = root / "battery.new"
+    new.write_text(f"#!/bin/sh\n{text}\n")
+    new.chmod(0o755)
+    new.rename(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'echo \'{"percentage": 150, "charging": false}\'',
+        'echo \'{"percentage": -3, "charging": false}\'',
+        'echo \'{"percentage": NaN, "charging": false}\'',
+        "echo '{\"percentage\": true}'",
+        'echo \'{"percentage": "5"}\'',
+        "echo '[5]'",
+        "echo '{'",
+        "exit 1",
+        "exit 0",
+        "yes 5 | head -c 20000000",
+        "printf '\\377\\376\\033[31m' >&2; exit 3",
+        "kill -9 $$",
+    ],
+)
+def test_a_command_that_says_what_can_not_be_true_has_said_nothing(tmp_path: Path, text: str):
+    device = battery(Device(tmp_path).made(), provider="command", command=[script(tmp_path, text)])
+    with device.running(), Client(device.socket) as client:
+        until(lambda: "battery" in client.budgets().unenforced)
+        assert "battery_pct" not in readings(client)
+        assert "\x1b" not in device.command("budget").stdout
+
+
+def test_a_command_that_hangs_is_killed_with_all_it_has_started(tmp_path: Path):
+    """After 5 s, as documented; the daemon answers meanwhile, and stops while it hangs."""
+    pids = tmp_path / "pids"
+    hangs = script(tmp_path, f"sleep 300 & echo $! >> {pids}; echo $$ >> {pids}; wait")
+    device = battery(Device(tmp_path).made(), provider="command", command=[hangs])
+    with device.running(), Client(device.socket) as client:
+        until(lambda: pids.exists() and len(pids.read_text().split()) >= 2)
+        first = pids.read_text().split()[:2]
+        begun = time.monotonic()
+        client.budgets()
+        assert time.monotonic() - begun < 2
+        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+        until(lambda: not any(_alive(int(pid)) for pid in first))
+        until(lambda: "battery" in client.budgets().unenforced)
+    until(lambda: not any(_alive(int(pid)) for pid in pids.read_text().split()))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_command_that_is_not_there_is_said_and_nothing_else_suffers(tmp_path: Path):
+    device = battery(Device(tmp_path).made(), provider="command", command=["/nonexistent/battery"])
+    with device.running(), Client(device.socket) as client:
+        until(lambda: any("/nonexistent/battery" in why for why in client.budgets().faults.values()))
+        assert "battery" in client.budgets().unenforced
+        assert client.budgets().state == _State.STATE_NOMINAL
+        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+        told = device.command("doctor").stdout
+        assert "battery" in told
+
+
+def test_without_a_battery_provider_the_battery_is_not_looked_at_and_the_background_runs(tmp_path: Path):
+    device = battery(Device(tmp_path).made(), provider="none")
+    device.charge(3, "Discharging")
+    with device.running(), Client(device.socket) as client:
+        assert "battery" in client.budgets().unenforced
+        assert client.budgets().state == _State.STATE_NOMINAL
+        assert "battery_pct" not in readings(client)
+        run = client.create_run("hello", priority=Run.PRIORITY_BACKGROUND)
+        assert ended(client, run).state == Run.STATE_SUCCEEDED
+
+
+def test_a_battery_that_is_pulled_out_is_bad_news(tmp_path: Path):
+    """It has spoken once: reduced, with a reason; nominal again when it is back."""
+    device = battery(Device(tmp_path).made(), provider="auto")
+    device.charge(80, "Discharging")
+    with device.running(), Client(device.socket) as client:
+        until(lambda: readings(client).get("battery_pct") == 80)
+        gone = device.battery.with_name("gone")
+        device.battery.rename(gone)
+        told = seen(client, _State.STATE_REDUCED)[-1]
+        assert told.cause == "battery"
+        assert told.reason
+        assert not told.background
+        gone.rename(device.battery)
+        seen(client, _State.STATE_NOMINAL)
+
+
+@pytest.mark.parametrize("value", ["", "4000000", "nan", "9" * 400])
+def test_a_thermometer_that_says_nonsense_has_said_nothing(tmp_path: Path, value: str):
+    """From the start: not enforced. It would be the worst time to shed, or to melt."""
+    device = battery(Device(tmp_path).made(), provider="none")
+    (device.zone / "temp").write_text(value, encoding="latin-1")
+    with device.running(), Client(device.socket) as client:
+        until(lambda: "thermal" in client.budgets().unenforced)
+        assert client.budgets().state == _State.STATE_NOMINAL
+        device.heat(86)
+        assert seen(client, _State.STATE_SHED)[-1].cause == "thermal"
+        (device.zone / "temp").write_text(value, encoding="latin-1")
+        time.sleep(1.5)
+        assert state_of(client, "thermal") >= _State.STATE_REDUCED
+
+
+def test_zones_that_are_not_there_are_said_with_what_is(tmp_path: Path):
+    device = Device(tmp_path, extra=QUICK + '[budgets.thermal]\nzones = ["cpu-termal"]\n').made()
+    with device.running(), Client(device.socket) as client:
+        until(lambda: "thermal" in client.budgets().unenforced)
+        told = device.command("doctor").stdout + device.command("budget").stdout
+        assert "cpu-termal" in told
+
+
+def test_a_zone_with_a_hostile_name_does_not_take_over_the_terminal(tmp_path: Path):
+    device = Device(tmp_path, extra=QUICK).made()
+    (device.zone / "type").write_text("cpu[/red]\x1b[31m-thermal\n")
+    with device.running():
+        for arguments in (("budget",), ("top", "--once"), ("doctor",)):
+            assert "\x1b" not in device.command(*arguments).stdout
+
+
+# Memory
+
+
+def meminfo(device: Device, available_kb: object, total_kb: int = 8_000_000) -> None:
+    path = device.root / "proc/meminfo"
+    path.with_name("new").write_text(f"MemTotal: {total_kb} kB\nMemAvailable: {available_kb} kB\n")
+    path.with_name("new").rename(path)
+
+
+def test_memory_that_runs_out_sheds_and_comes_back_past_a_margin(device: Device):
+    with Client(device.socket) as client:
+        ended(client, client.create_run("hello"))
+        until(lambda: "anonymous_mib" in readings(client))
+        meminfo(device, 300 * 1024)
+        shed = seen(client, _State.STATE_SHED)[-1]
+        assert (shed.cause, shed.background) == ("memory", False)
+        assert "MiB" in shed.reason
+        error = refusal(lambda: client.create_run("hello"))
+        assert (error.reason, error.metadata["state"]) == (Reason.BUDGET_MEMORY, "shed")
+        until(lambda: not client.status().engine_pid)
+        until(lambda: "anonymous_mib" not in readings(client))
+        assert client.call("system.time", {}).output_json
+        waits = client.create_run("hello", priority=Run.PRIORITY_BACKGROUND)
+        meminfo(device, 410 * 1024)  # above the limit, within the margin of a quarter
+        time.sleep(1.5)
+        assert state_of(client, "memory") == _State.STATE_SHED
+        meminfo(device, 6000 * 1024)
+        seen(client, _State.STATE_NOMINAL)
+        assert ended(client, waits).state == Run.STATE_SUCCEEDED
+
+
+@pytest.mark.parametrize("value", ["-5", "junk", "", "9" * 400])
+def test_a_meminfo_that_makes_no_sense_does_not_end_the_daemon(tmp_path: Path, value: str):
+    device = Device(tmp_path, extra=QUICK).made()
+    meminfo(device, value)
+    with device.running(), Client(device.socket) as client:
+        assert client.budgets().state != _State.STATE_SHED
+        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+        meminfo(device, 100 * 1024)
+        assert seen(client, _State.STATE_SHED)[-1].cause == "memory"
+
+
+def test_a_board_with_less_memory_than_its_class_is_nominal_when_it_is_at_rest(tmp_path: Path):
+    """At most 35 % and 20 % of what there is: a Pi 5's 1000 MiB would never be left of 512."""
+    device = Device(tmp_path, extra=QUICK).made()
+    meminfo(device, 300 * 1024, total_kb=512 * 1024)
+    with device.running(), Client(device.socket) as client:
+        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+        assert client.budgets().state == _State.STATE_NOMINAL
+        meminfo(device, 150 * 1024, total_kb=512 * 1024)
+        seen(client, _State.STATE_REDUCED)
+
+
+def test_a_model_with_nothing_to_do_is_unloaded_and_the_next_request_loads_it(tmp_path: Path):
+    device = Device(tmp_path, extra=QUICK + "[budgets.memory]\nidle_unload_s = 1\n").made()
+    with device.running(), Client(device.socket) as client:
+        for _ in range(2):
+            assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+            until(lambda: not client.status().engine_pid)
+            assert client.budgets().state == _State.STATE_NOMINAL
+
+
+def test_a_model_that_is_too_large_is_said_in_two_lines_with_the_key(tmp_path: Path):
+    text = "[budgets.memory]\nmax_anon_mib = 20\nreduce_available_mib = 20\nshed_available_mib = 10\n"
+    with DaemonProcess(tmp_path, extra=text).running() as daemon:
+        told = daemon.command("run", "hello", check=False)
+        assert told.returncode == 1
+        assert "max_anon_mib" in told.stderr
+        assert len(told.stderr.strip().splitlines()) <= 2
+        refused = daemon.command("calibrate", "--minutes", "0.1", check=False)
+        assert refused.returncode == 1
+        assert "20 MiB" in refused.stderr
+
+
+# Calibration
+
+
+@pytest.fixture
+def two_threads(tmp_path: Path) -> Iterator[Device]:
+    device = Device(tmp_path, extra=QUICK + "[engine]\nthreads = 2\n").made()
+    (device.zone / "temp").unlink()
+    (device.zone / "type").unlink()
+    device.zone.rmdir()
+    with device.running() as running:
+        yield running
+
+
+def test_a_device_without_a_thermometer_is_calibrated_for_speed_only(two_threads: Device):
+    told = two_threads.json("calibrate", "--minutes", "0.1")
+    assert told[-1]["saved"] is True
+    fractions = [each["fraction"] for each in told]
+    assert fractions == sorted(fractions)
+    assert [point["threads"] for point in told[-1]["points"]] == [1, 2]
+    assert all(point["tokens_per_second"] > 0 for point in told[-1]["points"])
+    assert not any("hottest_celsius" in point or "watts" in point for point in told[-1]["points"])
+
+
+def test_only_an_admin_may_calibrate_and_one_at_a_time(two_threads: Device):
+    with Client(two_threads.socket) as client:
+        user = client.create_token(token_pb2.Token(label="phone", roles=["user"])).secret
+        with Client(two_threads.socket, token=user) as phone:
+            assert phone.budgets().device == "pi5"
+            error = refusal(lambda: list(phone.calibrate(5)))
+            assert (error.reason, error.metadata["role"]) == (Reason.ROLE_REQUIRED, "admin")
+        stream = client.calibrate(6)
+        next(stream)
+        second = refusal(lambda: list(client.calibrate(6)))
+        assert second.reason not in {Reason.INTERNAL, Reason.BAD_FIELD}
+        assert "calibrat" in second.message.lower()
+        run = client.create_run("what time is it")
+        assert ended(client, run).state == Run.STATE_SUCCEEDED
+        assert client.call("system.time", {}).output_json
+        assert list(stream)[-1].saved
+        assert (two_threads.state / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -5.0, 1.0, 3601.0, 1e12])
+def test_a_calibration_of_an_impossible_length_names_the_field(device: Device, seconds: float):
+    with Client(device.socket) as client:
+        error = refusal(lambda: list(client.calibrate(seconds)))
+        assert (error.reason, error.metadata.get("field")) == (Reason.BAD_FIELD, "duration")
+
+
+def test_a_calibration_that_is_killed_or_interrupted_keeps_nothing(two_threads: Device):
+    command = [sys.executable, "-m", "agentd", "--socket", str(two_threads.socket), "calibrate", "--minutes", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as calibrating:
+        with Client(two_threads.socket) as client:
+            until(lambda: client.status().engine_pid)
+        time.sleep(0.5)
+        calibrating.send_signal(signal.SIGINT)
+        _, errors = calibrating.communicate(timeout=20)
+    assert calibrating.returncode in {1, 130}
+    assert "Traceback" not in errors
+    with Client(two_threads.socket) as client:
+        stream = client.calibrate(60)
+        next(stream)
+        two_threads.kill()
+        with contextlib.suppress(AgentdError):
+            list(stream)
+    assert not (two_threads.state / "calibration.json").exists()
+    two_threads.start()
+    with Client(two_threads.socket) as client:
+        stream = client.calibrate(60)
+        next(stream)
+        stopped = time.monotonic()
+        assert two_threads.stop() == 0
+        assert time.monotonic() - stopped < 10
+        with contextlib.suppress(AgentdError):
+            list(stream)
+    assert not (two_threads.state / "calibration.json").exists()
+
+
+def test_a_device_that_is_too_hot_or_too_empty_is_not_calibrated(device: Device):
+    with Client(device.socket) as client:
+        for make, reason in (
+            (lambda: device.heat(86), Reason.BUDGET_THERMAL),
+            (lambda: device.charge(8, "Discharging"), Reason.BUDGET_BATTERY),
+        ):
+            make()
+            seen(client, _State.STATE_SHED)
+            error = refusal(lambda: list(client.calibrate(5)))
+            assert error.reason is reason
+            assert float(error.metadata["retry_s"]) > 0
+            device.heat(50)
+            device.charge(80, "Charging")
+            seen(client, _State.STATE_NOMINAL)
+
+
+@pytest.mark.parametrize("text", ["\x00", "9" * 5000, '{"model":"m","points":[{"threads":1e400}]}'])
+def test_a_calibration_file_that_was_damaged_is_none(tmp_path: Path, text: str):
+    device = Device(tmp_path, extra=QUICK).made()
+    device.state.mkdir(mode=0o700)
+    (device.state / "calibration.json").write_text(text)
+    with device.running(), Client(device.socket) as client:
+        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+
+
+# Metrics
+
+
+@dataclass
+class Scraped:
+    port: int
+
+    def get(self, path: str = "/metrics") -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    def value(self, name: str, **labels: str) -> float | None:
+        for line in self.get().splitlines():
+            head, _, value = line.rpartition(" ")
+            if head.split("{")[0] == name and all(f'{key}="{wanted}"' in head for key, wanted in labels.items()):
+                return float(value)
+        return None
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Device, Scraped]]:
+    scraped = Scraped(free_port())
+    extra = QUICK + f'[metrics]\nlisten = "127.0.0.1:{scraped.port}"\n'
+    with Device(tmp_path_factory.mktemp("measured"), extra=extra).made().running() as device:
+        yield device, scraped
+
+
+def test_metrics_are_those_of_the_documentation_and_say_nothing_else(measured: tuple[Device, Scraped]):
+    device, scraped = measured
+    with Client(device.socket) as client:
+        ended(client, client.create_run("append swordfish to log.txt", session="swordfish"))
+        device.charge(50, "Discharging")
+        until(lambda: not client.budgets().background)
+        waits = client.create_run("swordfish", priority=Run.PRIORITY_BACKGROUND)
+        device.heat(86)
+        seen(client, _State.STATE_SHED)
+        refusal(lambda: client.create_run("swordfish"))
+        until(lambda: scraped.value("agentd_budget_state", budget="thermal") == 3)
+        assert scraped.value("agentd_deferred_jobs") == 1
+        assert scraped.value("agentd_queue_depth", **{"class": "background"}) == 1
+        assert scraped.value("agentd_battery_level_ratio") == 0.5
+        assert scraped.value("agentd_battery_charging") == 0
+        text = scraped.get()
+        client.cancel_run(waits.name)
+        device.heat(50)
+        device.charge(80, "Discharging")
+        seen(client, _State.STATE_NOMINAL)
+    assert "swordfish" not in text
+    documented = set(re.findall(r"`(agentd_\w+)`", (DOCS / "metrics.md").read_text()))
+    kinds = dict(re.findall(r"^# TYPE (agentd_\w+) (\w+)", text, re.MULTILINE))
+    names = {name for name in kinds if not name.endswith("_created")}
+    assert names - documented == set()
+    assert all(kinds[name] == "counter" for name in names if name.endswith("_total"))
+    for budget in ("thermal", "battery", "memory"):
+        assert f'agentd_budget_state{{budget="{budget}"}}' in text
+
+
+def test_counters_count_what_runs_have_used(measured: tuple[Device, Scraped]):
+    device, scraped = measured
+    with Client(device.socket) as client:
+        until(lambda: client.budgets().state == _State.STATE_NOMINAL)
+        before = scraped.value("agentd_tokens_total", kind="generated") or 0
+        admitted = scraped.value("agentd_admission_total", **{"class": "normal", "decision": "admitted"}) or 0
+        run = ended(client, client.create_run("what time is it"))
+        until(lambda: scraped.value("agentd_tokens_total", kind="generated") == before + run.usage.generated_tokens)
+        assert scraped.value("agentd_admission_total", **{"class": "normal", "decision": "admitted"}) == admitted + 1
+        until(lambda: scraped.value("agentd_runs_active") == 0)
+        assert scraped.value("agentd_calls_running") == 0
+
+
+JUNK = [
+    b"",
+    b"\r\n\r\n",
+    b"GET",
+    b"\x16\x03\x01\x02\x00" + bytes(300),
+    b"GET /metrics HTTP/9.9\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\n" + b"X: y\r\n" * 2000 + b"\r\n",
+    b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /metrics?name[]=%00&name[]=[ HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"POST /metrics HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\nx",
+    b"POST /metrics HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: application/openmetrics-text; version=x; q=nan\r\nAccept-Encoding: gzip;q=x\r\n\r\n",
+    b"DELETE * HTTP/1.1\r\n\r\n",
+]
+
+
+def test_junk_at_the_port_of_metrics_harms_nothing(measured: tuple[Device, Scraped]):
+    """Nor do 100 clients that connect and say nothing; no traceback lands in the log."""
+    device, scraped = measured
+    where = ("127.0.0.1", scraped.port)
+    for junk in JUNK:
+        with socket.create_connection(where, timeout=10) as peer, contextlib.suppress(OSError):
+            peer.sendall(junk)
+            peer.shutdown(socket.SHUT_WR)
+            reply = peer.recv(65536)
+            assert b"root:" not in reply
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(where, timeout=10)).sendall(b"GET /metrics HT")
+        assert "agentd_budget_state" in scraped.get()
+        with Client(device.socket) as client:
+            assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+    assert "agentd_budget_state" in scraped.get()
+    assert "Traceback" not in device.log
+
+
+def test_clients_that_say_nothing_do_not_keep_the_daemon_from_stopping(tmp_path: Path):
+    port = free_port()
+    device = Device(tmp_path, extra=QUICK + f'[metrics]\nlisten = "127.0.0.1:{port}"\n').made()
+    with device.running(), socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+        slow.sendall(b"GET /metrics HT")
+        stopped = time.monotonic()
+        assert device.stop() == 0
+        assert time.monotonic() - stopped < 10
+
+
+def test_a_page_that_is_not_there_is_not_found(measured: tuple[Device, Scraped]):
+    _, scraped = measured
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        scraped.get("/etc/passwd")
+    caught.value.close()
+    assert caught.value.code == 404
+
+
+@contextlib.contextmanager
+def collector(status: int = 200, delay_s: float = 0) -> Iterator[tuple[str, list[bytes]]]:
+    """An OTLP receiver: its address and what it was sent."""
+    bodies: list[bytes] = []
+    leave = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            leave.wait(delay_s)
+            with contextlib.suppress(OSError):
+                self.send_response(status)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1/metrics", bodies
+    finally:
+        leave.set()
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+def test_a_collector_gets_the_documented_metrics(tmp_path: Path):
+    proto = pytest.importorskip("opentelemetry.proto.collector.metrics.v1.metrics_service_pb2")
+    with collector() as (url, bodies):
+        device = Device(tmp_path, extra=QUICK + f'[metrics]\notlp = "{url}"\nevery_s = 1\n').made()
+        with device.running(), Client(device.socket) as client:
+            ended(client, client.create_run("append swordfish to log.txt"))
+            count = len(bodies)
+            until(lambda: len(bodies) > count + 1)
+        names = set()
+        for body in bodies:
+            import gzip
+
+            plain = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
+            assert b"swordfish" not in plain
+            request = proto.ExportMetricsServiceRequest.FromString(plain)
+            names |= {m.name for r in request.resource_metrics for s in r.scope_metrics for m in s.metrics}
+    documented = set(re.findall(r"`(agentd_\w+)`", (DOCS / "metrics.md").read_text()))
+    flat = {re.sub(r"\W", "_", name) for name in names}
+    assert "agentd_budget_state" in flat
+    assert {name for name in flat if not any(each.startswith(name) for each in documented)} == set()
+
+
+@pytest.mark.parametrize(("status", "delay_s"), [(500, 0.0), (200, 30.0), (0, 0.0)], ids=["fails", "hangs", "gone"])
+def test_a_collector_that_does_not_work_keeps_nothing_from_working_or_stopping(tmp_path: Path, status: int, delay_s: float):
+    with contextlib.ExitStack() as stack:
+        url, bodies = stack.enter_context(collector(status, delay_s)) if status else (f"http://127.0.0.1:{free_port()}/", [b""])
+        device = Device(tmp_path, extra=QUICK + f'[metrics]\notlp = "{url}"\nevery_s = 1\n').made()
+        with device.running(), Client(device.socket) as client:
+            until(lambda: bodies)
+            assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
+            time.sleep(1.2)
+            assert client.budgets().state == _State.STATE_NOMINAL
+            stopped = time.monotonic()
+            assert device.stop() == 0
+            assert time.monotonic() - stopped < 12
+
+
+# The commands
+
+
+def test_the_help_of_each_command_has_an_example():
+    for command in ("budget", "top", "calibrate", "doctor", "runs", "run", "serve"):
+        told = subprocess.run(
+            [sys.executable, "-m", "agentd", command, "--help"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+        assert "Example: agentd " + command in " ".join(told.split()), command
+        assert "--json" in told
+
+
+def test_without_a_daemon_each_command_says_what_to_do(tmp_path: Path):
+    for arguments in (("budget",), ("top", "--once"), ("runs",), ("calibrate",), ("budget", "--json"), ("runs", "cancel", "x")):
+        told = DaemonProcess(tmp_path).command(*arguments, check=False)
+        assert told.returncode == 1, arguments
+        assert "agentd serve" in told.stderr
+        assert len(told.stderr.strip().splitlines()) <= 2, told.stderr
+        assert told.stdout == ""
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "61", "ten", "nan", "inf"])
+def test_minutes_that_make_no_sense_are_a_mistake_of_usage(tmp_path: Path, minutes: str):
+    told = DaemonProcess(tmp_path).command("calibrate", "--minutes", minutes, check=False)
+    assert told.returncode == 2, told.stderr
+    assert "--minutes" in told.stderr
+
+
+def test_the_budget_is_followed_to_ctrl_c(device: Device):
+    command = [sys.executable, "-m", "agentd", "--socket", str(device.socket), "budget", "--watch", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        assert json.loads(watching.stdout.readline())["state"] == "STATE_NOMINAL"
+        device.heat(86)
+        state = ""
+        while state != "STATE_SHED":
+            state = json.loads(watching.stdout.readline())["state"]
+        watching.send_signal(signal.SIGINT)
+        _, errors = watching.communicate(timeout=20)
+    assert watching.returncode in {0, 130}
+    assert "Traceback" not in errors
+
+
+def test_a_budget_that_is_followed_when_the_daemon_stops_says_so(device: Device):
+    command = [sys.executable, "-m", "agentd", "--socket", str(device.socket), "budget", "--watch", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        watching.stdout.readline()
+        device.stop()
+        _, errors = watching.communicate(timeout=20)
+    assert watching.returncode == 1
+    assert 1 <= len(errors.strip().splitlines()) <= 2, errors
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "200"])
+def test_the_pictures_fit_the_terminal_and_name_the_cause(tmp_path: Path, columns: str):
+    with Device(tmp_path, extra=QUICK).made().running() as device, Client(device.socket) as client:
+        device.heat(86)
+        device.charge(45, "Discharging")
+        seen(client, _State.STATE_SHED)
+        client.create_run("hello", priority=Run.PRIORITY_BACKGROUND)
+        for arguments in (("budget",), ("top", "--once"), ("runs",)):
+            command = [sys.executable, "-m", "agentd", "--socket", str(device.socket), *arguments]
+            told = subprocess.run(
+                command, capture_output=True, text=True, timeout=30, check=True, env=os.environ | {"COLUMNS": columns}
+            )
+            assert "Traceback" not in told.stderr
+            if columns == "200" and arguments[0] != "runs":
+                assert "shed" in told.stdout
+                assert "86" in told.stdout
+                assert "45" in told.stdout
+
+
+def test_the_refusal_of_a_run_says_why_and_when_to_come_back(device: Device):
+    with Client(device.socket) as client:
+        device.heat(86)
+        seen(client, _State.STATE_SHED)
+        told = device.command("run", "hello", check=False)
+        assert told.returncode == 1
+        assert "86" in told.stderr
+        assert re.search(r"\d+ (s|seconds|min)", told.stderr), told.stderr
+        assert len(told.stderr.strip().splitlines()) <= 2
+
+
+def test_budgets_are_open_to_every_token_and_watched_by_many(device: Device):
+    with Client(device.socket) as client:
+        secret = client.create_token(token_pb2.Token(label="eye", roles=["auditor"])).secret
+        with Client(device.socket, token=secret) as eye:
+            streams = [eye._budgets.WatchBudgets(budget_pb2.WatchBudgetsRequest(), timeout=DEADLINE_S) for _ in range(50)]
+            assert {next(stream).state for stream in streams} == {_State.STATE_NOMINAL}
+            device.heat(86)
+            for stream in streams:
+                while next(stream).state != _State.STATE_SHED:
+                    pass
+            for stream in streams:
+                stream.cancel()
+        with Client(device.socket, token="agentd_nonsense") as nobody:
+            assert refusal(nobody.budgets).reason is Reason.UNAUTHENTICATED
