@@ -285,3 +285,14 @@ def test_memory_that_is_short_is_trimmed():
     assert run.stay(20, available_mib=4000, reread_pct=10).trim
     assert run.stay(60, available_mib=4000, reread_pct=1.5).trim
     assert not run.stay(60, available_mib=4000, reread_pct=0.5).trim
+
+
+def test_a_battery_that_says_nothing_is_no_external_power():
+    """Before its first word, in a round without one, and discharging without a level: what can wait waits."""
+    run = Run()
+    assert run.stay(20, temperature_c=40).background  # no battery at all
+    assert not run.look(temperature_c=40, faults={"battery_pct": "has said nothing yet"}).background
+    assert run.look(battery_pct=80).background
+    assert not run.look(temperature_c=40).background
+    assert not run.look(charging=False).background
+    assert run.look(charging=True).background
