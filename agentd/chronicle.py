@@ -58,7 +58,7 @@ class Chronicle:
             self.audit.record(Event(kind="policy.change", principal="agentd", detail={"added": added, "removed": removed}))
 
     def run(self, run: Run, model: dict[str, Any]) -> None:
-        """That it waits, began from which prompt with which model, or how it ended. Raises AgentdError."""
+        """That it was asked for, began from which prompt with which model, or how it ended. Raises AgentdError."""
         self.audit.record(_run_event(run, model))
 
     def budget(self, name: Name, before: Budget, after: Budget) -> None:
@@ -90,7 +90,11 @@ def _configured(rules: object) -> list[str]:
 def _run_event(run: Run, model: dict[str, Any]) -> Event:
     who: dict[str, Any] = {"principal": run.principal, "session": run.session, "run": run.id, "labels": run.labels.names}
     if run.state is State.QUEUED:
-        return Event(kind="run.queue", **who, detail={"prompt": Payload(run.prompt), "start_by_ns": run.start_by_ns})
+        return Event(
+            kind="run.queue",
+            **who,
+            detail={"prompt": Payload(run.prompt), "priority": run.priority.name.lower(), "start_by_ns": run.start_by_ns},
+        )
     if run.state is State.RUNNING:
         detail = {"prompt": Payload(run.prompt), "priority": run.priority.name.lower(), **model}
         return Event(kind="run.start", **who, detail=detail)

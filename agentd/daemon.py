@@ -117,7 +117,7 @@ class Daemon:
         self._roster = Roster(os.getuid(), roles, self._tokens, self._chronicle.wrong_token)
         self._recovered: list[str] = []
         self._model_error = ""
-        self._model_digest = ""
+        self._model_digest = models.quick_digest(self._engine.settings.path, config.state / "model.json")
         self._preload: asyncio.Task[None] | None = None
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
@@ -145,7 +145,7 @@ class Daemon:
         self._upkeep.look()
         self._unless_damaged(self._redaction.finish)
         self._recovered = self._journal.recover()
-        self._records.close_lost()
+        lost = self._records.close_lost()
         deferred = self._records.deferred()
         self._confine()
         devices = DEVICES | config.devices
@@ -171,6 +171,7 @@ class Daemon:
             prepare=self._engine.prepare,
         )
         self._record_boot()
+        self._record_lost(lost)
         await self._budgets.start()  # what it allows is known before anybody can ask for anything
         self._throttle.start()
         for exporter in self._exporters:
@@ -244,6 +245,11 @@ class Daemon:
         except AgentdError:
             if not self._audit.closed:
                 raise
+
+    def _record_lost(self, lost: list[Run]) -> None:
+        for run in lost:
+            with contextlib.suppress(AgentdError):  # the log is closed: that is said elsewhere
+                self._record_run(run)
 
     def _unless_damaged(self, do: Callable[[], T]) -> T | None:
         """Where it meets pages that can't be read, the log is closed, and the daemon goes on. Raises StoreError."""

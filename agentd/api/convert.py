@@ -17,10 +17,10 @@ from agentd.runs import Run, RunRequest, State, StopReason
 from agentd.v1 import approval_pb2, run_pb2, tool_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from agentd.calls import CallResult, Tool
-    from agentd.grants import Pattern
+    from agentd.principals import Principal
     from agentd.runs import RunEvent
 
 _DEFAULT_PAGE, _LARGEST_PAGE = 50, 500
@@ -106,15 +106,16 @@ def json_text(value: Any) -> str:
     return json.dumps(valid(value), ensure_ascii=False, sort_keys=True)
 
 
-def run_request(request: run_pb2.CreateRunRequest, principal: str, within: Iterable[Pattern]) -> RunRequest:
+def run_request(request: run_pb2.CreateRunRequest, who: Principal) -> RunRequest:
     """Raises RequestError (BAD_FIELD)."""
     run, budget = request.run, request.run.budget
     if run.priority not in run_pb2.Run.Priority.values():
         raise RequestError(Reason.BAD_FIELD, f"run.priority has no value {run.priority}.", field="run.priority")
     priority = run_pb2.Run.Priority.Name(run.priority).removeprefix("PRIORITY_")
     return RunRequest(
-        *(principal, run.prompt, run.session, request.request_id),
-        within=tuple(map(str, within)),
+        *(who.name, run.prompt, run.session, request.request_id),
+        within=tuple(map(str, who.within)),
+        token=who.token,
         rehearse=request.rehearse,
         priority=Priority[priority] if run.priority else Priority.NORMAL,
         start_by_ns=run.start_by_time.seconds * 10**9 + run.start_by_time.nanos,

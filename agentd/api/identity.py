@@ -29,6 +29,9 @@ _NEEDED: dict[str, Role | None] = {
 """The role that the methods of a service need; None: any. A service that is not here needs the role admin."""
 _NEEDED_BY_METHOD: dict[str, Role | None] = {
     "/agentd.v1.GrantService/CheckCall": "user",
+    "/agentd.v1.RunService/GetRun": None,  # everybody sees their own, auditors all
+    "/agentd.v1.RunService/ListRuns": None,
+    "/agentd.v1.RunService/WatchRun": None,
     "/agentd.v1.BudgetService/Calibrate": "admin",
     "/agentd.v1.AuditService/PruneAuditLog": "admin",
     "/agentd.v1.AuditService/RedactAuditEvent": "admin",

@@ -32,8 +32,7 @@ class RunServicer(run_pb2_grpc.RunServiceServicer):
         self._runs = runs
 
     async def CreateRun(self, request: run_pb2.CreateRunRequest, context: Any) -> run_pb2.Run:  # noqa: N802
-        who = caller()
-        return convert.run_message(await self._runs.create(convert.run_request(request, who.name, who.within)))
+        return convert.run_message(await self._runs.create(convert.run_request(request, caller())))
 
     async def WatchRun(  # noqa: N802
         self, request: run_pb2.WatchRunRequest, context: Any

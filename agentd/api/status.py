@@ -39,6 +39,8 @@ def to_status(error: AgentdError) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=dict(error.metadata))
     if error.hint:
         info.metadata["hint"] = error.hint
+    if error.field:
+        info.metadata["field"] = error.field
     details: list[Message] = [info]
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)

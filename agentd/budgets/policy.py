@@ -11,7 +11,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from agentd.budgets.supplies import Provider, supply
 from agentd.errors import ConfigError, Reason, first_mistake
@@ -27,6 +27,15 @@ Device = Literal["pi4", "pi5", "pizero2w", "android", "generic"]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """A text with a unit in it, or a yes, is a mistake and no number."""
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if wanted in (float, int) and isinstance(value, str | bool):
+            raise ValueError(f"it must be a number, not {value!r}")
+        return value
 
 
 class ThermalPolicy(_Strict):

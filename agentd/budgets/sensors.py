@@ -110,6 +110,10 @@ class Device:
             elif not found and self.zones and name in (*self.zones, *(_CHIPS if self.zones == ZONES else ())):
                 for file in sorted(chip.glob("temp*_input")):
                     _note(found, said, f"{name} ({chip.name})", file, exact=True)
+        if not found and self.zones and self.zones != ZONES:
+            zones = folders(self.sysfs / "class" / "thermal", "thermal_zone")
+            there = ", ".join(sorted({kind for zone in zones if (kind := read_line(zone / "type"))}))
+            said.fail("temperature_c", f"no zone is called {', '.join(self.zones)}; there are {there or 'none'}")
         if found:
             hottest = max(found, key=lambda name: found[name])
             said.say("temperature_c", found[hottest], hottest)

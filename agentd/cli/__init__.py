@@ -92,6 +92,6 @@ def main() -> None:
             click.echo(json.dumps({"error": error}))
         else:
             click.echo(f"{click.style('error:', fg='red', bold=True)} {e.message}", err=True)
-            if e.hint:
-                click.echo(f"       {e.hint}", err=True)
+            if hint := f"{e.hint} {f'Try again in {e.retry_s:.0f} s.' if e.retry_s else ''}".strip():
+                click.echo(f"       {hint}", err=True)
         sys.exit(1)

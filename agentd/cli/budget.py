@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from agentd.cli.output import console, json_option, print_json, shown
+from agentd.cli.output import as_dict, console, json_option, print_json, shown
 from agentd.client import Client
 from agentd.v1 import budget_pb2
 
@@ -49,7 +49,7 @@ def top(socket: Path | None, *, once: bool, as_json: bool) -> None:
     """Look on: state, heat, battery, memory, speed, what waits and what runs. Ctrl-C ends it."""
     with Client(socket) as client:
         if as_json:
-            print_json(client.budgets())
+            print_json({"budgets": as_dict(client.budgets()), "status": as_dict(client.status())})
             return
         if once or not console.is_terminal:
             console.print(_picture(client.budgets(), client.status()))

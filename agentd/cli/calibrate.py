@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import click
@@ -26,6 +27,8 @@ def calibrate(socket: Path | None, minutes: float, *, as_json: bool) -> None:
 
     Let nothing else run meanwhile. Ctrl-C ends it, and nothing is kept then.
     """
+    if math.isnan(minutes):
+        raise click.BadParameter("it is no number", param_hint="--minutes")
     last: budget_pb2.CalibrateResponse | None = None
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn())
     with Client(socket) as client, Progress(*columns, console=console, disable=as_json, transient=True) as bar:

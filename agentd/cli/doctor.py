@@ -13,7 +13,7 @@ import click
 from agentd_sandbox import probe
 
 from agentd import config as configuration
-from agentd import models
+from agentd import models, parts
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
@@ -56,6 +56,10 @@ def _look(socket: Path | None, file: Path | None) -> list[Finding]:
         config = configuration.load(file)
     except AgentdError as e:
         return [*findings, Finding("config", False, e.message, e.hint)]
+    try:
+        parts.policy(config)
+    except AgentdError as e:
+        findings.append(Finding("budgets", False, e.message, e.hint))
     return [*findings, _config(config, file), _model(config), *_daemon(socket or config.socket)]
 
 

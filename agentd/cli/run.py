@@ -49,6 +49,8 @@ def run(
     """
     if within and not background:
         raise click.UsageError("--within goes with --background")
+    if within and not duration_ns(within):
+        raise click.BadParameter("it has to begin at some time", param_hint="--within")
     budget = run_pb2.Run.Budget(tokens=tokens or 0)
     with Client(socket) as client:
         if background:

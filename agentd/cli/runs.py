@@ -12,11 +12,13 @@ from rich.table import Table
 from agentd.cli.output import console, json_option, print_json, short, shown
 from agentd.cli.run import show as show_events
 from agentd.client import Client
+from agentd.errors import Reason, RequestError
 from agentd.v1 import run_pb2
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+_WHOLE, _LOOKED_AT = len("runs/") + 26, 500
 _COLOURS = {"QUEUED": "yellow", "RUNNING": "cyan", "SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "dim"}
 
 
@@ -46,7 +48,7 @@ def runs(context: click.Context, limit: int, *, as_json: bool) -> None:
 def show(socket: Path | None, run: str, *, as_json: bool) -> None:
     """Show what has happened in RUN, and follow it to its end."""
     with Client(socket) as client:
-        show_events(client, client.watch_run(_name(run)), as_json=as_json)
+        show_events(client, client.watch_run(_name(client, run)), as_json=as_json)
 
 
 @runs.command(epilog="Example: agentd runs cancel 01JD9Q6Z")
@@ -56,15 +58,23 @@ def show(socket: Path | None, run: str, *, as_json: bool) -> None:
 def cancel(socket: Path | None, run: str, *, as_json: bool) -> None:
     """End RUN, or keep it from beginning; a call under way is put back."""
     with Client(socket) as client:
-        ended = client.cancel_run(_name(run))
+        ended = client.cancel_run(_name(client, run))
     if as_json:
         print_json(ended)
     else:
         console.print(f"{shown(ended.name)}: {_state(ended)}")
 
 
-def _name(run: str) -> str:
-    return run if run.startswith("runs/") else f"runs/{run}"
+def _name(client: Client, run: str) -> str:
+    """Of a run, or of the one among the newest that begins so."""
+    name = run if run.startswith("runs/") else f"runs/{run}"
+    if not run or len(name) >= _WHOLE:
+        return name
+    found = [each.name for each in itertools.islice(client.list_runs(), _LOOKED_AT) if each.name.startswith(name)]
+    if len(found) > 1:
+        message, hint = f"{len(found)} runs begin with {run}.", "Write more of its name."
+        raise RequestError(Reason.RUN_NOT_FOUND, message, hint=hint, metadata={"run": run})
+    return found[0] if found else name
 
 
 def _table(found: list[run_pb2.Run]) -> Table:

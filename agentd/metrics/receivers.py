@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
+import threading
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Protocol
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from agentd.errors import ConfigError, DaemonError, Reason
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 _WAIT_S = 5.0
 _FRESH_S = 0.5
+_log = logging.getLogger(__name__)
 
 
 class Exporter(Protocol):
@@ -50,6 +55,38 @@ class _OnLoop:
         return self._last[1]
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """Whoever hangs up, or sends junk, is no news for the log."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        _log.debug("a request for metrics from %s failed", client_address, exc_info=True)
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Not wanted: somebody asks every few seconds."""
+
+
+def _forgiving(app: Any) -> Any:
+    """The library raises for headers that make no sense."""
+
+    def answer(environ: Any, start_response: Any) -> Any:
+        try:
+            return app(environ, start_response)
+        except Exception:
+            _log.debug("a request for metrics made no sense", exc_info=True)
+            start_response("400 Bad Request", [("Content-Type", "text/plain")])
+            return [b"This request makes no sense.\n"]
+
+    return answer
+
+
 @dataclass(slots=True, eq=False)
 class _Prometheus:
     """Answers at HOST:PORT."""
@@ -66,11 +103,16 @@ class _Prometheus:
         registry.register(self)
         host, _, port = self.address.rpartition(":")
         try:
-            self._server, _ = prometheus_client.start_http_server(int(port), host.strip("[]"), registry)
+            app = _forgiving(prometheus_client.make_wsgi_app(registry))
+            kind = _Server6 if ":" in host else _Server
+            self._server = make_server(host.strip("[]"), int(port), app, kind, _Handler)
         except (OSError, ValueError, OverflowError) as e:
-            message = f"Metrics can't be served at {self.address}: {e}."
-            hint = "Set another [metrics] listen in agentd.toml."
-            raise DaemonError(Reason.SOCKET_INVALID, message, hint=hint, metadata={"address": self.address}) from None
+            message = f"[metrics] listen in agentd.toml: {self.address} can't be listened at: {str(e).rstrip('.')}."
+            metadata = {"address": self.address, "key": "metrics.listen"}
+            raise DaemonError(
+                Reason.SOCKET_INVALID, message, hint="Choose another address or port.", metadata=metadata
+            ) from None
+        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     def stop(self) -> None:
         if self._server:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 POCKET = "pocket"
 _CHUNK = 1 << 20
+_SMALL = 32 << 20
 
 
 def locate(model: str) -> Path:
@@ -20,18 +21,36 @@ def locate(model: str) -> Path:
     return Path(model).expanduser().absolute()
 
 
+def known_digest(model: Path, known: Path) -> str:
+    """What `digest` has found of this very file; empty if it was never read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(known.read_text())
+        if kept["file"] == _identity(model):
+            return str(kept["sha256"])
+    return ""
+
+
+def quick_digest(model: Path, known: Path) -> str:
+    """The digest where it takes no time: it is known, or the file is small."""
+    with contextlib.suppress(OSError):
+        return digest(model, known) if model.stat().st_size <= _SMALL else known_digest(model, known)
+    return ""
+
+
+def _identity(model: Path) -> list[object]:
+    status = model.stat()
+    return [str(model), status.st_size, status.st_mtime_ns, status.st_ino]
+
+
 def digest(model: Path, known: Path) -> str:
     """SHA-256 of a model file, hexadecimal; empty if it can't be read. Kept in `known`: large files are read once.
 
     Reading takes a minute for gigabytes on a card; what was read leaves the page cache at once, as the model needs the memory.
     """
+    if before := known_digest(model, known):
+        return before
     try:
-        status = model.stat()
-        name = [str(model), status.st_size, status.st_mtime_ns, status.st_ino]
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads(known.read_text())
-            if kept["file"] == name:
-                return str(kept["sha256"])
+        name = _identity(model)
         found = hashlib.sha256()
         with model.open("rb") as file:
             while chunk := file.read(_CHUNK):

@@ -67,11 +67,11 @@ class Roster:
         self._count(peer)
         raise nobody("This token is not one that agentd knows: it was revoked, has expired, or never was.")
 
-    def knows(self, name: str) -> bool:
-        """Whether a principal of that name may still have runs: its token was not revoked, its role not taken away."""
-        if name.startswith("token:"):
-            holder = self.tokens.labelled(name.removeprefix("token:"))
-            return holder is not None and holder.has("user")
+    def knows(self, name: str, token: str = "") -> bool:
+        """Whether a principal may still have runs: its token (by id) was not revoked, its role not taken away."""
+        if token:
+            holder = self.tokens.by_id(token)
+            return holder is not None and holder.name == name and holder.has("user")
         own = ROLES if name == f"unix:{user_name(self.owner)}" else frozenset[Role]()
         return bool({"user", "admin"} & (own | self.roles.get(name, frozenset())))
 

@@ -106,9 +106,9 @@ class Tokens:
         matches = hmac.compare_digest(hashed, _hash(secret))
         return token.principal() if token and matches and self._holds(token) else None
 
-    def labelled(self, label: str) -> Principal | None:
-        """Whom a token of that label stands for now, if there is one that still holds."""
-        return next((token.principal() for token in self.all() if token.label == label and self._holds(token)), None)
+    def by_id(self, identity: str) -> Principal | None:
+        """Whom that token stands for, if it still holds."""
+        return next((token.principal() for token in self.all() if token.id == identity and self._holds(token)), None)
 
     def _holds(self, token: Token) -> bool:
         return not token.expire_ns or self._now() < token.expire_ns

@@ -94,6 +94,14 @@ class Caller(Protocol):
     async def end_run(self, run: str) -> None: ...
 
 
+class _Spent(Exception):
+    """Nothing more is to be generated."""
+
+    def __init__(self, stop: StopReason) -> None:
+        super().__init__(stop)
+        self.stop = stop
+
+
 @dataclass(slots=True)
 class _Step:
     """What one generation gave."""
@@ -141,16 +149,17 @@ class Loop:
     async def go(self) -> StopReason:
         """Until the answer or a limit of steps, tokens or repetition. Raises AgentdError if it can't go on."""
         for _ in range(self.limits.steps):
-            if (stop := self._spent()) is not None:
-                return stop
-            step = await self._generate()
+            try:
+                step = await self._generate()
+            except _Spent as e:
+                return e.stop
             assert step.done is not None
             self._parts.append(Generated(step.done.ids))
             for call in step.calls:
                 if (stop := await self._make(call)) is not None:
                     return stop
             if (ended := _ENDINGS.get(step.done.reason)) is not None:
-                return ended
+                return StopReason.QUOTA if ended is StopReason.TOKEN_LIMIT and self._spent() is StopReason.QUOTA else ended
             if not step.calls and step.done.reason == "tool":  # it waits for a result that nobody asked for
                 if (stop := self._reject(_NO_TOOL, "no call was made")) is not None:
                     return stop
@@ -182,6 +191,8 @@ class Loop:
     async def _generate_once(self) -> _Step:
         step = _Step()
         async with self.turn():
+            if (stop := self._spent()) is not None:
+                raise _Spent(stop)
             before = self.used()
             try:
                 await self._ask(step)

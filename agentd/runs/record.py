@@ -25,20 +25,22 @@ class RunRecords:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def close_lost(self) -> int:
-        """Mark what a killed daemon left running as failed; returns how many. Called once, before any run starts.
+    def close_lost(self) -> list[Run]:
+        """Mark what a killed daemon left running as failed; returns them. Called once, before any run starts.
 
         What can wait and had not begun goes on waiting.
         """
 
-        def close(db: apsw.Connection) -> int:
+        def close(db: apsw.Connection) -> list[Run]:
+            ended_all = []
             found = db.execute("SELECT body FROM run WHERE state IN ('queued', 'running')")
             open_runs = [Run.from_json(body) for (body,) in found]
             lost = [run for run in open_runs if not (run.deferrable and run.state is State.QUEUED)]
             for run in lost:
                 ended = replace(run, state=State.FAILED, error=_LOST, end_ns=time.time_ns())
                 _finish(db, ended, [RunEvent(1, ended.end_ns, "run", {})])
-            return len(lost)
+                ended_all.append(ended)
+            return ended_all
 
         return self._store.write(close)
 
@@ -46,18 +48,18 @@ class RunRecords:
         """Keep a new run; if `request_id` was used before, returns the run of that time instead."""
 
         def insert(db: apsw.Connection) -> Run:
-            known = db.execute("SELECT body FROM run WHERE request_id = ?", (request_id,)).get
+            known = db.execute("SELECT body FROM run WHERE request_id = ?", (_own(run.principal, request_id),)).get
             if known is not None:
                 return Run.from_json(str(known))
-            values = (run.id, run.session, request_id, run.state.value, run.to_json())
+            values = (run.id, run.session, _own(run.principal, request_id), run.state.value, run.to_json())
             db.execute("INSERT INTO run VALUES (?, ?, ?, ?, ?)", values)
             return run
 
         return await asyncio.wrap_future(self._store.submit(insert))
 
-    async def asked_for(self, request_id: str) -> Run | None:
+    async def asked_for(self, principal: str, request_id: str) -> Run | None:
         query = "SELECT body FROM run WHERE request_id = ?"
-        body = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (request_id,)).get)
+        body = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (_own(principal, request_id),)).get)
         return None if body is None else Run.from_json(str(body))
 
     async def drop(self, run: Run) -> None:
@@ -117,6 +119,11 @@ class RunRecords:
         values = (session, _REMEMBERED_TURNS)
         rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
         return [Run.from_json(body) for (body,) in reversed(rows)]
+
+
+def _own(principal: str, request_id: str | None) -> str | None:
+    """Everybody has request ids of their own."""
+    return None if request_id is None else f"{principal} {request_id}"
 
 
 def unknown_run(run: str) -> RequestError:

@@ -63,6 +63,8 @@ class RunRequest:
     priority: Priority = Priority.NORMAL
     start_by_ns: int = 0
     budget: Usage = _UNBOUNDED
+    token: str = ""
+    """Id of the token that was shown, if one was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Run:
     budget: Usage = _UNBOUNDED
     within: tuple[str, ...] = ()
     rehearse: bool = False
+    token: str = ""
 
     @property
     def ended(self) -> bool:

@@ -31,6 +31,7 @@ __all__ = ["Limits", "ModelSettings", "Runs"]
 _log = logging.getLogger(__name__)
 LONGEST_PROMPT = 1 << 20
 _NOT_READY_S = 2.0
+_LONGEST_WAIT_S = 366 * 86400.0
 STOP_TIMEOUT_S = 15.0
 
 
@@ -62,10 +63,10 @@ class Runs:
         admission: Admission | None = None,
         quotas: Quotas | None = None,
         used: Callable[[], Usage] = Usage,
-        is_known: Callable[[str], bool] = lambda _principal: True,
+        is_known: Callable[[str, str], bool] = lambda _principal, _token: True,
         prepare: Callable[[], Awaitable[bool]] = _nothing,
     ) -> None:
-        """`record` gets each run when it is deferred, begins and has ended, on a thread of its own; what it raises keeps a run
+        """`record` gets each run when it is asked for, begins and has ended, on a thread of its own; what it raises keeps a run
         from beginning. `used` is what the model and the device have used so far. `is_known` says whether a principal may still
         have runs: one that was deferred may have been asked for long ago. `prepare` loads the model, if it may be.
         """
@@ -83,11 +84,10 @@ class Runs:
         Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; OverBudget, QueueFull, QuotaSpent; StoreError; DaemonError
         (DAEMON_STOPPING).
         """
-        policy = self._admission.policy
-        _check(asked, max(policy.defer_s, policy.wait_s))
+        _check(asked)
         if self._stopping:
             raise _stopping()
-        if asked.request_id and (known := await self._records.asked_for(asked.request_id)):
+        if asked.request_id and (known := await self._records.asked_for(asked.principal, asked.request_id)):
             return self._the_same(known, asked)
         if self._quotas:
             self._quotas.require(asked.principal)
@@ -100,8 +100,7 @@ class Runs:
                 self._admission.leave(ticket)
                 return self._the_same(kept, asked)
             loop = self._loop(live)
-            began = live.run if live.run.deferrable else replace(live.run, state=State.RUNNING)
-            await asyncio.to_thread(self._record, began)
+            await asyncio.to_thread(self._record, live.run)
             if self._stopping and not live.run.deferrable:
                 raise _stopping()
         except BaseException:
@@ -114,8 +113,9 @@ class Runs:
 
     def _the_same(self, known: Run, asked: RunRequest) -> Run:
         """Raises RequestError (REQUEST_ID_REUSED) if another run was asked for under this id."""
-        if (known.prompt, known.principal) != (asked.prompt, asked.principal):
-            message = f"The request id {asked.request_id!r} was used for another prompt."
+        same = (known.prompt, known.rehearse, known.priority) == (asked.prompt, asked.rehearse, asked.priority)
+        if not same or asked.session not in ("", known.session):
+            message = f"The request id {asked.request_id!r} was used for another request."
             raise RequestError(Reason.REQUEST_ID_REUSED, message, hint="Use a new one.", field="request_id")
         return self._live[known.id].run if known.id in self._live else known
 
@@ -141,6 +141,7 @@ class Runs:
             start_by_ns=asked.start_by_ns or now + int(wait_s * 1e9),
             budget=asked.budget,
             within=asked.within,
+            token=asked.token,
             rehearse=asked.rehearse,
         )
 
@@ -171,6 +172,8 @@ class Runs:
         """Raises _Overdue, and for the first one what keeps a deferred run from beginning."""
         first = not live.ticket.begun
         until = live.run.start_by_ns / 1e9 if first else time.time() + self._patience_s(live.run)
+        if first:
+            await self._follow_session(live, until)
         told = False
         while True:
             ahead, reason = self._admission.why_waiting(live.ticket)
@@ -194,6 +197,20 @@ class Runs:
                 _NOT_READY_S
             )  # between the turn and the model's loading the device has become too hot or too full
             live.hold("turn", on=False)
+
+    async def _follow_session(self, live: Live, until: float) -> None:
+        """It is to see those of its session that were asked for before it. What can wait for days holds up nobody."""
+        mine = live.run
+        for each in list(self._live.values()):
+            same = (each.run.session, each.run.principal) == (mine.session, mine.principal)
+            waits = each.run.state is State.QUEUED and each.run.deferrable
+            if not same or waits or each.task is None or each.ticket.number >= live.ticket.number:
+                continue
+            live.hold("turn", on=True)
+            try:
+                await asyncio.wait([each.task], timeout=max(0.0, until - time.time()))
+            finally:
+                live.hold("turn", on=False)
 
     def _patience_s(self, run: Run) -> float:
         """How long one that has begun waits for a further turn."""
@@ -225,16 +242,15 @@ class Runs:
         await self._remember(live, loop)
         begun = replace(live.run, state=State.RUNNING)
         if begun.deferrable:
-            if not self._is_known(begun.principal):
+            if not self._is_known(begun.principal, begun.token):
                 message, hint = (
                     f"{begun.principal} may have no runs any more.",
                     "Its token was revoked, or its role taken away.",
                 )
                 raise RequestError(Reason.ROLE_REQUIRED, message, hint=hint, metadata={"principal": begun.principal})
             await self._records.keep(begun)
-            live.run = begun
-            await asyncio.to_thread(self._record, replace(begun, labels=loop.labels))
         live.run, live.ticket.begun = begun, True
+        await asyncio.to_thread(self._record, replace(begun, labels=loop.labels))
 
     def going_on(self) -> list[Run]:
         """Oldest first."""
@@ -262,14 +278,23 @@ class Runs:
     async def watch(self, run: str, after: int) -> AsyncIterator[RunEvent]:
         """The events past number `after`, until the run has ended. Raises RequestError (RUN_NOT_FOUND)."""
         if (live := self._live.get(run)) is None:
-            for event in await self._records.events(run, after):
+            events = await self._records.events(run, 0)
+            if len(events) == 1 or after > len(events):  # a daemon was killed meanwhile: its end is news to everybody
+                for event in events[-1:]:
+                    yield replace(event, sequence=after + 1)
+                return
+            for event in events[after:]:
                 yield event
             return
+        if after > len(live.events):  # it waited past a restart, and counts anew
+            after = 0
         while True:
-            more, ended = live.more, live.run.ended or live.left  # before the events: more may come while these are sent
+            more, ended = live.more, live.run.ended  # before the events: more may come while these are sent
             for event in live.events[after:]:
                 yield event
                 after = event.sequence
+            if live.left:
+                raise _stopping()
             if ended:
                 return
             await more.wait()
@@ -313,6 +338,9 @@ class Runs:
                 live.leave()  # it waits on in the store, for the next start
                 return
             end = {"state": State.CANCELLED}
+            if self._stopping and live.run.state is State.QUEUED:
+                stopping = _stopping()
+                end = {"state": State.FAILED, "error": (stopping.reason.name, stopping.message, stopping.hint)}
         except AgentdError as e:
             end = {"state": State.FAILED, "error": (e.reason.name, e.message, e.hint)}
         except Exception:  # a bug of ours must end this run only, and be found in the log
@@ -369,7 +397,7 @@ def _bad(field: str, why: str) -> RequestError:
     return RequestError(Reason.BAD_FIELD, f"{field} {why}.", field=field, metadata={"field": field})
 
 
-def _check(asked: RunRequest, longest_wait_s: float) -> None:
+def _check(asked: RunRequest) -> None:
     if not asked.prompt.strip():
         raise _bad("run.prompt", "is empty")
     if len(asked.prompt) > LONGEST_PROMPT:
@@ -383,12 +411,12 @@ def _check(asked: RunRequest, longest_wait_s: float) -> None:
         if not 0 <= amount < math.inf:
             raise _bad(f"run.budget.{name}", "is negative or no number")
     if asked.start_by_ns:
-        _check_time(asked.start_by_ns, longest_wait_s)
+        _check_time(asked.start_by_ns)
 
 
-def _check_time(start_by_ns: int, longest_wait_s: float) -> None:
+def _check_time(start_by_ns: int) -> None:
     left_s = (start_by_ns - time.time_ns()) / 1e9
     if left_s <= 0:
         raise _bad("run.start_by_time", "is not in the future")
-    if left_s > longest_wait_s:
-        raise _bad("run.start_by_time", f"is more than {longest_wait_s:g} s away, the longest that a run may wait here")
+    if left_s > _LONGEST_WAIT_S:
+        raise _bad("run.start_by_time", "is more than a year away")

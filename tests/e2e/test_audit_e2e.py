@@ -287,10 +287,10 @@ def test_a_run_is_on_record_with_prompt_model_and_end(daemon: DaemonProcess):
         list(client.run("how much memory is free?"))  # the model is loaded then, and its file read
         run = list(client.run(prompt))[-1].run.name.removeprefix("runs/")
     events = daemon.json("audit", "list", f"run={run}")
-    assert (events[0]["kind"], events[-1]["kind"]) == ("run.start", "run.end")
-    start, end = events[0]["body"]["detail"], events[-1]["body"]["detail"]
+    assert [events[n]["kind"] for n in (0, 1, -1)] == ["run.queue", "run.start", "run.end"]
+    start, end = events[1]["body"]["detail"], events[-1]["body"]["detail"]
     with Client(daemon.socket) as client:
-        (kept,) = client.audit_event(int(events[0]["sequence"]), with_payloads=True).payloads
+        (kept,) = client.audit_event(int(events[1]["sequence"]), with_payloads=True).payloads
     assert (kept.field, json.loads(kept.value)) == ("detail.prompt", prompt)
     assert (
         start["prompt"]["$commitment"]
@@ -299,7 +299,7 @@ def test_a_run_is_on_record_with_prompt_model_and_end(daemon: DaemonProcess):
     assert len(start["model"]["sha256"]) == 64
     assert start["model"]["file"].endswith("pocket.gguf")
     assert (end["state"], end["stop_reason"]) == ("succeeded", "answered")
-    assert {event["body"]["cause"] for event in events[1:-1]} == {run}
+    assert {event["body"]["cause"] for event in events[2:-1]} == {run}
     assert prompt not in str(events)
 
 

@@ -188,18 +188,6 @@ def test_a_budget_beyond_all_bounds_is_as_good_as_none(shared: Device):
         assert ended(client, client.create_run("hello", budget=most)).stop_reason == Run.STOP_REASON_ANSWERED
 
 
-def test_a_start_by_time_in_the_year_9999_is_kept_over_a_restart(tmp_path: Path):
-    with on_battery(tmp_path) as device:
-        with Client(device.socket) as client:
-            run = background(client, "hello", start_by=datetime(9999, 12, 31, tzinfo=UTC))
-        device.kill()
-        device.start()
-        with Client(device.socket) as client:
-            assert client.get_run(run.name) == run
-            device.charge(50, "Charging")
-            assert ended(client, run).state == Run.STATE_SUCCEEDED
-
-
 def test_a_deferred_run_is_on_disk_before_its_client_has_the_answer(tmp_path: Path):
     """Killed the moment CreateRun has returned; the client repeats its requests and gets the same runs."""
     with on_battery(tmp_path) as device:
@@ -524,7 +512,6 @@ def test_calls_without_a_model_spend_a_quota_that_each_has_for_itself(tmp_path: 
             assert error.reason is Reason.QUOTA_SPENT
             assert "3 calls" in error.message
             assert float(error.metadata["retry_s"]) > 0
-            assert refusal(lambda: one.create_run("what time is it")).reason is Reason.QUOTA_SPENT
             two.call("system.time", {})
         device.kill()
         device.start()
@@ -587,8 +574,6 @@ def test_a_quota_of_calls_ends_a_run_and_is_not_its_tools_failure(tmp_path: Path
         assert error.reason is Reason.QUOTA_SPENT
         answer(client, asks)
         assert ended(client, run).state == Run.STATE_SUCCEEDED
-        again = refusal(lambda: client.create_run("what time is it"))
-        assert again.reason is Reason.QUOTA_SPENT
         refused = device.command("tools", "call", "system.time", check=False)
         assert refused.returncode == 1
         assert len(refused.stderr.strip().splitlines()) <= 3

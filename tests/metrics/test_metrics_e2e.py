@@ -110,7 +110,7 @@ def test_what_is_missing_or_taken_is_said(tmp_path: Path):
         taken.listen()
         daemon = DaemonProcess(tmp_path, extra=f'[metrics]\nlisten = "127.0.0.1:{taken.getsockname()[1]}"\n')
         assert daemon.start(wait=False).ended() == 1
-        assert "can't be served at" in daemon.log
+        assert "can't be listened at" in daemon.log
     code = "import sys; sys.modules['prometheus_client'] = None\nfrom agentd.metrics import exporters\nexporters('x:1', '', 60, list)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "which is not installed" in done.stderr
