@@ -194,6 +194,12 @@ class QuotaConfig(_Strict):
     calls: int | None = Field(default=None, ge=0)
     joules: float | None = Field(default=None, ge=0)
 
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if all(limit is None for limit in (self.tokens, self.seconds, self.calls, self.joules)):
+            raise ValueError("a quota needs tokens, seconds, calls or joules")
+        return self
+
 
 class TaintConfig(_Strict):
     """What is read outside `trusted` makes a run untrusted, what is read in `private` makes it private."""

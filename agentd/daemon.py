@@ -37,7 +37,7 @@ from agentd.config import DEVICES
 from agentd.engine.calibrate import Calibrator, Progress
 from agentd.engine.client import Engine
 from agentd.engine.throttle import Throttle
-from agentd.errors import AgentdError, EngineError, Reason, SandboxError, StoreError
+from agentd.errors import AgentdError, EngineError, Reason, StoreError
 from agentd.grants import Approvals, Clock, Grant, Grants, Notifier, Taint, moment, propose
 from agentd.journal import Journal
 from agentd.metrics import Sources, collect, exporters
@@ -52,8 +52,6 @@ from agentd.v1 import system_pb2
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
-
-    from agentd_sandbox import Level
 
     from agentd.budgets import Allowance, Priority
     from agentd.budgets.governor import Budget
@@ -359,7 +357,7 @@ class Daemon:
         config = self._config
         self._level = probe()
         if not self._level.reaches(config.sandbox.minimum):
-            raise _below_minimum(self._level, config.sandbox.minimum)
+            raise parts.below_minimum(self._level, config.sandbox.minimum)
         self._sandbox = Sandbox(
             self._toolbox.programs,
             config.tools.folder,
@@ -395,12 +393,3 @@ class Daemon:
         except EngineError as e:
             self._model_error = str(e)
             _log.error("%s", e)
-
-
-def _below_minimum(level: Level, minimum: str) -> SandboxError:
-    return SandboxError(
-        Reason.SANDBOX_UNSUPPORTED,
-        f"This machine confines tools at {level.name}, and sandbox.minimum in agentd.toml is {minimum}.",
-        hint=f"Missing: {'; '.join(level.missing) or 'nothing that was looked for'}. docs/sandbox.md explains the levels.",
-        metadata={"level": level.name, "minimum": minimum},
-    )

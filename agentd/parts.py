@@ -27,13 +27,15 @@ from agentd.budgets.programs import Teller
 from agentd.budgets.supplies import supply
 from agentd.engine.prompt import ToolSpec
 from agentd.engine.settings import EngineSettings, Room
-from agentd.errors import ConfigError, Reason, RequestError
+from agentd.errors import ConfigError, Reason, RequestError, SandboxError
 from agentd.grants import Conditions, Grant, parse
 from agentd.journal import Keep
 from agentd.runs import Limits, ModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from agentd_sandbox import Level
 
     from agentd.audit import AuditLog
     from agentd.budgets import Allowance, Policy
@@ -197,3 +199,12 @@ def model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
     specs = tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in toolbox.tools.values())
     engine = config.engine
     return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)
+
+
+def below_minimum(level: Level, minimum: str) -> SandboxError:
+    return SandboxError(
+        Reason.SANDBOX_UNSUPPORTED,
+        f"This machine confines tools at {level.name}, and sandbox.minimum in agentd.toml is {minimum}.",
+        hint=f"Missing: {'; '.join(level.missing) or 'nothing that was looked for'}. docs/sandbox.md explains the levels.",
+        metadata={"level": level.name, "minimum": minimum},
+    )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from agentd.budgets import Priority, Usage
 from agentd.engine.prompt import Called, Part, Responded, Said, Turn
+from agentd.errors import Reason, RequestError
 from agentd.grants import Labels
 from agentd.grants import State as ApprovalState
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 _NONE = Labels()
 _UNBOUNDED = Usage()
+LONGEST_PROMPT = 1 << 20
+_LONGEST_WAIT_S = 366 * 86400.0
 WAITS = ApprovalState.PENDING
 
 
@@ -65,6 +70,30 @@ class RunRequest:
     budget: Usage = _UNBOUNDED
     token: str = ""
     """Id of the token that was shown, if one was."""
+
+    def check(self) -> None:
+        """Raises RequestError (BAD_FIELD)."""
+        if not self.prompt.strip():
+            raise _bad("run.prompt", "is empty")
+        if len(self.prompt) > LONGEST_PROMPT:
+            raise _bad("run.prompt", f"has {len(self.prompt)} characters; {LONGEST_PROMPT} are the most")
+        if "\0" in self.prompt:
+            raise _bad("run.prompt", "contains a NUL character")
+        for field_name, value in (("run.session", self.session), ("request_id", self.request_id)):
+            if len(value) > 64 or not value.isprintable():
+                raise _bad(field_name, "is longer than 64 characters or not printable")
+        for name, amount in asdict(self.budget).items():
+            if not 0 <= amount < math.inf:
+                raise _bad(f"run.budget.{name}", "is negative or no number")
+        left_s = (self.start_by_ns - time.time_ns()) / 1e9 if self.start_by_ns else _LONGEST_WAIT_S
+        if left_s <= 0:
+            raise _bad("run.start_by_time", "is not in the future")
+        if left_s > _LONGEST_WAIT_S:
+            raise _bad("run.start_by_time", "is more than a year away")
+
+
+def _bad(field_name: str, why: str) -> RequestError:
+    return RequestError(Reason.BAD_FIELD, f"{field_name} {why}.", field=field_name, metadata={"field": field_name})
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Limits", "ModelSettings", "Runs"]
 
 _log = logging.getLogger(__name__)
-LONGEST_PROMPT = 1 << 20
 _NOT_READY_S = 2.0
-_LONGEST_WAIT_S = 366 * 86400.0
 STOP_TIMEOUT_S = 15.0
 
 
@@ -84,7 +82,7 @@ class Runs:
         Raises RequestError: BAD_FIELD, REQUEST_ID_REUSED; OverBudget, QueueFull, QuotaSpent; StoreError; DaemonError
         (DAEMON_STOPPING).
         """
-        _check(asked)
+        asked.check()
         if self._stopping:
             raise _stopping()
         if asked.request_id and (known := await self._records.asked_for(asked.principal, asked.request_id)):
@@ -391,32 +389,3 @@ class Runs:
 
 def _stopping() -> DaemonError:
     return DaemonError(Reason.DAEMON_STOPPING, "The daemon is stopping.", hint="Try again when it is back.")
-
-
-def _bad(field: str, why: str) -> RequestError:
-    return RequestError(Reason.BAD_FIELD, f"{field} {why}.", field=field, metadata={"field": field})
-
-
-def _check(asked: RunRequest) -> None:
-    if not asked.prompt.strip():
-        raise _bad("run.prompt", "is empty")
-    if len(asked.prompt) > LONGEST_PROMPT:
-        raise _bad("run.prompt", f"has {len(asked.prompt)} characters; {LONGEST_PROMPT} are the most")
-    if "\0" in asked.prompt:
-        raise _bad("run.prompt", "contains a NUL character")
-    for field_name, value in (("run.session", asked.session), ("request_id", asked.request_id)):
-        if len(value) > 64 or not value.isprintable():
-            raise _bad(field_name, "is longer than 64 characters or not printable")
-    for name, amount in asdict(asked.budget).items():
-        if not 0 <= amount < math.inf:
-            raise _bad(f"run.budget.{name}", "is negative or no number")
-    if asked.start_by_ns:
-        _check_time(asked.start_by_ns)
-
-
-def _check_time(start_by_ns: int) -> None:
-    left_s = (start_by_ns - time.time_ns()) / 1e9
-    if left_s <= 0:
-        raise _bad("run.start_by_time", "is not in the future")
-    if left_s > _LONGEST_WAIT_S:
-        raise _bad("run.start_by_time", "is more than a year away")

@@ -227,26 +227,6 @@ def test_a_request_id_is_its_principals_own_and_of_one_request(tmp_path: Path):
         assert refusal(lambda: background(client, "hello", request_id="x" * 65)).reason is Reason.BAD_FIELD
 
 
-def test_a_repeated_request_gets_its_run_where_a_new_one_is_refused(tmp_path: Path):
-    """Full queue, heat, a spent quota: none of them is a reason to hide a run that was admitted."""
-    extra = '[budgets.admission]\nqueue_max = 1\n[[quotas]]\nprincipal = "token:*"\nper = "day"\ntokens = 1\n'
-    with Device(tmp_path, extra=QUICK + extra).made().running() as device, Client(device.socket) as client:
-        with Client(device.socket, token=token(client, "phone")[1]) as phone:
-            spent = phone.create_run("what time is it", request_id="spent")
-            assert ended(phone, spent).usage.generated_tokens == 1
-            assert refusal(lambda: phone.create_run("what time is it")).reason is Reason.QUOTA_SPENT
-            assert phone.create_run("what time is it", request_id="spent").name == spent.name
-        device.heat(83)
-        seen(client, _State.STATE_PAUSED)
-        waits = client.create_run("hello", request_id="full")
-        assert refusal(lambda: client.create_run("hello")).reason is Reason.QUEUE_FULL
-        assert client.create_run("hello", request_id="full").name == waits.name
-        device.heat(86)
-        seen(client, _State.STATE_SHED)
-        assert refusal(lambda: client.create_run("hello")).reason is Reason.BUDGET_THERMAL
-        assert client.create_run("hello", request_id="full").name == waits.name
-
-
 def test_a_full_background_keeps_nobody_else_out_and_sends_more_of_it_away_for_longer(tmp_path: Path):
     with on_battery(tmp_path, "[budgets.admission]\nbackground_queue_max = 2\n") as device, Client(device.socket) as client:
         first, second = background(client, "hello"), background(client, "hello")
@@ -376,20 +356,6 @@ def test_a_run_whose_time_has_passed_while_the_daemon_was_dead_does_not_begin(tm
             assert hellos(device) == 0
             until(lambda: kinds(client, run) == ["run.queue", "run.end"])
             assert client.verify().first_bad_sequence == 0
-
-
-def test_a_run_does_not_wait_longer_than_it_may(tmp_path: Path):
-    """`wait_s`; the error is one that a person understands, on the command line, too."""
-    extra = QUICK + "[budgets.admission]\nwait_s = 0.5\n"
-    with Device(tmp_path, extra=extra).made().running() as device, Client(device.socket) as client:
-        device.heat(83)
-        seen(client, _State.STATE_PAUSED)
-        run = ended(client, client.create_run("hello"))
-        assert (run.state, reason_of(run)) == (Run.STATE_FAILED, "NOT_BEGUN")
-        told = device.command("run", "hello", check=False)
-        assert told.returncode == 1
-        assert "83" in told.stderr + told.stdout
-        assert len(told.stderr.strip().splitlines()) <= 4
 
 
 def test_a_queued_run_sees_what_came_before_it_in_its_session_over_a_kill(tmp_path: Path):
@@ -729,24 +695,6 @@ def test_killed_while_a_person_is_asked_it_is_failed_and_never_runs_again(tmp_pa
             assert client.verify().first_bad_sequence == 0
 
 
-def test_killed_while_heat_holds_a_run_between_two_turns(device: Device):
-    with Client(device.socket) as client, contextlib.suppress(AgentdError, grpc.RpcError), asked(client) as question:
-        run = client.create_run(ASKS)
-        asks = question()
-        device.heat(83)
-        seen(client, _State.STATE_PAUSED)
-        answer(client, asks)
-        until(lambda: not client.approvals())
-        assert client.get_run(run.name).state == Run.STATE_RUNNING
-        device.kill()
-    device.heat(50)
-    device.start()
-    with Client(device.socket) as client:
-        assert ended(client, run).state == Run.STATE_FAILED
-        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-        assert client.verify().first_bad_sequence == 0
-
-
 def test_stopped_while_heat_holds_some_runs_and_others_are_deferred(device: Device):
     """SIGTERM: status 0 at once, watchers are told, what people wait for fails and what can wait stays."""
     with Client(device.socket) as client, ThreadPoolExecutor(2) as pool:
@@ -912,43 +860,6 @@ def test_a_span_that_makes_no_sense_is_said_in_a_line_or_two(shared: Device, wit
     assert len(message) <= 2
 
 
-def test_what_is_in_the_background_is_shown_by_all_commands(tmp_path: Path):
-    with on_battery(tmp_path) as device:
-        (created,) = device.json("run", "--background", "hello")
-        text = json.dumps(created)
-        (listed,) = device.json("runs")
-        assert listed["name"] in text
-        assert "hello" in device.command("runs").stdout
-        assert "1" in device.command("top", "--once").stdout
-        (picture,) = device.json("top", "--once")
-        assert listed["name"] in json.dumps(picture)
-
-
-def test_what_a_client_wrote_does_not_take_over_the_terminal_of_who_looks(tmp_path: Path):
-    """Escape sequences, markup, line ends, a novel: in `runs`, `top`, `runs show`."""
-    prompts = [
-        "\x1b[2J\x1b]0;owned\x07 [/red][bold",
-        "[/not-a-tag] [link=file:///]x",
-        "a\r\nb\u202e\u2028c\x9b31m",
-        "word " * 300,
-    ]
-    with on_battery(tmp_path) as device, Client(device.socket) as client:
-        with Client(device.socket, token=token(client, "hostile")[1]) as hostile:
-            runs = []
-            for prompt in prompts:
-                with contextlib.suppress(AgentdError):
-                    runs.append(background(hostile, prompt, session="[/x]"))
-            assert runs
-        for arguments in (
-            ("runs",),
-            ("top", "--once"),
-            *(("runs", "cancel", run.name) for run in runs),
-            ("runs", "show", runs[0].name),
-        ):
-            shown = device.command(*arguments, check=False).stdout
-            assert not {"\x1b", "\x9b", "\x07", "\u202e", "\r"} & set(shown), (arguments, shown)
-
-
 def test_commands_about_runs_that_are_not_there_say_so_in_a_line_or_two(shared: Device):
     for arguments in (
         ("runs", "show", "nonsense"),
@@ -997,21 +908,6 @@ def test_a_cancel_that_races_with_the_beginning_leaves_one_end(device: Device):
             assert ended(client, run) == client.get_run(run.name)
             until(lambda run=run: kinds(client, run).count("run.end") == 1)  # type: ignore[misc]
         assert not client.status().runs
-
-
-def test_a_date_that_no_calendar_has_does_not_blind_whoever_lists_runs(tmp_path: Path):
-    """From a client that may start runs, and no more."""
-    with on_battery(tmp_path) as device:
-        with Client(device.socket) as client, Client(device.socket, token=token(client, "hostile")[1]) as hostile:
-            run = Run(prompt="hello", priority=Run.PRIORITY_BACKGROUND, start_by_time={"seconds": 2**55})
-            with contextlib.suppress(AgentdError):
-                hostile._call(hostile._runs.CreateRun, run_pb2.CreateRunRequest(run=run, request_id="r"))
-        device.command("runs")
-        device.json("runs")
-        device.command("top", "--once")
-        device.kill()
-        device.start()
-        device.json("runs")
 
 
 def test_whoever_saw_much_of_a_run_still_sees_its_end_after_a_kill(tmp_path: Path):
