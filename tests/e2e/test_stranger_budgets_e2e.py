@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import http.server
-import itertools
 import json
-import os
 import re
-import signal
 import socket
 import socketserver
 import subprocess
@@ -226,64 +223,6 @@ def battery(device: Device, **settings: object) -> Device:
     return device
 
 
-@pytest.mark.parametrize("poll", [30])
-def test_batteries_that_only_other_programs_know_of_run_low(tmp_path: Path, poll: int):
-    """NUT, PiSugar and a command, each asked every 30 s. The battery in sysfs is another one and does not count."""
-    ups = {"battery.charge": "90", "ups.status": "OL CHRG", "battery.temperature": "25"}
-    sugar = {"battery": "90.5", "battery_charging": "false", "battery_power_plugged": "true"}
-
-    def pisugar(line: str) -> str:
-        name = line.removeprefix("get ").strip()
-        return f"{name}: {sugar[name]}" if name in sugar else "Invalid request."
-
-    with contextlib.ExitStack() as stack:
-        nut_server, sugar_server = stack.enter_context(Ups(nut(ups)).serving()), stack.enter_context(Ups(pisugar).serving())
-        told = script(tmp_path, 'echo \'{"percentage": 90, "charging": true}\'')
-        devices = {name: Device(tmp_path / name).made() for name in ("nut", "pisugar", "command")}
-        battery(devices["nut"], provider="nut", address=f"ups@127.0.0.1:{nut_server.port}")
-        battery(devices["pisugar"], provider="pisugar", address=f"127.0.0.1:{sugar_server.port}")
-        battery(devices["command"], provider="command", command=[told])
-        for each in devices.values():
-            each.charge(3, "Discharging")
-            stack.enter_context(each.running())
-        clients = [stack.enter_context(Client(each.socket)) for each in devices.values()]
-        for client in clients:
-            until(lambda client=client: readings(client).get("charging") == 1)  # type: ignore[misc]
-            assert readings(client)["battery_pct"] == pytest.approx(90, abs=1)
-            assert state_of(client, "battery") == _State.STATE_NOMINAL
-        ups |= {"ups.status": "OB DISCHRG", "battery.charge": "20"}
-        sugar |= {"battery_power_plugged": "false", "battery": "20.0"}
-        script(tmp_path, 'echo \'{"percentage": 20, "charging": false}\'')
-        deadline = time.monotonic() + poll + 15
-        while any(state_of(client, "battery") != _State.STATE_PAUSED for client in clients):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert all("20" in client.budgets().reason for client in clients)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        lambda _: 'VAR ups battery.charge "nan"',
-        lambda _: "ERR ACCESS-DENIED",
-        lambda _: b"x" * 5_000_000,
-        lambda _: None,
-        lambda _: b'VAR ups [/red]\x1b[31m "[bold"\n',
-    ],
-    ids=["nan", "denied", "endless", "hangup", "markup"],
-)
-def test_a_ups_that_never_said_anything_sensible_is_none_and_that_is_said(tmp_path: Path, answer: Callable[[str], str]):
-    with Ups(answer).serving() as ups:
-        device = battery(Device(tmp_path).made(), provider="nut", address=f"ups@127.0.0.1:{ups.port}")
-        with device.running(), Client(device.socket) as client:
-            until(lambda: client.budgets().faults or "battery" in client.budgets().unenforced)
-            until(lambda: "battery" in client.budgets().unenforced)
-            assert "battery_pct" not in readings(client)
-            assert "battery" in device.command("budget").stdout
-            assert not {"\x1b", "\x07"} & set(device.command("budget").stdout)
-            assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-
-
 def script(root: Path, text: str) -> str:
     path = root / "battery.sh"
     new = root / "battery.new"
@@ -293,106 +232,11 @@ def script(root: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        'echo \'{"percentage": 150, "charging": false}\'',
-        'echo \'{"percentage": -3, "charging": false}\'',
-        'echo \'{"percentage": NaN, "charging": false}\'',
-        "echo '{\"percentage\": true}'",
-        'echo \'{"percentage": "5"}\'',
-        "echo '[5]'",
-        "echo '{'",
-        "exit 1",
-        "exit 0",
-        "yes 5 | head -c 20000000",
-        "printf '\\377\\376\\033[31m' >&2; exit 3",
-        "kill -9 $$",
-    ],
-)
-def test_a_command_that_says_what_can_not_be_true_has_said_nothing(tmp_path: Path, text: str):
-    device = battery(Device(tmp_path).made(), provider="command", command=[script(tmp_path, text)])
-    with device.running(), Client(device.socket) as client:
-        until(lambda: "battery" in client.budgets().unenforced)
-        assert "battery_pct" not in readings(client)
-        assert "\x1b" not in device.command("budget").stdout
-
-
-def test_a_command_that_hangs_is_killed_with_all_it_has_started(tmp_path: Path):
-    """After 5 s, as documented; the daemon answers meanwhile, and stops while it hangs."""
-    pids = tmp_path / "pids"
-    hangs = script(tmp_path, f"sleep 300 & echo $! >> {pids}; echo $$ >> {pids}; wait")
-    device = battery(Device(tmp_path).made(), provider="command", command=[hangs])
-    with device.running(), Client(device.socket) as client:
-        until(lambda: pids.exists() and len(pids.read_text().split()) >= 2)
-        first = pids.read_text().split()[:2]
-        begun = time.monotonic()
-        client.budgets()
-        assert time.monotonic() - begun < 2
-        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-        until(lambda: not any(_alive(int(pid)) for pid in first))
-        until(lambda: "battery" in client.budgets().unenforced)
-    until(lambda: not any(_alive(int(pid)) for pid in pids.read_text().split()))
-
-
 def _alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
-
-
-def test_a_command_that_is_not_there_is_said_and_nothing_else_suffers(tmp_path: Path):
-    device = battery(Device(tmp_path).made(), provider="command", command=["/nonexistent/battery"])
-    with device.running(), Client(device.socket) as client:
-        until(lambda: any("/nonexistent/battery" in why for why in client.budgets().faults.values()))
-        assert "battery" in client.budgets().unenforced
-        assert client.budgets().state == _State.STATE_NOMINAL
-        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-        told = device.command("doctor").stdout
-        assert "battery" in told
-
-
-def test_without_a_battery_provider_the_battery_is_not_looked_at_and_the_background_runs(tmp_path: Path):
-    device = battery(Device(tmp_path).made(), provider="none")
-    device.charge(3, "Discharging")
-    with device.running(), Client(device.socket) as client:
-        assert "battery" in client.budgets().unenforced
-        assert client.budgets().state == _State.STATE_NOMINAL
-        assert "battery_pct" not in readings(client)
-        run = client.create_run("hello", priority=Run.PRIORITY_BACKGROUND)
-        assert ended(client, run).state == Run.STATE_SUCCEEDED
-
-
-def test_a_battery_that_is_pulled_out_is_bad_news(tmp_path: Path):
-    """It has spoken once: reduced, with a reason; nominal again when it is back."""
-    device = battery(Device(tmp_path).made(), provider="auto")
-    device.charge(80, "Discharging")
-    with device.running(), Client(device.socket) as client:
-        until(lambda: readings(client).get("battery_pct") == 80)
-        gone = tmp_path / "gone"
-        device.battery.rename(gone)
-        told = seen(client, _State.STATE_REDUCED)[-1]
-        assert told.cause == "battery"
-        assert told.reason
-        assert not told.background
-        gone.rename(device.battery)
-        seen(client, _State.STATE_NOMINAL)
-
-
-@pytest.mark.parametrize("value", ["", "4000000", "nan", "9" * 400])
-def test_a_thermometer_that_says_nonsense_has_said_nothing(tmp_path: Path, value: str):
-    """From the start: not enforced. It would be the worst time to shed, or to melt."""
-    device = battery(Device(tmp_path).made(), provider="none")
-    (device.zone / "temp").write_text(value, encoding="latin-1")
-    with device.running(), Client(device.socket) as client:
-        until(lambda: "thermal" in client.budgets().unenforced)
-        assert client.budgets().state == _State.STATE_NOMINAL
-        device.heat(86)
-        assert seen(client, _State.STATE_SHED)[-1].cause == "thermal"
-        (device.zone / "temp").write_text(value, encoding="latin-1")
-        time.sleep(1.5)
-        assert state_of(client, "thermal") >= _State.STATE_REDUCED
 
 
 def test_zones_that_are_not_there_are_said_with_what_is(tmp_path: Path):
@@ -420,59 +264,6 @@ def meminfo(device: Device, available_kb: object, total_kb: int = 8_000_000) -> 
     path.with_name("new").rename(path)
 
 
-def test_memory_that_runs_out_sheds_and_comes_back_past_a_margin(device: Device):
-    with Client(device.socket) as client:
-        ended(client, client.create_run("hello"))
-        until(lambda: "anonymous_mib" in readings(client))
-        meminfo(device, 300 * 1024)
-        shed = seen(client, _State.STATE_SHED)[-1]
-        assert (shed.cause, shed.background) == ("memory", False)
-        assert "MiB" in shed.reason
-        error = refusal(lambda: client.create_run("hello"))
-        assert (error.reason, error.metadata["state"]) == (Reason.BUDGET_MEMORY, "shed")
-        until(lambda: not client.status().engine_pid)
-        until(lambda: "anonymous_mib" not in readings(client))
-        assert client.call("system.time", {}).output_json
-        waits = client.create_run("hello", priority=Run.PRIORITY_BACKGROUND)
-        meminfo(device, 410 * 1024)  # above the limit, within the margin of a quarter
-        time.sleep(1.5)
-        assert state_of(client, "memory") == _State.STATE_SHED
-        meminfo(device, 6000 * 1024)
-        seen(client, _State.STATE_NOMINAL)
-        assert ended(client, waits).state == Run.STATE_SUCCEEDED
-
-
-@pytest.mark.parametrize("value", ["-5", "junk", "", "9" * 400])
-def test_a_meminfo_that_makes_no_sense_does_not_end_the_daemon(tmp_path: Path, value: str):
-    device = Device(tmp_path, extra=QUICK).made()
-    meminfo(device, value)
-    with device.running(), Client(device.socket) as client:
-        assert client.budgets().state != _State.STATE_SHED
-        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-        meminfo(device, 100 * 1024)
-        assert seen(client, _State.STATE_SHED)[-1].cause == "memory"
-
-
-def test_a_board_with_less_memory_than_its_class_is_nominal_when_it_is_at_rest(tmp_path: Path):
-    """At most 35 % and 20 % of what there is: a Pi 5's 1000 MiB would never be left of 512."""
-    device = Device(tmp_path, extra=QUICK).made()
-    meminfo(device, 300 * 1024, total_kb=512 * 1024)
-    with device.running(), Client(device.socket) as client:
-        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-        assert client.budgets().state == _State.STATE_NOMINAL
-        meminfo(device, 150 * 1024, total_kb=512 * 1024)
-        seen(client, _State.STATE_REDUCED)
-
-
-def test_a_model_with_nothing_to_do_is_unloaded_and_the_next_request_loads_it(tmp_path: Path):
-    device = Device(tmp_path, extra=QUICK + "[budgets.memory]\nidle_unload_s = 1\n").made()
-    with device.running(), Client(device.socket) as client:
-        for _ in range(2):
-            assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-            until(lambda: not client.status().engine_pid)
-            assert client.budgets().state == _State.STATE_NOMINAL
-
-
 def test_a_model_that_is_too_large_is_said_in_two_lines_with_the_key(tmp_path: Path):
     text = "[budgets.memory]\nmax_anon_mib = 20\nreduce_available_mib = 20\nshed_available_mib = 10\n"
     with DaemonProcess(tmp_path, extra=text).running() as daemon:
@@ -496,96 +287,6 @@ def two_threads(tmp_path: Path) -> Iterator[Device]:
     device.zone.rmdir()
     with device.running() as running:
         yield running
-
-
-def test_a_device_without_a_thermometer_is_calibrated_for_speed_only(two_threads: Device):
-    told = two_threads.json("calibrate", "--minutes", "0.1")
-    assert told[-1]["saved"] is True
-    fractions = [each["fraction"] for each in told]
-    assert fractions == sorted(fractions)
-    assert [point["threads"] for point in told[-1]["points"]] == [1, 2]
-    assert all(point["tokens_per_second"] > 0 for point in told[-1]["points"])
-    assert not any("hottest_celsius" in point or "watts" in point for point in told[-1]["points"])
-
-
-def test_only_an_admin_may_calibrate_and_one_at_a_time(two_threads: Device):
-    with Client(two_threads.socket) as client:
-        user = client.create_token(token_pb2.Token(label="phone", roles=["user"])).secret
-        with Client(two_threads.socket, token=user) as phone:
-            assert phone.budgets().device == "pi5"
-            error = refusal(lambda: list(phone.calibrate(5)))
-            assert (error.reason, error.metadata["role"]) == (Reason.ROLE_REQUIRED, "admin")
-        stream = client.calibrate(6)
-        next(stream)
-        second = refusal(lambda: list(client.calibrate(6)))
-        assert second.reason not in {Reason.INTERNAL, Reason.BAD_FIELD}
-        assert "calibrat" in second.message.lower()
-        run = client.create_run("what time is it")
-        assert ended(client, run).state == Run.STATE_SUCCEEDED
-        assert client.call("system.time", {}).output_json
-        assert list(stream)[-1].saved
-        assert (two_threads.state / "calibration.json").exists()
-
-
-def test_a_calibration_of_an_impossible_length_names_the_field(device: Device):
-    with Client(device.socket) as client:
-        for seconds in (0.0, -5.0, 1.0, 3601.0, 1e12):
-            error = refusal(lambda seconds=seconds: list(client.calibrate(seconds)))  # type: ignore[misc]
-            assert (error.reason, error.metadata.get("field")) == (Reason.BAD_FIELD, "duration")
-
-
-def test_a_calibration_that_is_killed_or_interrupted_keeps_nothing(two_threads: Device):
-    command = [sys.executable, "-m", "agentd", "--socket", str(two_threads.socket), "calibrate", "--minutes", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as calibrating:
-        with Client(two_threads.socket) as client:
-            until(lambda: client.status().engine_pid)
-        time.sleep(0.5)
-        calibrating.send_signal(signal.SIGINT)
-        _, errors = calibrating.communicate(timeout=20)
-    assert calibrating.returncode in {1, 130}
-    assert "Traceback" not in errors
-    with Client(two_threads.socket) as client:
-        stream = client.calibrate(60)
-        next(stream)
-        two_threads.kill()
-        with contextlib.suppress(AgentdError):
-            list(stream)
-    assert not (two_threads.state / "calibration.json").exists()
-    two_threads.start()
-    with Client(two_threads.socket) as client:
-        stream = client.calibrate(60)
-        next(stream)
-        stopped = time.monotonic()
-        assert two_threads.stop() == 0
-        assert time.monotonic() - stopped < 10
-        with contextlib.suppress(AgentdError):
-            list(stream)
-    assert not (two_threads.state / "calibration.json").exists()
-
-
-def test_a_device_that_is_too_hot_or_too_empty_is_not_calibrated(device: Device):
-    with Client(device.socket) as client:
-        for make, reason in (
-            (lambda: device.heat(86), Reason.BUDGET_THERMAL),
-            (lambda: device.charge(8, "Discharging"), Reason.BUDGET_BATTERY),
-        ):
-            make()
-            seen(client, _State.STATE_SHED)
-            error = refusal(lambda: list(client.calibrate(5)))
-            assert error.reason is reason
-            assert float(error.metadata["retry_s"]) > 0
-            device.heat(50)
-            device.charge(80, "Charging")
-            seen(client, _State.STATE_NOMINAL)
-
-
-@pytest.mark.parametrize("text", ["\x00", "9" * 5000, '{"model":"m","points":[{"threads":1e400}]}'])
-def test_a_calibration_file_that_was_damaged_is_none(tmp_path: Path, text: str):
-    device = Device(tmp_path, extra=QUICK).made()
-    device.state.mkdir(mode=0o700)
-    (device.state / "calibration.json").write_text(text)
-    with device.running(), Client(device.socket) as client:
-        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
 
 
 # Metrics
@@ -646,19 +347,6 @@ def test_metrics_are_those_of_the_documentation_and_say_nothing_else(measured: t
         assert f'agentd_budget_state{{budget="{budget}"}}' in text
 
 
-def test_counters_count_what_runs_have_used(measured: tuple[Device, Scraped]):
-    device, scraped = measured
-    with Client(device.socket) as client:
-        until(lambda: client.budgets().state == _State.STATE_NOMINAL)
-        before = scraped.value("agentd_tokens_total", kind="generated") or 0
-        admitted = scraped.value("agentd_admission_total", **{"class": "normal", "decision": "admitted"}) or 0
-        run = ended(client, client.create_run("what time is it"))
-        until(lambda: scraped.value("agentd_tokens_total", kind="generated") == before + run.usage.generated_tokens)
-        assert scraped.value("agentd_admission_total", **{"class": "normal", "decision": "admitted"}) == admitted + 1
-        until(lambda: scraped.value("agentd_runs_active") == 0)
-        assert scraped.value("agentd_calls_running") == 0
-
-
 JUNK = [
     b"",
     b"\r\n\r\n",
@@ -694,16 +382,6 @@ def test_junk_at_the_port_of_metrics_harms_nothing(measured: tuple[Device, Scrap
     assert "Traceback" not in device.log
 
 
-def test_clients_that_say_nothing_do_not_keep_the_daemon_from_stopping(tmp_path: Path):
-    port = free_port()
-    device = Device(tmp_path, extra=QUICK + f'[metrics]\nlisten = "127.0.0.1:{port}"\n').made()
-    with device.running(), socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
-        slow.sendall(b"GET /metrics HT")
-        stopped = time.monotonic()
-        assert device.stop() == 0
-        assert time.monotonic() - stopped < 10
-
-
 @contextlib.contextmanager
 def collector(status: int = 200, delay_s: float = 0) -> Iterator[tuple[str, list[bytes]]]:
     """An OTLP receiver: its address and what it was sent."""
@@ -735,43 +413,6 @@ def collector(status: int = 200, delay_s: float = 0) -> Iterator[tuple[str, list
         server.server_close()
 
 
-def test_a_collector_gets_the_documented_metrics(tmp_path: Path):
-    proto = pytest.importorskip("opentelemetry.proto.collector.metrics.v1.metrics_service_pb2")
-    with collector() as (url, bodies):
-        device = Device(tmp_path, extra=QUICK + f'[metrics]\notlp = "{url}"\nevery_s = 1\n').made()
-        with device.running(), Client(device.socket) as client:
-            ended(client, client.create_run("append swordfish to log.txt"))
-            count = len(bodies)
-            until(lambda: len(bodies) > count + 1)
-        names = set()
-        for body in bodies:
-            import gzip
-
-            plain = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
-            assert b"swordfish" not in plain
-            request = proto.ExportMetricsServiceRequest.FromString(plain)
-            names |= {m.name for r in request.resource_metrics for s in r.scope_metrics for m in s.metrics}
-    documented = set(re.findall(r"`(agentd_\w+)`", (DOCS / "metrics.md").read_text()))
-    flat = {re.sub(r"\W", "_", name) for name in names}
-    assert "agentd_budget_state" in flat
-    assert {name for name in flat if not any(each.startswith(name) for each in documented)} == set()
-
-
-@pytest.mark.parametrize(("status", "delay_s"), [(500, 0.0), (200, 30.0), (0, 0.0)], ids=["fails", "hangs", "gone"])
-def test_a_collector_that_does_not_work_keeps_nothing_from_working_or_stopping(tmp_path: Path, status: int, delay_s: float):
-    with contextlib.ExitStack() as stack:
-        url, bodies = stack.enter_context(collector(status, delay_s)) if status else (f"http://127.0.0.1:{free_port()}/", [b""])
-        device = Device(tmp_path, extra=QUICK + f'[metrics]\notlp = "{url}"\nevery_s = 1\n').made()
-        with device.running(), Client(device.socket) as client:
-            until(lambda: bodies)
-            assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-            time.sleep(1.2)
-            assert client.budgets().state == _State.STATE_NOMINAL
-            stopped = time.monotonic()
-            assert device.stop() == 0
-            assert time.monotonic() - stopped < 12
-
-
 # The commands
 
 
@@ -797,50 +438,6 @@ def test_minutes_that_make_no_sense_are_a_mistake_of_usage(tmp_path: Path, minut
     told = DaemonProcess(tmp_path).command("calibrate", "--minutes", minutes, check=False)
     assert told.returncode == 2, told.stderr
     assert "--minutes" in told.stderr
-
-
-def test_the_budget_is_followed_to_ctrl_c(device: Device):
-    command = [sys.executable, "-m", "agentd", "--socket", str(device.socket), "budget", "--watch", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
-        assert watching.stdout is not None
-        assert json.loads(watching.stdout.readline())["state"] == "STATE_NOMINAL"
-        device.heat(86)
-        state = ""
-        while state != "STATE_SHED":
-            state = json.loads(watching.stdout.readline())["state"]
-        watching.send_signal(signal.SIGINT)
-        _, errors = watching.communicate(timeout=20)
-    assert watching.returncode in {0, 130}
-    assert "Traceback" not in errors
-
-
-def test_a_budget_that_is_followed_when_the_daemon_stops_says_so(device: Device):
-    command = [sys.executable, "-m", "agentd", "--socket", str(device.socket), "budget", "--watch", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
-        assert watching.stdout is not None
-        watching.stdout.readline()
-        device.stop()
-        _, errors = watching.communicate(timeout=20)
-    assert watching.returncode == 1
-    assert 1 <= len(errors.strip().splitlines()) <= 2, errors
-
-
-def test_the_pictures_fit_the_terminal_and_name_the_cause(device: Device):
-    with Client(device.socket) as client:
-        device.heat(86)
-        device.charge(45, "Discharging")
-        seen(client, _State.STATE_SHED)
-        client.create_run("hello", priority=Run.PRIORITY_BACKGROUND)
-        for columns, arguments in itertools.product(("20", "200"), (("budget",), ("top", "--once"), ("runs",))):
-            command = [sys.executable, "-m", "agentd", "--socket", str(device.socket), *arguments]
-            told = subprocess.run(
-                command, capture_output=True, text=True, timeout=30, check=True, env=os.environ | {"COLUMNS": columns}
-            )
-            assert "Traceback" not in told.stderr
-            if columns == "200" and arguments[0] != "runs":
-                assert "shed" in told.stdout
-                assert "86" in told.stdout
-                assert "45" in told.stdout
 
 
 def test_the_refusal_of_a_run_says_why_and_when_to_come_back(device: Device):
