@@ -160,14 +160,17 @@ class Budgets:
             was, now = budget.state.name.lower(), after.budgets[name].state.name.lower()
             tally.add("agentd_budget_state_seconds_total", {"budget": name, "state": was}, passed)
             if was != now:
-                tally.add("agentd_budget_transitions_total", {"budget": name, "from": was, "to": now})
+                tally.add(
+                    "agentd_budget_transitions_total",
+                    {"budget": name, "from": was, "to": now, "reason": after.budgets[name].code},
+                )
         if readings.undervoltage and not self._low:
             tally.add("agentd_undervoltage_events_total")
         self._low = bool(readings.undervoltage)
         if readings.at != self._counted:
             self._counted = readings.at
             for sensor in readings.faults:
-                tally.add("agentd_sensor_errors_total", {"sensor": sensor.partition(" (")[0]})
+                tally.add("agentd_sensor_errors_total", {"sensor": sensor.partition(" (")[0], "kind": "invalid"})
 
     def _record(self, before: Situation) -> None:
         """One that can't be put on record must not keep the others from what they are told."""

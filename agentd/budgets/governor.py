@@ -46,6 +46,8 @@ class Budget:
     reason: str = ""
     called: State = State.NOMINAL
     called_since: float = 0.0
+    code: str = ""
+    """Why in a word, of few: for metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class _Call:
     """Whether the least stay is waived: external power has come."""
     silent: bool = False
     """Whether nothing was said: that is no reason for anything to get better, and none for it to get worse yet."""
+    code: str = ""
 
 
 _NOTHING = _Call(State.NOMINAL, State.NOMINAL)
@@ -118,7 +121,8 @@ def _silence(policy: Policy, name: Name, after: Situation, now: float, call: _Ca
     if silent_s <= policy.states.stale_s:
         return call
     reduced = max(State.REDUCED, after.budgets[name].state)
-    return _Call(reduced, reduced, f"no {sensor.rpartition('_')[0].replace('_', ' ')} has come for {silent_s:.0f} s")
+    what = sensor.rpartition("_")[0].replace("_", " ")
+    return _Call(reduced, reduced, f"no {what} has come for {silent_s:.0f} s", code="silence")
 
 
 def _thermal(policy: Policy, after: Situation, now: float, readings: Readings) -> _Call:
@@ -128,16 +132,17 @@ def _thermal(policy: Policy, after: Situation, now: float, readings: Readings) -
     status = readings.thermal_status
     if status is not None and status >= _SEVERE:
         state = State.SHED if status >= _CRITICAL else State.PAUSED
-        return _Call(state, state, f"the device says that it is too hot (status {status})")
+        return _Call(state, state, f"the device says that it is too hot (status {status})", code="status")
     t, smooth = _plausible(readings.temperature_c), after.temperature_c
     low = now - after.low_voltage < thermal.undervoltage_s
     warm = status is not None and status >= _LIGHT
     reduced = State.REDUCED if after.controlling or low or warm else State.NOMINAL
     if t is None and status is not None:
-        return _Call(reduced, reduced, f"the device says that it is warm (status {status})")
+        return _Call(reduced, reduced, f"the device says that it is warm (status {status})", code="status")
     if t is None or smooth is None:
         why = "the supply voltage was too low"
-        return _Call(reduced, reduced, why) if low and "temperature_c" not in after.seen else replace(_NOTHING, silent=True)
+        unmeasured = low and "temperature_c" not in after.seen
+        return _Call(reduced, reduced, why, code="undervoltage") if unmeasured else replace(_NOTHING, silent=True)
     # One sample may be wrong: what is held is the smoothed one, or the raw one for as long as `_moved` wants.
     felt = max(t, smooth)
     enter = State.SHED if felt >= thermal.critical_c else State.PAUSED if felt >= thermal.pause_c else reduced
@@ -145,7 +150,8 @@ def _thermal(policy: Policy, after: Situation, now: float, readings: Readings) -
     marks = {State.SHED: thermal.critical_c, State.PAUSED: thermal.pause_c, State.REDUCED: thermal.control_on_c}
     reason = "the supply voltage was too low" if low and enter is State.REDUCED else f"it is {felt:.1f} C hot"
     reason += f" ({marks[enter]:g} and more)" if enter in marks and felt >= marks[enter] else ""
-    return _Call(enter, max(stay, enter), reason)
+    code = "undervoltage" if low and enter is State.REDUCED else "temperature"
+    return _Call(enter, max(stay, enter), reason, code=code)
 
 
 def _battery(battery: BatteryPolicy, state: State, readings: Readings) -> _Call:
@@ -153,13 +159,13 @@ def _battery(battery: BatteryPolicy, state: State, readings: Readings) -> _Call:
     if not battery.enabled:
         return _NOTHING
     if readings.charging:
-        return _Call(State.NOMINAL, State.NOMINAL, "charging", at_once=True)
+        return _Call(State.NOMINAL, State.NOMINAL, "charging", at_once=True, code="charging")
     if level is None:
         return replace(_NOTHING, silent=True)
     marks = (battery.reduce_below_pct, battery.pause_below_pct, battery.shed_below_pct)
     enter = State(sum(level < mark for mark in marks))
     stay = State(sum(level < mark + battery.hysteresis_pct for mark in marks))
-    return _Call(enter, min(stay, max(state, enter)), f"the battery is at {level:.0f} %")
+    return _Call(enter, min(stay, max(state, enter)), f"the battery is at {level:.0f} %", code="level")
 
 
 def _memory(memory: MemoryPolicy, state: State, readings: Readings, needs_mib: float) -> _Call:
@@ -182,7 +188,8 @@ def _memory(memory: MemoryPolicy, state: State, readings: Readings, needs_mib: f
         enter = State.SHED
     if free >= memory.reduce_available_mib and enter:
         reason = why if crowded == "yes" else f"tasks wait for memory {max(some, full):.0f} % of the time"
-    return _Call(enter, min(stay, max(state, enter)), reason)
+    code = "available" if free < memory.reduce_available_mib else "engine" if crowded == "yes" else "pressure"
+    return _Call(enter, min(stay, max(state, enter)), reason, code=code)
 
 
 def _crowded(memory: MemoryPolicy, readings: Readings) -> tuple[Literal["", "nearly", "yes"], str]:
@@ -210,7 +217,7 @@ def _moved(states: StatesPolicy, budget: Budget, call: _Call, time: tuple[float,
         since = budget.called_since if budget.called >= call.enter else at
         wait = states.critical_s if call.enter is State.SHED else states.escalate_s if call.enter is State.PAUSED else 0.0
         if first or at - since >= wait:
-            return Budget(call.enter, now, call.reason)
+            return Budget(call.enter, now, call.reason, code=call.code)
         return replace(budget, called=call.enter, called_since=since)
     budget = replace(budget, called=State.NOMINAL, called_since=at)
     if call.stay >= budget.state:
@@ -219,7 +226,8 @@ def _moved(states: StatesPolicy, budget: Budget, call: _Call, time: tuple[float,
     if not call.at_once and now - (budget.since or 0.0) < least:
         return budget
     better = State.NOMINAL if call.at_once else State(budget.state - 1)
-    return Budget(better, now, (call.reason or budget.reason) if better else "")
+    code = call.code if call.at_once else "recovered"
+    return Budget(better, now, (call.reason or budget.reason) if better else "", code=code)
 
 
 # -- heat
