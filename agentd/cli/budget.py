@@ -12,6 +12,7 @@ from rich.table import Table
 
 from agentd.cli.output import as_dict, console, json_option, print_json, shown
 from agentd.client import Client
+from agentd.errors import DaemonError, Reason
 from agentd.v1 import budget_pb2
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def budget(socket: Path | None, *, watch: bool, as_json: bool) -> None:
                 console.print(_table(budgets))
                 if memory := _memory(budgets):
                     console.print(memory)
+    if watch:  # the stream ends with the daemon only
+        raise DaemonError(Reason.DAEMON_STOPPING, "The daemon has stopped.", hint="Start it with `agentd serve`.")
 
 
 @click.command(epilog="Example: agentd top")

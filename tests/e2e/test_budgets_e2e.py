@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -130,3 +132,15 @@ def test_thresholds_that_make_no_sense_are_refused_at_the_start(tmp_path: Path, 
     running = DaemonProcess(tmp_path, extra=text)
     assert running.start(wait=False).ended() == 1
     assert key in running.log
+
+
+def test_whoever_follows_the_budgets_is_told_when_the_daemon_stops(tmp_path: Path):
+    with Device(tmp_path, extra=QUICK).made().running() as running:
+        command = [sys.executable, "-m", "agentd", "--socket", str(running.socket), "budget", "--watch", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+            assert watching.stdout is not None
+            watching.stdout.readline()
+            running.stop()
+            rest, _ = watching.communicate(timeout=30)
+        assert watching.returncode == 1
+        assert "DAEMON_" in rest.splitlines()[-1]
