@@ -65,6 +65,8 @@ class Situation:
     seen: dict[str, float] = field(default_factory=dict)
     """When each sensor last said something."""
     low_voltage: float = -math.inf
+    powered: bool = True
+    """Whether work that can wait might use some power, when the battery or the charger last said something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +295,8 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
         after = replace(after, threads=threads, threads_since=now)
     if after.budgets["battery"].state is State.REDUCED:
         duty = min(duty, policy.battery.reduced_duty)
-    background = worst.state is State.NOMINAL and _has_power(policy.battery, after, readings)
+    after = replace(after, powered=_has_power(policy, after, now, readings))
+    background = worst.state is State.NOMINAL and after.powered
     limits = Allowance(
         state=worst.state,
         cause=cause if worst.state else None,
@@ -307,14 +310,16 @@ def _limited(policy: Policy, after: Situation, now: float, readings: Readings, m
     return after, limits
 
 
-def _has_power(battery: BatteryPolicy, after: Situation, readings: Readings) -> bool:
-    """Whether work that can wait may use some. A battery that says nothing now is no external power."""
-    if readings.charging or not battery.enabled:
+def _has_power(policy: Policy, after: Situation, now: float, readings: Readings) -> bool:
+    """Whether work that can wait may use some. A battery that has fallen silent, or not spoken yet, is no external power."""
+    sensor = SENSORS["battery"]
+    if readings.charging or not policy.battery.enabled:
         return True
     if readings.battery_pct is not None:
-        return readings.battery_pct >= battery.background_above_pct
-    sensor = SENSORS["battery"]
-    return readings.charging is None and sensor not in after.seen and sensor not in readings.faults
+        return readings.battery_pct >= policy.battery.background_above_pct
+    if sensor in after.seen:
+        return after.powered and now - after.seen[sensor] <= policy.states.stale_s
+    return readings.charging is None and sensor not in readings.faults
 
 
 def _retry(policy: Policy, cause: Name, worst: Budget, now: float, readings: Readings) -> float:

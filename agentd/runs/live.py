@@ -31,7 +31,7 @@ class Live:
     """Whether this daemon goes without it: it goes on waiting for the next one."""
     _holds: set[Hold] = field(default_factory=set)
     _left: float = 0.0
-    _told_state: str = ""
+    _told: tuple[str, float, int] = ("NOMINAL", 1.0, 0)
     _told_times: int = 0
 
     def add(self, kind: str, body: dict[str, Any]) -> None:
@@ -42,11 +42,14 @@ class Live:
 
     def tell_budget(self, body: dict[str, Any]) -> None:
         """While it waits, changes of the state only, and not without end: that may be days."""
+        told = body["state"], body["duty"], body["threads"]
+        if told == self._told:  # something else has changed
+            return
         if self.run.state is State.QUEUED:
-            if body["state"] == self._told_state or self._told_times >= _MOST_TOLD:
+            if told[0] == self._told[0] or self._told_times >= _MOST_TOLD:
                 return
             self._told_times += 1
-        self._told_state = body["state"]
+        self._told = told
         self.add("budget", body)
 
     def leave(self) -> None:

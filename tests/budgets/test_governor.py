@@ -288,11 +288,14 @@ def test_memory_that_is_short_is_trimmed():
 
 
 def test_a_battery_that_says_nothing_is_no_external_power():
-    """Before its first word, in a round without one, and discharging without a level: what can wait waits."""
+    """Before its first word, when it has fallen silent, and discharging without a level: what can wait waits."""
     run = Run()
     assert run.stay(20, temperature_c=40).background  # no battery at all
     assert not run.look(temperature_c=40, faults={"battery_pct": "has said nothing yet"}).background
     assert run.look(battery_pct=80).background
+    assert run.look(temperature_c=40).background  # one round is nothing
+    assert not run.stay(20, temperature_c=40).background
+    assert not run.look(battery_pct=30).background
     assert not run.look(temperature_c=40).background
-    assert not run.look(charging=False).background
+    assert not Run().look(charging=False).background
     assert run.look(charging=True).background
