@@ -16,8 +16,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from agentd.budgets.files import read_line, read_text
 
 if TYPE_CHECKING:
@@ -28,6 +26,7 @@ _UNLIMITED = 1 << 50  # cgroup v1 says "no limit" with a number near 2^63
 _SPLIT_S = 10.0  # between two looks at all pages of the weights: one takes 10 ms for 3 GB
 _FEW_PASSES, _FEW_S = 2, 5.0  # over which reading is counted at least: so many passes, or so long
 _PAGE = mmap.PAGESIZE
+_LOWEST_BIT = bytes(byte & 1 for byte in range(256))  # the only one of mincore(2) that means something
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +109,22 @@ def cached_mib(file: Path) -> float | None:
         return 0.0
     if os.stat(file).st_uid != os.geteuid() and not os.access(file, os.W_OK):
         return None
-    with file.open("rb") as opened, contextlib.closing(mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)) as mapping:
-        whole = np.frombuffer(mapping, np.uint8)
-        pages = np.zeros((len(mapping) + _PAGE - 1) // _PAGE, np.uint8)
-        failed = ctypes.CDLL(None, use_errno=True).mincore(
-            ctypes.c_void_p(whole.ctypes.data), ctypes.c_size_t(len(mapping)), ctypes.c_void_p(pages.ctypes.data)
-        )
-        del whole  # or the mapping can't be closed
-    return None if failed else float((pages & 1).sum()) * _PAGE / 2**20
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    with file.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, opened.fileno(), 0)  # nothing of it is touched
+    if address in (None, ctypes.c_void_p(-1).value):
+        return None
+    try:
+        pages = (ctypes.c_ubyte * ((size + _PAGE - 1) // _PAGE))()
+        failed = libc.mincore(address, size, pages)
+    finally:
+        libc.munmap(address, size)
+    return None if failed else bytes(pages).translate(_LOWEST_BIT).count(1) * _PAGE / 2**20
 
 
 @dataclass(frozen=True, slots=True)

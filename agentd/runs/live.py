@@ -27,6 +27,7 @@ class Live:
     more: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
     limit: asyncio.Timeout | None = None
+    ending: bool = False
     left: bool = False
     """Whether this daemon goes without it: it goes on waiting for the next one."""
     _holds: set[Hold] = field(default_factory=set)
@@ -51,6 +52,16 @@ class Live:
             self._told_times += 1
         self._told = told
         self.add("budget", body)
+
+    def last_event(self) -> RunEvent:
+        """The one that tells of the end: nothing is added from here on."""
+        self.ending = True
+        return RunEvent(len(self.events) + 1, time.time_ns(), "run", {})
+
+    def end(self, ended: Run, last: RunEvent) -> None:
+        self.run = ended
+        self.events.append(last)
+        self._tell()
 
     def leave(self) -> None:
         self.left = True

@@ -257,7 +257,7 @@ class Runs:
     def notice(self, body: dict[str, Any], *, holds: bool) -> None:
         """What battery, heat and memory allow has changed: whoever watches a run is told, and whoever may goes on."""
         for live in list(self._live.values()):
-            if not live.run.ended:
+            if not live.run.ended and not live.ending:
                 live.hold("budget", on=holds)
                 live.tell_budget(body)
         self._admission.look()
@@ -346,7 +346,7 @@ class Runs:
             _log.exception("incident %s in run %s", incident, live.run.id)
             end = {"state": State.FAILED, "error": ("INTERNAL", f"A bug in agentd ended this run (incident {incident}).", "")}
         answer = loop.answer or "".join(e.body["text"] for e in live.events if e.kind == "text").strip()
-        live.run = replace(
+        ended = replace(
             live.run,
             **end,
             answer=answer,
@@ -360,8 +360,7 @@ class Runs:
             transcript=tuple(loop.transcript),
         )
         self._admission.leave(live.ticket)
-        live.add("run", {})
-        keeping = asyncio.create_task(self._keep(live), name=f"keep run {live.run.id}")
+        keeping = asyncio.create_task(self._keep(live, ended), name=f"keep run {live.run.id}")
         self._keeping.add(keeping)
         keeping.add_done_callback(self._keeping.discard)
         await asyncio.shield(keeping)
@@ -377,10 +376,14 @@ class Runs:
         message = f"The run could not begin by {by}: {why}."
         return {"state": State.FAILED, "error": (Reason.NOT_BEGUN.name, message, "Start it again, with more time to wait.")}
 
-    async def _keep(self, live: Live) -> None:
-        """Only what is on disk may leave the memory."""
+    async def _keep(self, live: Live, ended: Run) -> None:
+        """Its end is on disk before anybody is told; and only what is on disk may leave the memory."""
+        last = live.last_event()
         with contextlib.suppress(AgentdError):  # a full disk: the run stays readable while the daemon lives
-            await self._records.finish(live.run, live.events)
+            try:
+                await self._records.finish(ended, [*live.events, last])
+            finally:
+                live.end(ended, last)
             self._live.pop(live.run.id, None)
             await asyncio.to_thread(self._record, live.run)
         with contextlib.suppress(AgentdError):
