@@ -227,21 +227,6 @@ def test_a_request_id_is_its_principals_own_and_of_one_request(tmp_path: Path):
         assert refusal(lambda: background(client, "hello", request_id="x" * 65)).reason is Reason.BAD_FIELD
 
 
-def test_a_full_background_keeps_nobody_else_out_and_sends_more_of_it_away_for_longer(tmp_path: Path):
-    with on_battery(tmp_path, "[budgets.admission]\nbackground_queue_max = 2\n") as device, Client(device.socket) as client:
-        first, second = background(client, "hello"), background(client, "hello")
-        refusals = [refusal(lambda: background(client, "hello")) for _ in range(12)]
-        assert {error.reason for error in refusals} == {Reason.QUEUE_FULL}
-        waits = [float(error.metadata["retry_s"]) for error in refusals]
-        assert min(waits) > 0
-        assert min(waits[-3:]) > max(waits[:2])
-        assert ended(client, client.create_run("hello")).state == Run.STATE_SUCCEEDED
-        client.cancel_run(first.name)
-        third = background(client, "hello")
-        device.charge(50, "Charging")
-        assert {ended(client, run).state for run in (second, third)} == {Run.STATE_SUCCEEDED}
-
-
 def test_refusals_have_a_retry_info_that_is_never_zero(tmp_path: Path):
     with on_battery(tmp_path, "[budgets.admission]\nbackground_queue_max = 1\n") as device, Client(device.socket) as client:
         background(client, "hello")
@@ -282,19 +267,6 @@ def test_cancelling_a_queued_run_is_final_and_on_record(tmp_path: Path):
             until(lambda: kinds(client, run) == ["run.queue", "run.end"])
 
 
-def test_all_who_watch_a_queued_run_see_it_cancelled(device: Device):
-    device.heat(83)
-    with Client(device.socket) as client, ThreadPoolExecutor(4) as pool:
-        seen(client, _State.STATE_PAUSED)
-        run = client.create_run("hello")
-        watching = [pool.submit(lambda: list(events(client, run.name))) for _ in range(4)]
-        next(events(client, run.name))
-        client.cancel_run(run.name)
-        told = [each.result(DEADLINE_S) for each in watching]
-        assert all(each == told[0] for each in told)
-        assert told[0][-1].run.state == Run.STATE_CANCELLED
-
-
 def test_events_of_a_deferred_run_have_no_gaps_over_a_kill(tmp_path: Path):
     """Whoever has seen some of them goes on where it was, in another life of the daemon."""
     with on_battery(tmp_path) as device:
@@ -312,21 +284,6 @@ def test_events_of_a_deferred_run_have_no_gaps_over_a_kill(tmp_path: Path):
             assert numbers == list(range(1, len(numbers) + 1))
             assert list(events(client, run.name))[1:] == after
             assert list(events(client, run.name, after=numbers[-1])) == []
-
-
-def test_a_stream_that_was_lost_with_a_queued_run_is_resumed(device: Device):
-    device.heat(83)
-    with Client(device.socket) as client:
-        seen(client, _State.STATE_PAUSED)
-        run = client.create_run("what time is it")
-        first = next(events(client, run.name))
-        with pytest.raises(grpc.RpcError):
-            list(events(client, run.name, after=first.sequence, timeout=0.3))
-        assert client.get_run(run.name).state == Run.STATE_QUEUED
-        device.heat(50)
-        rest = list(events(client, run.name, after=first.sequence))
-        assert [event.sequence for event in rest] == list(range(2, len(rest) + 2))
-        assert rest[-1].run.state == Run.STATE_SUCCEEDED
 
 
 def test_a_negative_point_to_resume_from_is_no_crash(shared: Device):
@@ -429,40 +386,6 @@ def test_each_budget_of_a_run_ends_it_with_its_own_reason(shared: Device):
         assert unknown.stop_reason == Run.STOP_REASON_ANSWERED  # this device does not tell its power
 
 
-def test_joules_end_a_run_where_the_device_tells_its_power(tmp_path: Path):
-    battery = tmp_path / "battery"
-    battery.write_text('#!/bin/sh\necho \'{"percentage": 90, "charging": false, "watts": 5}\'\n')
-    battery.chmod(0o755)
-    extra = QUICK + f'[budgets.battery]\nprovider = "command"\ncommand = ["{battery}"]\n'
-    with Device(tmp_path, extra=extra).made().running() as device, Client(device.socket) as client:
-        until(lambda: any(each.name.endswith("watts") or each.name.endswith("_w") for each in client.budgets().readings))
-        whole = ended(client, client.create_run("what time is it"))
-        assert whole.usage.joules > 0
-
-        def met() -> bool:
-            run = ended(client, client.create_run("what time is it", budget=Run.Budget(joules=1e-6)))
-            return bool(run.stop_reason == Run.STOP_REASON_ENERGY_LIMIT)
-
-        until(met)  # a run of 0.1 s may lie between two looks at the power
-
-
-def test_time_in_which_others_keep_it_waiting_is_not_the_runs_own(device: Device):
-    """A person, and then heat, take longer than the run may."""
-    with Client(device.socket) as client, asked(client) as question:
-        ended(client, client.create_run("what time is it"))
-        run = client.create_run(ASKS, budget=Run.Budget(seconds=1))
-        asks = question()
-        time.sleep(1.2)
-        device.heat(83)
-        seen(client, _State.STATE_PAUSED)
-        answer(client, asks)
-        time.sleep(1.2)
-        assert client.get_run(run.name).state == Run.STATE_RUNNING
-        device.heat(50)
-        done = ended(client, run)
-        assert (done.state, done.stop_reason) == (Run.STATE_SUCCEEDED, Run.STOP_REASON_ANSWERED)
-
-
 QUOTA = '[[quotas]]\nprincipal = "token:*"\nper = "hour"\ncalls = 3\n'
 
 
@@ -487,33 +410,6 @@ def test_calls_without_a_model_spend_a_quota_that_each_has_for_itself(tmp_path: 
             assert refusal(lambda: two.call("system.time", {})).reason is Reason.QUOTA_SPENT
             for _ in range(5):
                 client.call("system.time", {})
-
-
-def test_a_new_token_of_the_same_name_does_not_fill_a_quota_again(tmp_path: Path):
-    with Device(tmp_path, extra=QUICK + QUOTA).made().running() as device, Client(device.socket) as client:
-        made, secret = token(client, "phone")
-        with Client(device.socket, token=secret) as phone:
-            for _ in range(3):
-                phone.call("system.time", {})
-        client.revoke_token(made.name)
-        with Client(device.socket, token=token(client, "phone")[1]) as phone:
-            assert refusal(lambda: phone.call("system.time", {})).reason is Reason.QUOTA_SPENT
-
-
-def test_calls_at_the_same_time_do_not_get_past_a_quota(tmp_path: Path):
-    with Device(tmp_path, extra=QUICK + QUOTA).made().running() as device, Client(device.socket) as client:
-        secret = token(client, "a")[1]
-
-        def call(hasty: Client) -> Reason | None:
-            try:
-                hasty.call("system.time", {})
-            except AgentdError as e:
-                return e.reason
-            return None
-
-        with Client(device.socket, token=secret) as hasty, ThreadPoolExecutor(12) as pool:
-            told = list(pool.map(call, [hasty] * 24, timeout=DEADLINE_S))
-        assert (told.count(None), told.count(Reason.QUOTA_SPENT)) == (3, 21)
 
 
 def test_runs_at_the_same_time_do_not_get_past_a_quota(tmp_path: Path):
@@ -554,20 +450,6 @@ def test_a_run_that_meets_a_quota_says_that_it_was_the_quota(tmp_path: Path, tok
         assert done.stop_reason == Run.STOP_REASON_QUOTA
 
 
-def test_a_deferred_run_whose_principal_has_spent_all_meanwhile_ends_with_that(tmp_path: Path):
-    quota = '[[quotas]]\nprincipal = "token:*"\nper = "day"\ntokens = 5\n'
-    with on_battery(tmp_path, quota) as device, Client(device.socket) as client:
-        secret = token(client, "phone")[1]
-        with Client(device.socket, token=secret) as phone:
-            run = background(phone)
-            assert ended(phone, phone.create_run("what time is it")).usage.generated_tokens == 5
-            device.charge(50, "Charging")
-            done = ended(phone, run)
-            assert done.usage.generated_tokens == 0
-            assert done.stop_reason == Run.STOP_REASON_QUOTA or reason_of(done) == "QUOTA_SPENT"
-            assert hellos(device) == 0
-
-
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_run_whose_token_was_revoked_does_not_begin(tmp_path: Path, *, restart: bool, again: bool):
@@ -592,28 +474,6 @@ def test_a_run_whose_token_was_revoked_does_not_begin(tmp_path: Path, *, restart
             until(lambda: kinds(client, run) == ["run.queue", "run.end"])
 
 
-def test_a_run_whose_token_has_expired_does_not_begin(tmp_path: Path):
-    with on_battery(tmp_path) as device, Client(device.socket) as client:
-        expires = datetime.now(UTC) + timedelta(seconds=1.5)
-        _, secret = token(client, "guest", expire_time=expires)
-        with Client(device.socket, token=secret) as guest:
-            run = background(guest)
-        until(lambda: datetime.now(UTC) > expires)
-        device.charge(50, "Charging")
-        assert ended(client, run).state == Run.STATE_FAILED
-        assert hellos(device) == 0
-
-
-def test_another_token_of_the_same_owner_being_revoked_matters_nothing(tmp_path: Path):
-    with on_battery(tmp_path) as device, Client(device.socket) as client:
-        (_, secret), (other, _) = token(client, "phone"), token(client, "tablet")
-        with Client(device.socket, token=secret) as phone:
-            run = background(phone)
-            client.revoke_token(other.name)
-            device.charge(50, "Charging")
-            assert ended(phone, run).state == Run.STATE_SUCCEEDED
-
-
 def test_a_charger_that_comes_and_goes_lets_them_begin_while_it_is_there(tmp_path: Path):
     """What has not begun waits; nothing runs twice."""
     with on_battery(tmp_path) as device, Client(device.socket) as client, asked(client) as question:
@@ -633,36 +493,6 @@ def test_a_charger_that_comes_and_goes_lets_them_begin_while_it_is_there(tmp_pat
         assert ended(client, second).state == Run.STATE_SUCCEEDED
         assert hellos(device) == 1
         assert begun(client) == [first.name, second.name]
-
-
-def test_what_can_wait_is_taken_in_whatever_the_state(device: Device):
-    with Client(device.socket) as client:
-        device.heat(86)
-        seen(client, _State.STATE_SHED)
-        assert client.call("system.time", {}).output_json
-        run = background(client)
-        notice = next(event.queue for event in events(client, run.name) if event.HasField("queue"))
-        assert "86" in notice.reason
-        device.heat(50)
-        assert ended(client, run).state == Run.STATE_SUCCEEDED
-        assert hellos(device) == 1
-
-
-def test_rehearsed_in_the_background_over_a_kill(tmp_path: Path):
-    """It is still a rehearsal, changes nothing, and can be applied."""
-    with on_battery(tmp_path) as device:
-        with Client(device.socket) as client:
-            run = background(client, rehearse=True, request_id="r")
-        device.kill()
-        device.start()
-        with Client(device.socket) as client:
-            assert background(client, rehearse=True, request_id="r").name == run.name
-            device.charge(50, "Charging")
-            assert ended(client, run).state == Run.STATE_SUCCEEDED
-            assert hellos(device) == 0
-            (rehearsal,) = client.rehearsals()
-            device.command("rehearsals", "apply", "--yes", rehearsal.name.removeprefix("calls/"))
-            assert hellos(device) == 1
 
 
 def test_a_request_that_rehearses_is_not_the_same_as_one_that_does_not(tmp_path: Path):
@@ -879,20 +709,6 @@ def test_a_prefix_of_a_run_is_enough_as_in_the_example(shared: Device):
         name = run.name.removeprefix("runs/")
         assert "Hello!" in shared.command("runs", "show", name).stdout
         assert "Hello!" in shared.command("runs", "show", name[:20]).stdout
-
-
-def test_a_crowd_of_watchers_that_leave_keeps_nothing_from_going_on(device: Device):
-    device.heat(83)
-    with Client(device.socket) as client:
-        seen(client, _State.STATE_PAUSED)
-        run = client.create_run("hello")
-        streams = [client._runs.WatchRun(run_pb2.WatchRunRequest(name=run.name), timeout=DEADLINE_S) for _ in range(60)]
-        for stream in streams:
-            next(stream)
-        for stream in streams:
-            stream.cancel()
-        device.heat(50)
-        assert ended(client, run).state == Run.STATE_SUCCEEDED
 
 
 def test_a_cancel_that_races_with_the_beginning_leaves_one_end(device: Device):
