@@ -1,4 +1,4 @@
-"""Sensors that lie, die and hang, configurations with mistakes, ports that strangers reach: the daemon goes on and says what is."""
+"""Configurations with mistakes, ports that strangers reach, commands without a daemon: what is wrong is said in a line or two."""
 
 from __future__ import annotations
 
