@@ -76,6 +76,7 @@ def test_a_role_opens_its_services_and_no_other(owner: Client, port: int, role: 
             path for path, request, streams in methods() if called(client, path, request, streams=streams) != "ROLE_REQUIRED"
         }
     expected = {path for path, _, _ in methods() if path.split(".")[-1].split("Service")[0] in services}
+    expected |= {f"/agentd.v1.RunService/{name}" for name in ("GetRun", "ListRuns", "WatchRun")}  # own ones; an auditor's: all
     if role == "user":
         expected.add("/agentd.v1.GrantService/CheckCall")
     if role == "auditor":  # reads and verifies, and nothing else
