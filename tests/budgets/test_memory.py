@@ -69,11 +69,12 @@ class Process:
 
     def __post_init__(self) -> None:
         weights = self.root / "weights"
-        weights.write_bytes(bytes(1000))
+        weights.touch()
+        os.truncate(weights, 1000 * MIB)  # holes: nothing of it is on the disk
         self.engine = Engine(self.root, weights, lambda: self.pid, lambda: self.passes, lambda: self.now)
 
     def told(self, read: int, passes: int, after_s: float) -> float | None:
-        self.read, self.passes, self.now = self.read + read, self.passes + passes, self.now + after_s
+        self.read, self.passes, self.now = self.read + read * MIB, self.passes + passes, self.now + after_s
         tree(self.root, {f"{self.pid}/io": f"rchar: 1\nread_bytes: {self.read}\n"})
         return self.engine.reread_pct()
 
@@ -82,11 +83,11 @@ def test_reading_weights_again_shows_per_pass(tmp_path: Path):
     """From the second look on; loading is none; where nothing passes, waiting counts; another process begins anew."""
     process = Process(tmp_path)
     assert process.told(100_000, 0, 1) is None
-    assert process.told(400, 4, 2) == 10
-    assert process.told(900, 1, 1) == 10  # too few to say
-    assert process.told(0, 1, 1) == 45
-    assert process.told(1000, 0, 6) == 100  # a pass that takes very long
-    assert process.told(0, 100, 2) == 0
+    assert process.told(416, 4, 2) == pytest.approx(10)
+    assert process.told(916, 1, 1) == pytest.approx(10)  # too few to say
+    assert process.told(0, 1, 1) == pytest.approx(45)
+    assert process.told(1016, 0, 6) == pytest.approx(100)  # a pass that takes very long
+    assert process.told(15, 2, 2) == 0  # libraries
     process.pid = 8
     assert process.told(5000, 0, 1) is None
     process.pid = 0
