@@ -218,17 +218,8 @@ class Daemon:
         )
         audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, self._redaction, renewal)
         return ApiParts(
-            *(
-                self._runs,
-                self._calls,
-                audit,
-                self._budgets,
-                self._calibrate,
-                self._grants,
-                self._approvals,
-                self._tokens,
-                self._roster,
-            ),
+            *(self._runs, self._calls, audit, self._budgets, self._calibrate),
+            *(self._grants, self._approvals, self._tokens, self._roster),
             *(self.status, self._propose),
         )
 

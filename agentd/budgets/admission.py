@@ -95,7 +95,7 @@ class Admission:
     _turned_away: int = 0
 
     def admit(self, priority: Priority, *, again: bool = False) -> Ticket:
-        """A place; `leave` it when the work has ended. Work `again` here after a restart had its place already.
+        """A place; `leave` it when the work has ended. What is `again` here, after a restart or in pieces, had one already.
 
         Raises OverBudget for what does not wait while the model is unloaded; QueueFull.
         """

@@ -80,7 +80,7 @@ class Engine:
         elif passes - counted >= _FEW_PASSES or now - since >= _FEW_S:
             with contextlib.suppress(OSError):
                 share = max(0, read - before - _OTHER_FILES) / max(1, self.weights.stat().st_size) * 100
-                self._reread_pct = max(0.0, share) / max(1, passes - counted)
+                self._reread_pct = share / max(1, passes - counted)
             self._read = pid, read, passes, now
         return self._reread_pct
 

@@ -216,6 +216,8 @@ class Engine:
             return self._process
         if self._repack is None:
             self._repack = await repack_is_usable(self.settings.path)
+        s = self.settings
+        room, footprint = await self._room(), await asyncio.to_thread(remembered, s)  # with no child yet to be left behind
         ours, theirs = socket.socketpair()
         with theirs:
             child = subprocess.Popen(  # noqa: ASYNC220 - a spawn takes a millisecond
@@ -229,7 +231,6 @@ class Engine:
             )
         reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
         _sacrifice(child.pid)
-        s, room = self.settings, await self._room()
         load = Load(
             path=str(s.path),
             context=s.context,
@@ -239,7 +240,7 @@ class Engine:
             least_context=min(s.least_context, s.context),
             room_mib=room.now_mib,
             ever_mib=room.ever_mib,
-            footprint=await asyncio.to_thread(remembered, s),
+            footprint=footprint,
         )
         try:
             async with asyncio.timeout(s.load_timeout_s):

@@ -190,10 +190,9 @@ class Runs:
                         await self._begin(live, loop)
                     yield
                     return
+            # Between its turn and the model's loading the device has become too hot, or its memory too full.
             live.hold("turn", on=True)
-            await asyncio.sleep(
-                _NOT_READY_S
-            )  # between the turn and the model's loading the device has become too hot or too full
+            await asyncio.sleep(_NOT_READY_S)
             live.hold("turn", on=False)
 
     async def _follow_session(self, live: Live, until: float) -> None:
@@ -241,11 +240,8 @@ class Runs:
         begun = replace(live.run, state=State.RUNNING)
         if begun.deferrable:
             if not self._is_known(begun.principal, begun.token):
-                message, hint = (
-                    f"{begun.principal} may have no runs any more.",
-                    "Its token was revoked, or its role taken away.",
-                )
-                raise RequestError(Reason.ROLE_REQUIRED, message, hint=hint, metadata={"principal": begun.principal})
+                message = f"{begun.principal} may have no runs any more: its token was revoked, or its role taken away."
+                raise RequestError(Reason.ROLE_REQUIRED, message, metadata={"principal": begun.principal})
             await self._records.keep(begun)
         live.run, live.ticket.begun = begun, True
         await asyncio.to_thread(self._record, replace(begun, labels=loop.labels))
@@ -301,9 +297,8 @@ class Runs:
         """End a run and wait until it has ended. Raises RequestError (RUN_NOT_FOUND), StoreError."""
         live = self._live.get(run)
         if live and live.run.state is State.QUEUED and live.run.deferrable:
-            await self._records.keep(
-                replace(live.run, state=State.CANCELLED, end_ns=time.time_ns())
-            )  # or it would run after all
+            # First on disk: or it would run after all, at the next start.
+            await self._records.keep(replace(live.run, state=State.CANCELLED, end_ns=time.time_ns()))
         if live and live.task:
             live.task.cancel()
             await asyncio.wait([live.task], timeout=STOP_TIMEOUT_S)
