@@ -41,14 +41,20 @@ class _Strict(BaseModel):
 
 
 class EngineConfig(_Strict):
-    """`model` is `pocket` or the path of a Gemma 4 GGUF. `threads` 0 means one for each core."""
+    """`model` is `pocket` or the path of a Gemma 4 GGUF. `threads` 0 means one for each core. `parallel` runs share the passes
+    over the model, and its context. `prefixes_mib` is how much of the disk the states of prompts may take, 0 for none;
+    with `warm` what all prompts begin with is decoded at the start.
+    """
 
     model: str = "pocket"
     context: int = Field(default=4096, ge=256, le=131072)
     threads: int = Field(default=0, ge=0, le=256)
     batch: int = Field(default=128, ge=16, le=2048)
+    parallel: int = Field(default=4, ge=1, le=8)
+    prefixes_mib: int = Field(default=256, ge=0, le=65536)
     repack: Literal["off", "auto"] = "off"
     thinking: bool = False
+    warm: bool = True
     system: str = SYSTEM
     temperature: float = Field(default=0.0, ge=0, le=2)
     seed: int = Field(default=0, ge=0, lt=2**32)

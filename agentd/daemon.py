@@ -46,6 +46,7 @@ from agentd.principals.roster import user_name
 from agentd.runs import Runs
 from agentd.runs import State as RunState
 from agentd.runs.record import RunRecords
+from agentd.runs.warm import warm
 from agentd.store import Store
 from agentd.v1 import system_pb2
 
@@ -65,6 +66,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
 _SWEEP_S = 3600.0
+_FORGET_S = 60.0
 
 
 class Daemon:
@@ -98,14 +100,17 @@ class Daemon:
             *(self._audit, self._checkpoints, self._index, self._archive),
             *(config.audit.keep_events, config.audit.anchor_file),
         )
-        self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget)
+        self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget, self._forget_sessions)
+        self._serving: asyncio.AbstractEventLoop | None = None
         self._shippers = parts.shippers(config, self._store, self._audit)
         policy = parts.policy(config)
+        self._settings = parts.model_settings(config, self._toolbox)
         self._engine = Engine(parts.engine_settings(config, policy), lambda: parts.room(self._budgets))
         tell = (self._keep_pace, self._tell_runs, self._record_budget)
         self._budgets = parts.budgets(config, *tell, self._engine, policy)
         self._chronicle = Chronicle(self._store, self._audit, self._budgets)
         self._admission = Admission(policy.admission, lambda: self._budgets.limits, self._count_admission)
+        self._admission.parallel = config.engine.parallel
         metrics = config.metrics
         self._exporters = exporters(metrics.listen, metrics.otlp, metrics.every_s, self._metrics)
         self._quotas = Quotas(parts.quotas(config), self._store)
@@ -142,6 +147,7 @@ class Daemon:
         config = self._config
         self._upkeep.look()
         self._unless_damaged(self._redaction.finish)
+        self._serving = asyncio.get_running_loop()
         self._recovered = self._journal.recover()
         lost = self._records.close_lost()
         deferred = self._records.deferred()
@@ -160,7 +166,7 @@ class Daemon:
         self._throttle = Throttle(self._engine, policy.states.hold_s, policy.memory.idle_unload_s)
         self._calibrator = Calibrator(self._engine, self._throttle, self._budgets, self._admission)
         self._runs = Runs(
-            *(self._records, self._engine, self._calls, parts.model_settings(config, self._toolbox), parts.limits(config)),
+            *(self._records, self._engine, self._calls, self._settings, parts.limits(config)),
             record=self._record_run,
             admission=self._admission,
             quotas=self._quotas,
@@ -374,13 +380,23 @@ class Daemon:
                 await asyncio.to_thread(self._journal.retention.sweep)
             await asyncio.sleep(_SWEEP_S)
 
+    def _forget_sessions(self) -> None:
+        """What sessions have said leaves the engine's cache and its files. Not for the event loop, once that serves."""
+        if self._serving is None:
+            self._engine.forget_files()
+        else:
+            asyncio.run_coroutine_threadsafe(self._engine.forget(), self._serving).result(_FORGET_S)
+
     async def _load_model(self) -> None:
         """Ahead of the first request; if it fails, that request says why again."""
         try:
-            if not self._budgets.limits.holds:
+            holds = self._budgets.limits.holds
+            if not holds:
                 await self._engine.load()
             path, known = self._engine.settings.path, self._config.state / "model.json"
             self._model_digest = await asyncio.to_thread(models.digest, path, known)
+            if self._config.engine.warm and not holds:
+                await warm(self._engine, self._admission, self._settings)
         except EngineError as e:
             self._model_error = str(e)
             _log.error("%s", e)

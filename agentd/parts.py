@@ -25,6 +25,7 @@ from agentd.budgets.power import Counter
 from agentd.budgets.pressure import alarm
 from agentd.budgets.programs import Teller
 from agentd.budgets.supplies import supply
+from agentd.engine import automaton
 from agentd.engine.prompt import ToolSpec
 from agentd.engine.settings import EngineSettings, Room
 from agentd.errors import ConfigError, Reason, RequestError, SandboxError
@@ -192,11 +193,21 @@ def engine_settings(config: Config, made: Policy) -> EngineSettings:
         *(models.locate(engine.model), engine.context, engine.batch, engine.threads, engine.repack, engine.load_timeout_s),
         least_context=made.memory.least_context,
         kept=config.state / "footprint.json",
+        parallel=engine.parallel,
+        prefixes=config.state / "prefixes" if engine.prefixes_mib else None,
+        prefixes_mib=engine.prefixes_mib,
     )
 
 
 def model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
+    """Raises ConfigError (MANIFEST_INVALID) for a tool that no grammar can be made of."""
     specs = tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in toolbox.tools.values())
+    for spec in specs:
+        try:
+            automaton.calls([(spec.name, spec.parameters)])
+        except automaton.NotExpressible as e:
+            message = f"The parameters of {spec.name} can't be told to the model: {e}."
+            raise ConfigError(Reason.MANIFEST_INVALID, message, hint="Make them fewer or flatter.") from None
     engine = config.engine
     return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)
 

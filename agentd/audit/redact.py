@@ -33,10 +33,20 @@ class Redacted:
 
 
 class Redaction:
-    """`forget(db, run)` takes the words of a run out of the store; raises RequestError while it is going on."""
+    """`forget(db, run)` takes the words of a run out of the store; raises RequestError while it is going on. `forget_more`
+    takes them from where else the daemon has them.
+    """
 
-    def __init__(self, store: Store, audit: AuditLog, index: Index, forget: Callable[[apsw.Connection, str], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        audit: AuditLog,
+        index: Index,
+        forget: Callable[[apsw.Connection, str], None],
+        forget_more: Callable[[], None] = lambda: None,
+    ) -> None:
         self._store, self._audit, self._index, self._forget = store, audit, index, forget
+        self._forget_more = forget_more
 
     def redact(self, seq: int, field: str, reason: str, principal: str) -> Redacted:
         """Take out one value, wherever the log has it for the same call; with it prompt, answer and transcript of its run.
@@ -68,6 +78,7 @@ class Redaction:
             self._store.empty_wal()
         finally:
             self._index.start_anew()
+            self._forget_more()
 
     def finish(self) -> None:
         """At a start: the daemon may have been killed before all was clean. Raises StoreError."""

@@ -1,6 +1,7 @@
 """Admission: whose turn it is with the model. Work waits by priority, in queues with an end, until the budgets allow it.
 
-A turn is one generation: between two of them a run executes its calls and waits for people, and holds nothing.
+A turn is one generation: between two of them a run executes its calls and waits for people, and holds nothing. A few turns
+at a time share the passes over the model.
 """
 
 from __future__ import annotations
@@ -88,8 +89,10 @@ class Admission:
     limits: Callable[[], Allowance]
     count: Callable[[Priority, str, str], None] = lambda _priority, _decision, _reason: None
     clock: Callable[[], float] = time.monotonic
+    parallel: int = 1
+    """So many have a turn at a time. The background has one only beside its like: it is to slow nobody down."""
     _tickets: list[Ticket] = field(default_factory=list)
-    _at_work: Ticket | None = None
+    _at_work: set[Ticket] = field(default_factory=set)
     _turn_s: float = 5.0  # until one has been measured
     _numbers: int = 0
     _turned_away: int = 0
@@ -127,7 +130,8 @@ class Admission:
     def why_waiting(self, ticket: Ticket) -> tuple[int, str]:
         """How many are ahead of it, and what of the budgets keeps it waiting; (0, "") if it may go."""
         ahead = sum(each.turn is not None and _order(each) < _order(ticket) for each in self._tickets)
-        ahead += self._at_work is not None and self._at_work is not ticket
+        if ticket not in self._at_work and not self._fits(ticket):
+            ahead += len(self._at_work)
         return ahead, self._forbids(ticket)
 
     def waiting(self) -> dict[Priority, int]:
@@ -136,14 +140,14 @@ class Admission:
 
     @contextlib.asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
-        """The model is its alone. Waits without end: whoever can't has a deadline of its own."""
+        """It may use the model. Waits without end: whoever can't has a deadline of its own."""
         await self._come(ticket)
         began, self._turned_away = self.clock(), 0
         try:
             yield
         finally:
             self._turn_s += _SMOOTHING * (self.clock() - began - self._turn_s)
-            self._go_on()
+            self._go_on(ticket)
 
     async def _come(self, ticket: Ticket) -> None:
         ticket.turn = asyncio.get_running_loop().create_future()
@@ -151,24 +155,29 @@ class Admission:
         try:
             await ticket.turn
         except asyncio.CancelledError:
-            if self._at_work is ticket:  # it was its turn in the moment in which it gave up
-                self._go_on()
+            if ticket in self._at_work:  # it was its turn in the moment in which it gave up
+                self._go_on(ticket)
             raise
         finally:
             ticket.turn = None
 
     def look(self) -> None:
-        """Let the next one go, if it may."""
-        if self._at_work is not None:
-            return
+        """Let the next ones go, if they may."""
         ready = [each for each in self._tickets if each.turn and not each.turn.done() and not self._forbids(each)]
-        if ready:
-            self._at_work = min(ready, key=_order)
-            assert self._at_work.turn is not None
-            self._at_work.turn.set_result(None)
+        for each in sorted(ready, key=_order):
+            if not self._fits(each):
+                return
+            self._at_work.add(each)
+            assert each.turn is not None
+            each.turn.set_result(None)
 
-    def _go_on(self) -> None:
-        self._at_work = None
+    def _fits(self, ticket: Ticket) -> bool:
+        """Beside those at work."""
+        alone = ticket.priority is Priority.BACKGROUND and any(each.priority < ticket.priority for each in self._at_work)
+        return len(self._at_work) < self.parallel and not alone
+
+    def _go_on(self, ticket: Ticket) -> None:
+        self._at_work.discard(ticket)
         self.look()
 
     def _forbids(self, ticket: Ticket) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,7 @@ def doctor(socket: Path | None, file: Path | None, *, as_json: bool) -> None:
 
 
 def _look(socket: Path | None, file: Path | None) -> list[Finding]:
-    findings = [Finding("python", True, f"{sys.version.split()[0]} ({sys.executable})"), _sandbox(), _grammar()]
+    findings = [Finding("python", True, f"{sys.version.split()[0]} ({sys.executable})"), _sandbox()]
     try:
         config = configuration.load(file)
     except AgentdError as e:
@@ -72,12 +71,6 @@ def _sandbox() -> Finding:
         found = "L1: the filter alone; tools in Python work, other programs can't be started"
     hint = f"not there: {'; '.join(level.missing)}" if level.missing else ""
     return Finding("sandbox", level.confines, f"{found} ({level.architecture}, Linux {level.kernel})", hint)
-
-
-def _grammar() -> Finding:
-    there = find_spec("llguidance") is not None
-    found = "llguidance constrains tool calls" if there else "llguidance is missing"
-    return Finding("grammar", there, found, "" if there else "pip install llguidance")
 
 
 def _config(config: configuration.Config, file: Path | None) -> Finding:

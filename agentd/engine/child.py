@@ -22,71 +22,62 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import llama_cpp.llama_cpp as C
-
+from agentd.engine.cache import Cache
+from agentd.engine.decoder import Decoder
+from agentd.engine.drafting import LONGEST
 from agentd.engine.footprint import footprint
-from agentd.engine.grammar import Grammars
+from agentd.engine.generation import Generation
+from agentd.engine.grammar import Grammars, NotExpressible
 from agentd.engine.link import (
     LARGEST,
     LENGTH,
     Cancel,
-    Delta,
-    Done,
     Failed,
     Footprint,
+    Forget,
+    Forgotten,
     Generate,
+    Leave,
     Load,
-    Malformed,
     Pace,
+    Packed,
     Progress,
     Ready,
-    ToolCall,
     frame,
     to_engine,
     unpack,
 )
 from agentd.engine.meter import anonymous_mib
-from agentd.engine.model import Aborted, Model, greedy_or_sampled
-from agentd.engine.pace import OutOfBudget, Pacer
-from agentd.engine.parser import CallOut, MalformedOut, StreamParser, TextOut
-from agentd.engine.prompt import CALL_OPEN, RESPONSE_OPEN
+from agentd.engine.model import Model, Shape
+from agentd.engine.pace import Pacer
+from agentd.engine.prefixes import PrefixFiles, identity
 from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from typing import Literal
-
     from pydantic import BaseModel
 
-    from agentd.engine.grammar import Matcher
-    from agentd.engine.parser import Output
-
-    Ending = Literal["stop", "tool", "length", "context"]
-
-
 _TELL_S = 0.5
+_KEPT_SEQUENCES = 4  # beside those at work: prefixes, and sessions that have nothing to do
+_KNOWN_PREFIXES = 4
+
+Request = Load | Generate | Forget | Leave
 
 
 class Inbox:
-    """Reads messages on a thread of its own. `cancelled` says whether the request at work has been given up."""
+    """Reads messages on a thread of its own. `cancelled` are the requests that have been given up, until that is seen to."""
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
-        self._requests: queue.SimpleQueue[Load | Generate] = queue.SimpleQueue()
-        self._cancelled: set[int] = set()
-        self.working_on = 0
-        self.pacer = Pacer(self.cancelled)
+        self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self.cancelled: set[int] = set()
+        self.pacer = Pacer(lambda: bool(self.cancelled))
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def next(self) -> Load | Generate:
-        return self._requests.get()
-
-    def cancelled(self) -> bool:
-        return self.working_on in self._cancelled
-
-    def ends(self) -> bool:
-        """Whether a decode under way is not to be finished."""
-        return self.pacer.stops or self.cancelled()
+    def next(self, *, wait: bool) -> Request | None:
+        try:
+            return self._requests.get(block=wait)
+        except queue.Empty:
+            return None
 
     def _read(self) -> None:
         while True:
@@ -95,7 +86,7 @@ class Inbox:
                 os._exit(1)
             message = to_engine.validate_json(self._exactly(length))
             if isinstance(message, Cancel):
-                self._cancelled.add(message.id)
+                self.cancelled.add(message.id)
                 self.pacer.wake()
             elif isinstance(message, Pace):
                 self.pacer.told(message)
@@ -115,12 +106,13 @@ class Inbox:
 class Engine:
     def __init__(self, link: socket.socket) -> None:
         self._link, self._inbox = link, Inbox(link)
-        self._prefilled = self._generated = 0
+        self._decoder: Decoder | None = None
         self._told = math.inf  # until the model is loaded
         self._footprint: Footprint | None = None
+        self._prefixes: dict[Packed, list[int]] = {}
 
     def run(self) -> None:
-        load = self._inbox.next()
+        load = self._inbox.next(wait=True)
         assert isinstance(load, Load)
         started = time.monotonic()
         try:
@@ -128,45 +120,101 @@ class Engine:
         except EngineError as e:
             self._send(_failed(0, e))
             return
-        self._model = model
         took = round((time.monotonic() - started) * 1000)
         ready = Ready(
             name=model.name,
             parameters=model.parameters,
             size=model.size,
-            context=model.context,
+            context=model.shape.context,
             load_ms=took,
             footprint=self._footprint,
         )
         self._send(ready)
-        self._told = 0.0
-        while True:
-            request = self._inbox.next()
-            assert isinstance(request, Generate)
-            self._inbox.working_on = request.id
-            try:
-                self._generate(request)
-            except EngineError as e:
-                self._send(_failed(request.id, e))
-            if self._inbox.pacer.trims:
-                self._trim()
+        self._model, self._told = model, 0.0
+        self._cache = Cache(model, _files(load, model))
+        self._decoder = decoder = Decoder(
+            *(model, self._cache, load.parallel),
+            cancelled=lambda generation: generation.request.id in self._inbox.cancelled,
+            failed=lambda generation, error: self._send(_failed(generation.request.id, error)),
+        )
+        while self._take(wait=not decoder.busy):
+            if decoder.busy:
+                decoder.step()
+                if not decoder.busy:
+                    self._idle()
+
+    def _take(self, *, wait: bool) -> bool:
+        """What has come in by now; False if this process is to end."""
+        decoder = self._decoder
+        assert decoder is not None
+        given_up = set(self._inbox.cancelled)  # before what has come in: it was asked for before it was given up
+        while (request := self._inbox.next(wait=wait)) is not None:
+            wait = False
+            if isinstance(request, Generate):
+                self._add(decoder, request)
+            elif isinstance(request, Forget):
+                self._cache.forget()
+                self._send(Forgotten(id=request.id))
+            elif isinstance(request, Leave):
+                self._cache.save()
+                return False
+        for each in given_up:
+            if not decoder.knows(each):
+                self._inbox.cancelled.discard(each)
+        return True
+
+    def _add(self, decoder: Decoder, request: Generate) -> None:
+        try:
+            generation = self._generation(request)
+        except EngineError as e:
+            self._send(_failed(request.id, e))
+        else:
+            decoder.add(generation)
+
+    def _generation(self, request: Generate) -> Generation:
+        """Raises EngineError: PROMPT_TOO_LONG, MANIFEST_INVALID."""
+        model = self._model
+        if request.prefix not in self._prefixes:
+            while len(self._prefixes) >= _KNOWN_PREFIXES:
+                del self._prefixes[next(iter(self._prefixes))]
+            self._prefixes[request.prefix] = model.words.encode(unpack(request.prefix))
+        prefix = self._prefixes[request.prefix]
+        prompt = prefix + model.words.encode(unpack(request.prompt))
+        context = model.shape.context
+        if not 0 < len(prompt) < context:
+            raise EngineError(
+                Reason.PROMPT_TOO_LONG,
+                f"The prompt has {len(prompt)} tokens; the context holds {context}, the answer included.",
+                hint="Ask for less at once, or raise engine.context.",
+                metadata={"tokens": str(len(prompt)), "context": str(context)},
+            )
+        try:
+            if request.tools:
+                self._grammars.matcher(request.tools)  # now, and not in the middle of the answer
+        except NotExpressible as e:
+            raise EngineError(Reason.MANIFEST_INVALID, f"No grammar can be made of the tools' parameters: {e}.") from None
+        return Generation(request, prompt, len(prefix), model.words, self._grammars, self._send)
 
     def _load(self, load: Load) -> Model:
+        parallel = load.parallel
         return Model(
             Path(load.path),
-            context=load.context,
-            batch=load.batch,
+            Shape(load.context, load.batch, parallel + _KEPT_SEQUENCES, max(parallel, LONGEST + 1)),
             threads=load.threads,
             repack=load.repack,
-            should_stop=self._inbox.ends,
+            should_stop=self._stops,
             pacer=self._inbox.pacer,
             fit=lambda model, _context: self._fit(model, load),
             done=self._report,
         )
 
+    def _stops(self) -> bool:
+        """Whether a pass under way is not to be finished."""
+        return self._inbox.pacer.stops or bool(self._inbox.cancelled and self._decoder and self._decoder.given_up())
+
     def _fit(self, model: Model, load: Load) -> int:
         """How large a context the room allows, with all else of this process in place. Raises EngineError."""
-        self._grammars = Grammars(model.vocabulary_pointer, model.words.size)
+        self._grammars = Grammars(model.words)
         if not load.room_mib:
             return load.context
         known = load.footprint
@@ -196,104 +244,37 @@ class Engine:
             self._tell_progress()
 
     def _tell_progress(self) -> None:
-        pacer, model, generated = self._inbox.pacer, self._model, self._generated
+        pacer, model = self._inbox.pacer, self._model
+        written = self._decoder.written if self._decoder else 0
         progress = Progress(
-            prefilled=max(0, model.decoded - generated),
-            generated=generated,
+            prefilled=max(0, model.decoded - written),
+            generated=written,
             passes=model.passes,
             busy_s=pacer.busy_s,
             rest_s=pacer.rest_s,
         )
         self._send(progress)
 
-    def _trim(self) -> None:
-        """Give back what can be made again, and what the allocator keeps for later (malloc_trim(3), where there is one)."""
-        self._grammars.forget()
-        gc.collect()
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
-
-    def _generate(self, request: Generate) -> None:
-        model = self._model
-        prompt = model.words.encode(unpack(request.prompt))
-        if len(prompt) >= model.context:
-            raise EngineError(
-                Reason.PROMPT_TOO_LONG,
-                f"The prompt has {len(prompt)} tokens; the context holds {model.context}, the answer included.",
-                hint="Ask for less at once, or raise engine.context.",
-                metadata={"tokens": str(len(prompt)), "context": str(model.context)},
-            )
-        started = time.monotonic()
-        cached = model.rewind(prompt)
-        generated: list[int] = []
-        reason: Ending | Literal["cancelled", "budget"]
-        decoding = started
-        try:
-            model.decode(prompt[cached:])
-            decoding = time.monotonic()
-            reason = self._decode(request, generated)
-        except (Aborted, OutOfBudget):
-            reason = "cancelled" if self._inbox.cancelled() else "budget"
-        now = time.monotonic()
+    def _idle(self) -> None:
+        """All is done. Where memory is short, what can be made again is given back, and what the allocator keeps for later
+        (malloc_trim(3), where there is one).
+        """
         self._tell_progress()
-        self._send(
-            Done(
-                id=request.id,
-                reason=reason,
-                ids=tuple(generated),
-                prompt_tokens=len(prompt),
-                cached_tokens=cached,
-                prefill_ms=round((decoding - started) * 1000),
-                decode_ms=round((now - decoding) * 1000),
-            )
-        )
-
-    def _decode(self, request: Generate, generated: list[int]) -> Ending:
-        """Sample until the model ends, or may not go on; `generated` grows with every token kept."""
-        model, words = self._model, self._model.words
-        parser = StreamParser(words.special, frozenset(words.guarded.values()))
-        sampler = greedy_or_sampled(request.temperature, request.seed)
-        matcher: Matcher | None = None
-        try:
-            while len(generated) < request.max_tokens:
-                if matcher:
-                    matcher.restrict(model.logits())
-                token = model.sample(sampler)
-                if words.ends_generation(token) and not matcher:
-                    self._tell(request.id, parser.finish())
-                    return "tool" if token == words.special[RESPONSE_OPEN] else "stop"
-                if matcher and not matcher.advance(token):
-                    matcher = None
-                elif token == words.special[CALL_OPEN] and request.tools:
-                    matcher = self._grammars.matcher(request.tools)
-                self._tell(request.id, parser.feed(token, words.piece(token)))
-                generated.append(token)
-                self._generated += 1
-                if len(model.tokens) >= model.context:
-                    self._tell(request.id, parser.finish())
-                    return "context"
-                model.decode([token])
-        except (Aborted, OutOfBudget):
-            self._tell(request.id, parser.finish())
-            raise
-        else:
-            self._tell(request.id, parser.finish())
-            return "length"
-        finally:
-            C.llama_sampler_free(sampler)
-
-    def _tell(self, request: int, outputs: Iterable[Output]) -> None:
-        for output in outputs:
-            match output:
-                case TextOut(text, thought):
-                    self._send(Delta(id=request, thought=thought, text=text))
-                case CallOut(tool, arguments):
-                    self._send(ToolCall(id=request, tool=tool, arguments=arguments))
-                case MalformedOut(why):
-                    self._send(Malformed(id=request, why=why))
+        if self._inbox.pacer.trims:
+            self._grammars.forget()
+            gc.collect()
+            with contextlib.suppress(AttributeError, OSError):
+                ctypes.CDLL(None).malloc_trim(0)
 
     def _send(self, message: BaseModel) -> None:
         self._link.sendall(frame(message))
+
+
+def _files(load: Load, model: Model) -> PrefixFiles | None:
+    if not load.prefixes:
+        return None
+    kind = f"window {model.shape.full_window}, repack {load.repack}"
+    return PrefixFiles(Path(load.prefixes), f"{identity(Path(load.path))}, {kind}", load.prefixes_mib << 20)
 
 
 def _failed(request: int, error: EngineError) -> Failed:

@@ -1,4 +1,4 @@
-"""The daemon's side of the engine: starts the process, sends one request at a time, survives its death."""
+"""The daemon's side of the engine: starts the process when it is wanted, asks it, survives its death."""
 
 from __future__ import annotations
 
@@ -6,79 +6,48 @@ import asyncio
 import contextlib
 import itertools
 import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
-from agentd.engine.link import (
-    LARGEST,
-    LENGTH,
-    Cancel,
-    Delta,
-    Done,
-    Failed,
-    Generate,
-    Load,
-    Malformed,
-    Pace,
-    Progress,
-    Ready,
-    ToolCall,
-    frame,
-    from_engine,
-    pack,
-)
+from agentd.engine.link import Done, Failed, Forget, Forgotten, Generate, Load, Pace, pack
 from agentd.engine.meter import Meter, anonymous_mib
-from agentd.engine.prompt import Conversation, render
+from agentd.engine.process import Output, Process, as_error
+from agentd.engine.prompt import Conversation, render_prefix, render_turns
 from agentd.engine.selftest import repack_is_usable
-from agentd.engine.settings import EngineSettings, Room, remember, remembered
-from agentd.errors import EngineError, Reason
+from agentd.engine.settings import SESSION, EngineSettings, Room, remember, remembered
+from agentd.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
-    from pydantic import BaseModel
-
-STOP_TIMEOUT_S = 5.0
-CANCEL_TIMEOUT_S = 10.0
-_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH", "PREFIX", "LANG")
-_ENGINE_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "GOMP_SPINCOUNT": "1000"}
-"""libgomp's threads spin for long at a barrier by default: on 2 cores with another busy program, 20 tokens took 6.5 s
-instead of 0.04 s. 1000 turns are as fast on an idle machine (measured: 310 tokens in 0.75 s both ways)."""
-
-Output = Delta | ToolCall | Malformed | Done
+    from agentd.engine.link import Ready
 
 
 async def _unknown() -> Room:
     return Room()
 
 
-@dataclass(slots=True)
-class _Process:
-    process: subprocess.Popen[bytes]
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    model: Ready
+def _to_nobody(_: Done) -> None:
+    """Where nobody counts."""
 
 
 class Engine:
-    """Loads on first use, or on `load`. One generation at a time; others wait."""
+    """Loads on first use, or on `load`. As many generations as the settings say share the passes over the model; further
+    ones wait in the process.
+    """
 
     def __init__(self, settings: EngineSettings, room: Callable[[], Awaitable[Room]] = _unknown) -> None:
         self.settings, self._room = settings, room
         self.meter = Meter()
         self.loads: Counter[tuple[str, str]] = Counter()
         """How often it was (load, reason) or (unload, reason)."""
-        self._process: _Process | None = None
-        self._turn = asyncio.Lock()
+        self._process: Process | None = None
+        self._gate = asyncio.Lock()  # to start and to end the process
+        self._users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
         self._ids = itertools.count(1)
         self._repack: bool | None = False if settings.repack == "off" else None
         self._pace = Pace()
@@ -93,48 +62,66 @@ class Engine:
     @property
     def pid(self) -> int | None:
         process = self._process  # once: other threads ask, too
-        return process.process.pid if process else None
+        return process.pid if process else None
 
     async def load(self) -> Ready:
         """Load the model unless it is. Raises EngineError: MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT."""
-        async with self._turn:
+        async with self._gate:
             return (await self._started()).model
 
     async def generate(
-        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
+        self,
+        conversation: Conversation,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        spent: Callable[[Done], None] = _to_nobody,
     ) -> AsyncGenerator[Output, None]:
-        """Go on with a conversation; ends with Done. Closing the iterator cancels the generation.
+        """Go on with a conversation; ends with Done. Closing the iterator cancels the generation; `spent` gets its Done then,
+        too.
 
-        Raises EngineError: PROMPT_TOO_LONG, MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT.
+        Raises EngineError: PROMPT_TOO_LONG, MANIFEST_INVALID, MODEL_INVALID, ENGINE_CRASHED, ENGINE_TIMEOUT.
         """
         request = Generate(
             id=next(self._ids),
-            prompt=pack(render(conversation)),
+            prefix=pack(render_prefix(conversation)),
+            prompt=pack(render_turns(conversation)),
             tools=tuple((tool.name, dict(tool.parameters)) for tool in conversation.tools),
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
         )
-        await self._turn.acquire()
-        try:
-            if self._holds_back():
+        async with self._in_use() as process:
+            if process is None:
                 yield _nothing(request.id)
                 return
-            process = await self._started()
-            async with contextlib.aclosing(self._exchange(process, request)) as outputs:
+            async with contextlib.aclosing(_exchange(process, request, spent)) as outputs:
                 async for output in outputs:
                     yield output
-        finally:
-            self._idle_since = time.monotonic()
-            self._turn.release()
 
     async def prepare(self) -> bool:
         """Load the model unless it is; False if the budgets do not let that be. Raises EngineError."""
-        async with self._turn:
+        async with self._gate:
             if self._pace.hold or self._pace.stop:
                 return False
             await self._started()
             return not (self._pace.hold or self._pace.stop)
+
+    @contextlib.asynccontextmanager
+    async def _in_use(self) -> AsyncIterator[Process | None]:
+        """The process, which is not ended meanwhile; None if the budgets keep it from beginning. Raises EngineError."""
+        async with self._gate:
+            process = None if self._holds_back() else await self._started()
+            self._users += 1
+            self._unused.clear()
+        try:
+            yield process
+        finally:
+            self._users -= 1
+            self._idle_since = time.monotonic()
+            if not self._users:
+                self._unused.set()
 
     def _holds_back(self) -> bool:
         """Whether nothing is to begin: loading would take the memory that is to be given back, and heat what is to cool."""
@@ -146,149 +133,114 @@ class Engine:
 
     def idle_s(self) -> float:
         """For how long a loaded model has had nothing to do; 0 if it has, or is not loaded."""
-        return 0.0 if self._process is None or self._turn.locked() else time.monotonic() - self._idle_since
+        return 0.0 if self._process is None or self._users or self._gate.locked() else time.monotonic() - self._idle_since
 
     def pace(self, pace: Pace) -> None:
         """How fast it may go from now on, what is being generated included."""
         self._pace = pace
         if process := self._process:
-            with contextlib.suppress(RuntimeError):  # the link is closed: whoever waits on it is told so
-                process.writer.write(frame(pace))
+            process.tell(pace)
+
+    async def warm(self, conversation: Conversation) -> None:
+        """Decode what prompts with its system text and tools begin with, unless that is on disk. Raises EngineError."""
+        async for _ in self.generate(conversation, max_tokens=1, temperature=0.0, seed=0):
+            pass
+
+    async def forget(self) -> None:
+        """Drop what sessions have said. When it returns none of it is on disk."""
+        if process := self._process:
+            request = next(self._ids)
+            await process.last(process.ask(Forget(id=request)))
+            process.forget(request)
+        await asyncio.to_thread(self.forget_files)
+
+    def forget_files(self) -> None:
+        """The same where no process runs."""
+        if folder := self.settings.prefixes:
+            for path in folder.glob(f"*{SESSION}"):
+                path.unlink(missing_ok=True)
 
     async def unload(self, why: str = "idle") -> None:
         """Give all its memory back, the file's cached pages included; the next request loads it again."""
-        async with self._turn:
+        async with self._gate:
+            await self._unused.wait()
             if self._process:
                 self._anonymous_mib = _least_mib(self._process)
                 self.loads["unload", why] += 1
-            await self.stop()
+            await self._end(kept=why == "idle")
             await asyncio.to_thread(_forget, self.settings.path)
 
     async def stop(self) -> None:
         """End the process; a running generation fails with ENGINE_CRASHED."""
+        await self._end(kept=True)
+
+    async def _end(self, *, kept: bool) -> None:
         if process := self._process:
             self._process = None
-            process.writer.close()
-            await _ended(process.process)
+            await process.stop(kept=kept)
 
-    async def _exchange(self, process: _Process, request: Generate) -> AsyncGenerator[Output, None]:
-        ended = False
-        try:
-            await self._send(process, request)
-            while not ended:
-                message = await self._receive(process.reader, process.process)
-                if isinstance(message, Failed):
-                    ended = True
-                    raise _error(message)
-                if isinstance(message, Progress):
-                    self.meter.told(message)
-                    continue
-                if isinstance(message, Ready) or message.id != request.id:
-                    continue
-                ended = isinstance(message, Done)
-                yield message
-        except EngineError as e:
-            if e.reason is Reason.ENGINE_CRASHED:
-                ended = True
-                self._process = None
-            raise
-        finally:
-            if not ended:  # our reader went away in the middle
-                await _to_its_end(asyncio.create_task(self._abandon(process, request.id)))
-
-    async def _abandon(self, process: _Process, request: int) -> None:
-        """Cancel and wait for the end, so that the next request finds a quiet link; kill what does not answer."""
-        try:
-            async with asyncio.timeout(CANCEL_TIMEOUT_S):
-                await self._send(process, Cancel(id=request))
-                while True:
-                    message = await self._receive(process.reader, process.process)
-                    if isinstance(message, Progress):
-                        self.meter.told(message)
-                    elif isinstance(message, Done | Failed) and message.id == request:
-                        return
-        except (EngineError, TimeoutError):
-            process.process.kill()
-            self._process = None
-
-    async def _started(self) -> _Process:
-        if self._process is not None and self._process.process.poll() is None:
+    async def _started(self) -> Process:
+        if self._process is not None and self._process.alive:
             return self._process
+        await self._end(kept=False)
         if self._repack is None:
             self._repack = await repack_is_usable(self.settings.path)
         s = self.settings
         room, footprint = await self._room(), await asyncio.to_thread(remembered, s)  # with no child yet to be left behind
-        ours, theirs = socket.socketpair()
-        with theirs:
-            child = subprocess.Popen(  # noqa: ASYNC220 - a spawn takes a millisecond
-                [sys.executable, "-I", "-m", "agentd.engine.child", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | _ENGINE_ENVIRONMENT,
-                start_new_session=True,
-            )
-        reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
-        _sacrifice(child.pid)
         load = Load(
             path=str(s.path),
             context=s.context,
             batch=s.batch,
             threads=s.threads,
+            parallel=s.parallel,
+            prefixes=str(s.prefixes or ""),
+            prefixes_mib=s.prefixes_mib,
             repack=self._repack,
             least_context=min(s.least_context, s.context),
             room_mib=room.now_mib,
             ever_mib=room.ever_mib,
             footprint=footprint,
         )
-        try:
-            async with asyncio.timeout(s.load_timeout_s):
-                writer.write(frame(load))
-                message = await self._receive(reader, child)
-        except TimeoutError:
-            message = Failed(id=0, reason="ENGINE_TIMEOUT", message=f"The model was not loaded after {s.load_timeout_s:g} s.")
-        except asyncio.CancelledError:
-            child.kill()
-            raise
-        if not isinstance(message, Ready):
-            writer.close()
-            child.kill()
-            await _ended(child)
-            raise _error(message) if isinstance(message, Failed) else _crashed(child)
-        if message.footprint != load.footprint:
-            await asyncio.to_thread(remember, s, message.footprint)
+        process = await Process.start(load, s.load_timeout_s, self.meter.told)
+        if process.model.footprint != load.footprint:
+            await asyncio.to_thread(remember, s, process.model.footprint)
         self.meter.begin()
         self.loads["load", "again" if self.loads else "first"] += 1
-        writer.write(frame(self._pace))  # what changes it from here on finds the process
-        self._process = _Process(child, reader, writer, message)
+        process.tell(self._pace)  # what changes it from here on finds the process
+        self._process = process
         self._idle_since = time.monotonic()
-        return self._process
+        return process
 
-    async def _send(self, process: _Process, message: BaseModel) -> None:
+
+async def _exchange(process: Process, request: Generate, spent: Callable[[Done], None]) -> AsyncGenerator[Output, None]:
+    outputs, ended = process.ask(request), False
+    giving_up: asyncio.Task[Done | None] | None = None
+    try:
+        while not ended:
+            output = await outputs.get()
+            ended = isinstance(output, Done | Failed | EngineError)
+            if isinstance(output, Forgotten):
+                continue
+            if isinstance(output, EngineError):
+                raise output
+            if isinstance(output, Failed):
+                raise as_error(output)
+            if isinstance(output, Done):
+                spent(output)
+            yield output
+    finally:
         try:
-            process.writer.write(frame(message))
-            await process.writer.drain()
-        except ConnectionError:
-            await _ended(process.process)
-            raise _crashed(process.process) from None
-
-    async def _receive(
-        self, reader: asyncio.StreamReader, child: subprocess.Popen[bytes]
-    ) -> Ready | Progress | Delta | ToolCall | Malformed | Done | Failed:
-        try:
-            (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-            if length > LARGEST:
-                child.kill()
-                raise EngineError(Reason.ENGINE_CRASHED, "The engine process sent nonsense.")
-            return from_engine.validate_json(await reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError, ValidationError):
-            await _ended(child)
-            raise _crashed(child) from None
+            if not ended:  # our reader went away in the middle
+                giving_up = asyncio.create_task(process.give_up(request.id, outputs), name="cancel a generation")
+                await _to_its_end(giving_up)
+        finally:
+            process.forget(request.id)
+            if giving_up and (done := giving_up.result()):
+                spent(done)
 
 
-async def _to_its_end(task: asyncio.Task[None]) -> None:
-    """Whatever cancels come meanwhile: nobody else may use the link before."""
+async def _to_its_end(task: asyncio.Task[Done | None]) -> None:
+    """Whatever cancels come meanwhile: what was used is to be counted."""
     cancelled = False
     while not task.done():
         try:
@@ -299,21 +251,15 @@ async def _to_its_end(task: asyncio.Task[None]) -> None:
         raise asyncio.CancelledError
 
 
-def _least_mib(process: _Process) -> float:
+def _least_mib(process: Process) -> float:
     """What it takes with the least context: what must be free for it to be loaded again."""
-    known, taken = process.model.footprint, anonymous_mib(process.process.pid)
+    known, taken = process.model.footprint, anonymous_mib(process.pid)
     return max(0.0, taken - (known.of(process.model.context) - known.least_mib)) if known else taken
 
 
 def _nothing(request: int) -> Done:
     """The end of a generation that the budgets did not let begin."""
     return Done(id=request, reason="budget", ids=(), prompt_tokens=0, cached_tokens=0, prefill_ms=0, decode_ms=0)
-
-
-def _sacrifice(pid: int) -> None:
-    """If the kernel must kill for memory, then this process: its death costs a reload (oom_score_adj of proc(5))."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("500")
 
 
 def _forget(path: Path) -> None:
@@ -324,29 +270,3 @@ def _forget(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-async def _ended(child: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that is to end; kill it if it does not."""
-    try:
-        await asyncio.to_thread(child.wait, STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it waits for a disk; the kernel ends it when that answers
-            await asyncio.to_thread(child.wait, STOP_TIMEOUT_S)
-
-
-def _crashed(child: subprocess.Popen[bytes]) -> EngineError:
-    code = child.poll()
-    how = signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
-    return EngineError(
-        Reason.ENGINE_CRASHED,
-        f"The engine process died ({how}) and this request with it.",
-        hint="The next request starts it again; if it keeps dying, the model file or the memory is too much for it.",
-        metadata={"how": how},
-    )
-
-
-def _error(message: Failed) -> EngineError:
-    reason = Reason[message.reason] if message.reason in Reason.__members__ else Reason.ENGINE_CRASHED
-    return EngineError(reason, message.message, hint=message.hint, metadata=message.metadata)

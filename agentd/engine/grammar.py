@@ -1,114 +1,212 @@
-"""Constrained decoding of calls: from the tools' schemas to a grammar, and from there to masks.
+"""Constrained decoding of calls: which tokens may come next, and which must.
 
-The grammar starts when the model has sampled `<|tool_call>` and ends with `<tool_call|>`: it forces a known tool,
-its argument names in sorted order (as the template trains), typed values, and real quote tokens. Free strings
-are unbounded (a bound defeats llguidance's slicer: 2.7 ms a token instead of 5 us); the token limit ends them.
+The grammar starts when the model has sampled `<|tool_call>` and ends with `<tool_call|>`: it forces a known tool, its
+argument names in sorted order (as the template trains), typed values, and real quote tokens. Free strings are unbounded;
+the token limit ends them.
+
+What the model chooses by itself is taken if it is allowed, and only else the allowed ones are looked for: a model that
+knows the format hardly ever needs that. Where one thing alone may follow it is written without asking the model.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import llguidance
-import llguidance.llamacpp
 import numpy as np
 
-from agentd.engine.prompt import CALL_CLOSE, QUOTE
+from agentd.engine.automaton import CLOSED, QUOTED, UTF8, NotExpressible, Position, State, calls
+from agentd.engine.prompt import CALL_CLOSE, QUOTE, Text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import llama_cpp.llama_cpp as C
     from numpy.typing import NDArray
 
-_TERMINALS = r"""
-TEXT: /[^\x00]+/
-INTEGER: /-?(0|[1-9][0-9]{0,14})/
-NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
-"""
+    from agentd.engine.sampler import Sampler
+    from agentd.engine.tokens import Vocabulary
+
+__all__ = ["Grammars", "Matcher", "NotExpressible"]
+
+
+_LOOKED_AT = 256
+"""So many of the most likely tokens are tried one by one: 3 ms, against a second to bring 262,144 of them in order."""
+
+
+@dataclass(slots=True, eq=False)
+class Grammar:
+    """One tool set's automaton, and what was found out about its states."""
+
+    start: State
+    allowed: dict[Position, NDArray[np.int64]] = field(default_factory=dict)
+    forced: dict[tuple[Position, tuple[int, ...]], tuple[int, ...]] = field(default_factory=dict)
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary; the last tool set's grammar is kept."""
+    """Makes grammars for one vocabulary; the last few tool sets' are kept."""
 
-    def __init__(self, vocab: C.llama_vocab_p, size: int) -> None:
-        self._tokenizer = llguidance.llamacpp.lltokenizer_from_vocab(vocab)
-        self._mask: NDArray[np.int32] = np.zeros((size + 31) // 32, np.int32)
-        self._size = size
-        self._grammars: dict[str, str] = {}
+    KEPT = 4
+
+    def __init__(self, words: Vocabulary) -> None:
+        self._words = words
+        self._grammars: dict[str, Grammar] = {}
 
     def forget(self) -> None:
         """Give back what can be made again."""
         self._grammars = {}
+        self._words.forget()
 
     def matcher(self, tools: Sequence[tuple[str, Mapping[str, Any]]]) -> Matcher:
-        """A matcher at the start of a call to one of `tools`. Raises ValueError if a schema can't be expressed."""
+        """A matcher at the start of a call to one of `tools`. Raises NotExpressible."""
         key = json.dumps(tools, sort_keys=True)
         if key not in self._grammars:
-            self._grammars = {key: llguidance.LLMatcher.grammar_from_lark(lark(tools))}
-        matcher = llguidance.LLMatcher(self._tokenizer, self._grammars[key])
-        if matcher.is_error():
-            raise ValueError(matcher.get_error())
-        return Matcher(matcher, self._mask, self._size)
+            while len(self._grammars) >= self.KEPT:
+                del self._grammars[next(iter(self._grammars))]
+            self._grammars[key] = Grammar(calls(tools))
+        return Matcher(self._words, self._grammars[key])
 
 
 class Matcher:
     """The state of one call under way."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, mask: NDArray[np.int32], size: int) -> None:
-        self._matcher, self._mask, self._size = matcher, mask, size
+    def __init__(self, words: Vocabulary, grammar: Grammar) -> None:
+        self._words, self._grammar = words, grammar
+        self._at = Position(grammar.start)
+        self._bare: tuple[int, ...] = ()  # tokens since the last special one: what comes may have to be merged with them
 
-    def restrict(self, logits: NDArray[np.float32]) -> None:
-        """Set the logits of all tokens that may not come next to minus infinity, in place. Shape [vocabulary]."""
-        self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
-        allowed = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._size]
-        np.putmask(logits, allowed == 0, -np.inf)
+    @property
+    def ended(self) -> bool:
+        return not self._at.state.symbols() and not self._at.state.text
+
+    @property
+    def in_text(self) -> bool:
+        """Whether any text may come next."""
+        return self._at.state.text
+
+    def pick(self, sampler: Sampler, logits: NDArray[np.float32]) -> int:
+        """What `sampler` takes of the tokens that may come next. `logits` has the shape [vocabulary] and stays as it is.
+
+        Raises NoProbabilities.
+        """
+        token = sampler.pick(logits)
+        if self._follow(token) is not None:
+            return token
+        return sampler.pick(logits, self._likely(logits) if not self.in_text else self._allowed())
+
+    def _likely(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Those of the most likely tokens that may come next; where there are none, all that may."""
+        known = self._grammar.allowed.get(self._at)
+        if known is not None:
+            return known
+        most = np.argpartition(logits, -_LOOKED_AT)[-_LOOKED_AT:] if len(logits) > _LOOKED_AT else np.arange(len(logits))
+        found = [int(token) for token in most if self._follow(int(token)) is not None]
+        return np.array(sorted(found), np.int64) if found else self._allowed()
+
+    def accepts(self, token: int) -> bool:
+        return self._follow(token) is not None
 
     def advance(self, token: int) -> bool:
-        """Take a sampled token; returns whether the call goes on."""
-        return bool(self._matcher.consume_token(token)) and not self._matcher.is_stopped()
+        """Take a token; returns whether the call goes on."""
+        to = self._follow(token)
+        if to is None:
+            return False
+        self._at = to
+        self._bare = () if token in self._words.guarded_ids else (*self._bare, token)
+        return not self.ended
 
+    def forced(self) -> tuple[int, ...]:
+        """The tokens that come next whatever the model would say; none where it has a choice."""
+        key = (self._at, self._bare)
+        known = self._grammar.forced.get(key)
+        if known is None:
+            known = tuple(self._forced())
+            if not self._at.state.text:  # what stands before in a text is different each time
+                self._grammar.forced[key] = known
+        return known
 
-def lark(tools: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The grammar of what may follow `<|tool_call>`, in llguidance's dialect of Lark."""
-    rules = _Rules()
-    calls = [f'"call:{name}" {rules.members(schema)}' for name, schema in tools]
-    start = f"start: call {CALL_CLOSE}\ncall: {' | '.join(calls)}\nstring: {QUOTE} TEXT? {QUOTE}\n"
-    return start + "".join(f"{name}: {body}\n" for name, body in rules.rules) + _TERMINALS
+    def _follow(self, token: int) -> Position | None:
+        special = self._words.special
+        if token == special[QUOTE]:
+            return self._at.step(QUOTED)
+        if token == special[CALL_CLOSE]:
+            return self._at.step(CLOSED)
+        piece = b"" if token in self._words.guarded_ids else self._words.piece(token)
+        at: Position | None = self._at if piece else None
+        for byte in piece:
+            if at is None:
+                return None
+            at = at.step(byte)
+        return at
 
+    def _allowed(self) -> NDArray[np.int64]:
+        if self._at.state.text and not self._at.character:
+            return self._words.in_texts()
+        known = self._grammar.allowed.get(self._at)
+        if known is None:
+            known = self._grammar.allowed[self._at] = np.array(sorted(self._look_up()), np.int64)
+        return known
 
-class _Rules:
-    def __init__(self) -> None:
-        self.rules: list[tuple[str, str]] = []
+    def _look_up(self) -> list[int]:
+        words, special = self._words, self._words.special
+        found = [special[name] for name, symbol in ((QUOTE, QUOTED), (CALL_CLOSE, CLOSED)) if self._at.step(symbol)]
+        if self._at.state.text:
+            return [words.byte(byte) for byte in UTF8[self._at.character]]
+        pieces, order = words.order()
+        ways = [(self._at, 0, len(order), 0)]  # tokens order[low:high] begin with `depth` bytes that lead there
+        while ways:
+            at, low, high, depth = ways.pop()
+            while depth and low < high and len(pieces(order[low])) == depth:
+                found.append(int(order[low]))
+                low += 1
+            for symbol, to in at.state.symbols().items():
+                if symbol >= QUOTED or low == high:
+                    continue
+                first = bisect_left(order, symbol, low, high, key=lambda token: pieces(token)[depth])
+                last = bisect_left(order, symbol + 1, first, high, key=lambda token: pieces(token)[depth])
+                if first < last:
+                    ways.append((Position(to), first, last, depth + 1))
+        return found
 
-    def _rule(self, body: str) -> str:
-        name = f"r{len(self.rules)}"
-        self.rules.append((name, body))
-        return name
+    def _forced(self) -> list[int]:
+        """Runs of bytes between special tokens, each tokenised as it would be in a prompt."""
+        tokens: list[int] = []
+        at, bare, run = self._at, self._bare, bytearray()
+        while not at.state.text and len(symbols := at.state.symbols()) == 1:
+            ((symbol, state),) = symbols.items()
+            at = Position(state)
+            if symbol < QUOTED:
+                run.append(symbol)
+                continue
+            tokens += self._tokens(bare, bytes(run), ())
+            tokens.append(self._words.special[QUOTE if symbol == QUOTED else CALL_CLOSE])
+            bare, run = (), bytearray()
+        if run:
+            tokens += self._tokens(bare, bytes(run), tuple(symbol for symbol in symbols if symbol < QUOTED))
+        return tokens
 
-    def members(self, schema: Mapping[str, Any]) -> str:
-        """`{key:value,...}`: required keys always, optional ones or not, in sorted order, commas between."""
-        properties: Mapping[str, Any] = schema.get("properties", {})
-        required = schema.get("required", ())
-        first = following = '""'
-        for name in sorted(properties, reverse=True):
-            value = self.value(properties[name])
-            given, given_first = f'",{name}:" {value} {following}', f'"{name}:" {value} {following}'
-            if name not in required:
-                given, given_first = f"{given} | {following}", f"{given_first} | {first}"
-            first, following = self._rule(given_first), self._rule(given)
-        return f'"{{" {first} "}}"'
+    def _tokens(self, before: tuple[int, ...], run: bytes, following: tuple[int, ...]) -> list[int]:
+        """`run` in tokens as they are behind those `before`. What could be one token with a byte `following` is left to the
+        model.
+        """
+        words = self._words
+        text = b"".join(words.piece(token) for token in before)
+        whole = self._encode(text + run)
+        if tuple(whole[: len(before)]) == before:
+            lead, made = text, whole[len(before) :]
+        else:  # the model has cut it in another way than the tokeniser would
+            lead, made = b"", self._encode(run)
+        skip = len(before) if lead else 0
+        for byte in following:
+            longer = self._encode(lead + run + bytes([byte]))[skip:]
+            same = next((n for n, (one, other) in enumerate(zip(made, longer, strict=False)) if one != other), len(longer))
+            del made[same:]
+        return made
 
-    def value(self, schema: Mapping[str, Any]) -> str:
-        kind = schema["type"]
-        if schema.get("enum"):
-            body = " | ".join(f"{QUOTE} {json.dumps(choice)} {QUOTE}" for choice in schema["enum"])
-        elif kind == "array":
-            item = self._rule(self.value(schema["items"]))
-            body = f'"[" ({item} ("," {item})*)? "]"'
-        elif kind == "object":
-            body = self.members(schema)
-        else:
-            body = {"string": "string", "integer": "INTEGER", "number": "NUMBER", "boolean": '"true" | "false"'}[kind]
-        return self._rule(f'{body} | "null"' if schema.get("nullable") else body)
+    def _encode(self, text: bytes) -> list[int]:
+        """Of what ends within a character nothing: that is left to the model."""
+        try:
+            return self._words.encode([Text(text.decode(), trusted=False)])
+        except UnicodeDecodeError as e:
+            return self._words.encode([Text(text[: e.start].decode(), trusted=False)])

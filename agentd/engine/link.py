@@ -53,7 +53,8 @@ class Footprint(_Message):
 
 
 class Load(_Message):
-    """First message: what to load and how. `threads` 0 means all cores.
+    """First message: what to load and how. `threads` 0 means all cores. `parallel` generations share the passes over the
+    model; states of prompts are kept in the folder `prefixes`, `prefixes_mib` of them at most.
 
     The context is halved, down to `least_context`, until all anonymous memory of the process fits into `room_mib`; `ever_mib`
     is what there can be at best; 0: not known. `footprint` is what an earlier load has found of this file.
@@ -64,6 +65,9 @@ class Load(_Message):
     context: int
     batch: int
     threads: int
+    parallel: int = 1
+    prefixes: str = ""
+    prefixes_mib: int = 0
     repack: bool = False
     least_context: int = 256
     room_mib: float = 0.0
@@ -71,12 +75,19 @@ class Load(_Message):
     footprint: Footprint | None = None
 
 
+Packed = tuple[tuple[str, bool] | tuple[int, ...], ...]
+"""A prompt as it travels: (text, trusted) pairs and runs of token ids."""
+
+
 class Generate(_Message):
-    """Go on behind the prompt. `tools` are (name, JSON Schema) pairs that calls are constrained to."""
+    """Go on behind the prompt, which begins with `prefix` as many others do. `tools` are (name, JSON Schema) pairs that
+    calls are constrained to.
+    """
 
     kind: Literal["generate"] = "generate"
     id: int
-    prompt: tuple[tuple[str, bool] | tuple[int, ...], ...]
+    prefix: Packed = ()
+    prompt: Packed
     tools: tuple[tuple[str, dict[str, Any]], ...] = ()
     max_tokens: int
     temperature: float = 0.0
@@ -88,6 +99,19 @@ class Cancel(_Message):
 
     kind: Literal["cancel"] = "cancel"
     id: int
+
+
+class Forget(_Message):
+    """Drop all that sessions have said, from the disk, too; the answer is a Forgotten."""
+
+    kind: Literal["forget"] = "forget"
+    id: int
+
+
+class Leave(_Message):
+    """Keep the states of sessions on disk, and end."""
+
+    kind: Literal["leave"] = "leave"
 
 
 class Pace(_Message):
@@ -157,7 +181,9 @@ class Malformed(_Message):
 
 
 class Done(_Message):
-    """End of a generation. `ids` are the tokens the model produced, without the one that ended it."""
+    """End of a generation. `ids` are the tokens the model produced, without the one that ended it; `busy_s` is its share of
+    the time in which the model was at work for it.
+    """
 
     kind: Literal["done"] = "done"
     id: int
@@ -167,6 +193,14 @@ class Done(_Message):
     cached_tokens: Small
     prefill_ms: Small
     decode_ms: Small
+    busy_s: Seconds = 0.0
+
+
+class Forgotten(_Message):
+    """What sessions had said is no longer on disk, and of what is at work nothing will be."""
+
+    kind: Literal["forgotten"] = "forgotten"
+    id: int
 
 
 class Failed(_Message):
@@ -180,10 +214,10 @@ class Failed(_Message):
     metadata: dict[str, str] = {}
 
 
-ToEngine = Annotated[Load | Generate | Cancel | Pace, Field(discriminator="kind")]
-FromEngine = Annotated[Ready | Progress | Delta | ToolCall | Malformed | Done | Failed, Field(discriminator="kind")]
-to_engine: TypeAdapter[Load | Generate | Cancel | Pace] = TypeAdapter(ToEngine)
-from_engine: TypeAdapter[Ready | Progress | Delta | ToolCall | Malformed | Done | Failed] = TypeAdapter(FromEngine)
+ToEngine = Annotated[Load | Generate | Cancel | Pace | Forget | Leave, Field(discriminator="kind")]
+FromEngine = Annotated[Ready | Progress | Delta | ToolCall | Malformed | Done | Forgotten | Failed, Field(discriminator="kind")]
+to_engine: TypeAdapter[Load | Generate | Cancel | Pace | Forget | Leave] = TypeAdapter(ToEngine)
+from_engine: TypeAdapter[Ready | Progress | Delta | ToolCall | Malformed | Done | Forgotten | Failed] = TypeAdapter(FromEngine)
 
 
 def frame(message: BaseModel) -> bytes:
@@ -191,12 +225,11 @@ def frame(message: BaseModel) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
-def pack(pieces: list[Piece]) -> tuple[tuple[str, bool] | tuple[int, ...], ...]:
-    """A prompt as it travels: (text, trusted) pairs and runs of token ids."""
+def pack(pieces: list[Piece]) -> Packed:
     return tuple((p.text, p.trusted) if isinstance(p, Text) else p.ids for p in pieces)
 
 
-def unpack(prompt: tuple[tuple[str, bool] | tuple[int, ...], ...]) -> list[Piece]:
+def unpack(prompt: Packed) -> list[Piece]:
     pieces: list[Piece] = []
     for part in prompt:
         match part:

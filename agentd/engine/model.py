@@ -1,7 +1,7 @@
 """A loaded model and its context: llama.cpp's low-level interface, with the settings that matter on a small device.
 
 Weights stay mapped from the file; `lazy_mode=ON` leaves the per-layer embeddings on flash (by default the loader
-faults all 1.3 GB of them in); `n_outputs_max=1` saves half a gigabyte of logits workspace; no repacked second copy
+faults all 1.3 GB of them in); a small `n_outputs_max` saves half a gigabyte of logits workspace; no repacked second copy
 of the weights unless asked (it doubles memory, and on CPUs with AMX it crashes in the first decode). Source of the
 figures: measured with llama-cpp-python 0.3.36 on a file with Gemma 4 E2B's shapes.
 """
@@ -12,11 +12,13 @@ import ctypes
 import os
 import time
 from collections import deque
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as C
 import numpy as np
 
+from agentd.engine.pace import Aborted
 from agentd.engine.tokens import Vocabulary
 from agentd.errors import EngineError, Reason
 
@@ -32,7 +34,8 @@ ARCHITECTURE = "gemma4"
 _USE_ANOTHER = "Use a GGUF file of a Gemma 4 text model, downloaded completely."
 _GGML_TYPE_Q8_0 = 8
 _WARNING = 3  # enum ggml_log_level; 4 is ERROR
-_ABORTED = 2  # llama_decode
+_NO_ROOM, _ABORTED = 1, 2  # llama_decode
+_FULL_WINDOW = 8192  # tokens of context
 _log: deque[str] = deque(maxlen=20)
 
 
@@ -42,12 +45,37 @@ def keep_complaints(level: int, text: bytes, _data: object) -> None:
         _log.append(line)
 
 
-class Aborted(Exception):
-    """A decode was stopped by `should_stop`."""
+class NoRoom(Exception):
+    """The cache has no cells left for these tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One token to decode: where in which sequence, and whether the logits behind it are wanted."""
+
+    token: int
+    sequence: int
+    position: int
+    wanted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a context: tokens in all, tokens in a pass, sequences, rows of logits in a pass."""
+
+    context: int
+    batch: int
+    sequences: int = 1
+    outputs: int = 1
+
+    @property
+    def full_window(self) -> bool:
+        """Whether layers with a sliding window keep all cells, too: 12 KiB a token more, and any rollback is exact."""
+        return self.context <= _FULL_WINDOW
 
 
 class Model:
-    """One model with one sequence. Use from one thread.
+    """One model and its cache of several sequences. Use from one thread.
 
     Raises EngineError (MODEL_INVALID) naming what is wrong with the file.
     """
@@ -55,9 +83,8 @@ class Model:
     def __init__(
         self,
         path: Path,
+        shape: Shape,
         *,
-        context: int,
-        batch: int,
         threads: int,
         repack: bool,
         should_stop: Callable[[], bool],
@@ -65,7 +92,7 @@ class Model:
         fit: Callable[[Model, int], int] = lambda _model, context: context,
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        """`fit` is asked how large the context may be once all but that is loaded; `done` is called after each piece."""
+        """`fit` is asked how large the context may be once all but that is loaded; `done` is called after each pass."""
         _check_file(path)
         C.llama_log_set(keep_complaints, None)
         C.llama_backend_init()
@@ -73,63 +100,92 @@ class Model:
         self.name = _metadata(self._model, "general.name") or path.stem
         self.parameters = int(C.llama_model_n_params(self._model))
         self.size = int(C.llama_model_size(self._model))
-        self.vocabulary_pointer = C.llama_model_get_vocab(self._model)
-        self.words = Vocabulary(self.vocabulary_pointer)
+        self.words = Vocabulary(C.llama_model_get_vocab(self._model))
+        self.window = int(C.llama_model_n_swa(self._model))
         # Keep a reference: the C side holds only the pointer. It is asked about 900 times in a decode.
         self._abort = C.ggml_abort_callback(lambda _data: should_stop())
         self._pacer, self._done, self._most = pacer, done, threads or os.cpu_count() or 1
         self._threads = self._most
-        self._batch = batch
-        self._context = self._new_context(fit(self, context))
+        self._asked = shape
+        self.shape = replace(shape, context=fit(self, shape.context))
+        self._context = self._new_context()
         self._memory = C.llama_get_memory(self._context)
-        self.context: int = C.llama_n_ctx(self._context)
+        self._batch = C.llama_batch_init(shape.batch, 0, 1)
         self.decoded = self.passes = 0
         """Tokens, and passes over the weights, since it was loaded."""
-        self.tokens: list[int] = []
-        """What the cache holds, position by position."""
         self._check_logits()
 
     def close(self) -> None:
+        C.llama_batch_free(self._batch)
         C.llama_free(self._context)
         C.llama_model_free(self._model)
 
-    def rewind(self, prompt: Sequence[int]) -> int:
-        """Keep what the cache shares with `prompt` and drop the rest; returns how many tokens stay.
+    def decode(self, rows: Sequence[Row]) -> float:
+        """One pass; afterwards `logits` gives those that were wanted. Seconds that it took.
 
-        At least the last token of the prompt is left to be decoded, as its logits are wanted.
+        Raises NoRoom, Aborted: nothing of it stays; OutOfBudget; EngineError (ENGINE_CRASHED).
         """
-        shared = 0
-        for mine, wanted in zip(self.tokens, prompt[:-1], strict=False):
-            if mine != wanted:
-                break
-            shared += 1
-        # Exact only because swa_full keeps all cells: a pruned window rolls back "successfully" and wrongly.
-        C.llama_memory_seq_rm(self._memory, 0, shared, -1)
-        del self.tokens[shared:]
-        return shared
+        self._pacer.ready()
+        self._keep_pace()
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, row in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.logits[i] = row.token, row.position, row.wanted
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = row.sequence
+        begun = time.monotonic()
+        code = C.llama_decode(self._context, batch)
+        took = time.monotonic() - begun
+        if code == _NO_ROOM:
+            raise NoRoom
+        if code == _ABORTED:
+            for sequence in {row.sequence for row in rows}:
+                self.keep(sequence, min(row.position for row in rows if row.sequence == sequence))
+            raise Aborted
+        if code != 0:
+            raise EngineError(Reason.ENGINE_CRASHED, f"The model could not be evaluated (code {code}).")
+        self.decoded += len(rows)
+        self.passes += 1
+        self._pacer.rest(took)
+        self._done()
+        return took
 
-    def decode(self, tokens: Sequence[int]) -> None:
-        """Append tokens; afterwards `logits` are those behind the last one. Raises Aborted, OutOfBudget, EngineError.
+    def logits(self, row: int) -> NDArray[np.float32]:
+        """A view (no copy) of the logits behind that row of the last pass, shape [vocabulary]."""
+        pointer = C.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, shape=(self.words.size,))
 
-        The pieces are the same at any pace: others could end in other logits.
+    def keep(self, sequence: int, length: int) -> None:
+        """Drop what the sequence holds behind its first `length` tokens. Exact only where `reaches` says so."""
+        C.llama_memory_seq_rm(self._memory, sequence, length, -1)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let `target`, which is empty, share the first `length` tokens of `source`."""
+        C.llama_memory_seq_cp(self._memory, source, target, 0, length)
+
+    def reaches(self, sequence: int, length: int) -> bool:
+        """Whether the sequence can go on behind its first `length` tokens.
+
+        Layers with a sliding window forget what lies before it. llama.cpp goes back "successfully" all the same, and the
+        logits are silently wrong (measured with 0.3.36): all cells that the window needs at that point must be there.
         """
-        for start in range(0, len(tokens), self._batch):
-            part = tokens[start : start + self._batch]
-            self._pacer.ready()
-            self._keep_pace()
-            begun = time.monotonic()
-            array = (C.llama_token * len(part))(*part)
-            code = C.llama_decode(self._context, C.llama_batch_get_one(array, len(part)))
-            if code == _ABORTED:
-                C.llama_memory_seq_rm(self._memory, 0, len(self.tokens), -1)
-                raise Aborted
-            if code != 0:
-                raise EngineError(Reason.ENGINE_CRASHED, f"The model could not be evaluated (code {code}).")
-            self.tokens.extend(part)
-            self.decoded += len(part)
-            self.passes += 1
-            self._pacer.rest(time.monotonic() - begun)
-            self._done()
+        first = int(C.llama_memory_seq_pos_min(self._memory, sequence))
+        return 0 <= first <= max(0, length - self.window) if length else True
+
+    def state(self, sequence: int) -> bytes:
+        """What the cache holds of a sequence, to be restored in another process."""
+        size = C.llama_state_seq_get_size(self._context, sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        taken = C.llama_state_seq_get_data(self._context, buffer, size, sequence)
+        return bytes(memoryview(buffer)[:taken])
+
+    def restore(self, sequence: int, state: bytes) -> bool:
+        """Fill an empty sequence with a state of the very same model and kind of cache; False if it does not fit."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if C.llama_state_seq_set_data(self._context, buffer, len(state), sequence):
+            return True
+        self.keep(sequence, 0)
+        return False
 
     def _keep_pace(self) -> None:
         """As many threads as there may be now: they count from the next decode on."""
@@ -138,29 +194,23 @@ class Model:
             C.llama_set_n_threads(self._context, threads, threads)
             self._threads = threads
 
-    def logits(self) -> NDArray[np.float32]:
-        """A view (no copy) of the last token's logits, shape [vocabulary]."""
-        pointer = C.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, shape=(self.words.size,))
-
-    def sample(self, sampler: C.llama_sampler_p) -> int:
-        return int(C.llama_sampler_sample(sampler, self._context, -1))
-
     def parameters_of_context(self, context: int) -> C.llama_context_params:
+        shape = self._asked
         params = C.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = context, self._batch, self._batch, 1
-        params.n_outputs_max = 1
+        params.n_ctx, params.n_batch, params.n_ubatch = context, shape.batch, shape.batch
+        params.n_seq_max, params.kv_unified = shape.sequences, True
+        params.n_outputs_max = shape.outputs
         params.n_threads = params.n_threads_batch = self._most
         params.type_k = params.type_v = _GGML_TYPE_Q8_0
         params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_ENABLED  # a quantised V cache needs it
-        params.swa_full = True
+        params.swa_full = shape.full_window  # as asked: a smaller context in short memory is of the same kind
         params.no_perf = True
         params.abort_callback = self._abort
         return params
 
-    def _new_context(self, context: int) -> C.llama_context_p:
-        params = self.parameters_of_context(context)
-        made = C.llama_init_from_model(self._model, params)
+    def _new_context(self) -> C.llama_context_p:
+        context = self.shape.context
+        made = C.llama_init_from_model(self._model, self.parameters_of_context(context))
         if not made:
             raise EngineError(
                 Reason.MODEL_INVALID,
@@ -168,27 +218,15 @@ class Model:
                 hint="Make engine.context smaller in agentd.toml.",
                 metadata={"context": str(context)},
             )
+        self.shape = replace(self.shape, context=int(C.llama_n_ctx(made)))
         return made
 
     def _check_logits(self) -> None:
         """One decode at load: structures move between releases, and a wrong field shows here."""
-        self.decode([self.words.special["<bos>"]])
-        if not np.isfinite(self.logits()).all() or float(np.ptp(self.logits())) == 0:
+        self.decode([Row(self.words.special["<bos>"], 0, 0, wanted=True)])
+        if not np.isfinite(self.logits(0)).all() or float(np.ptp(self.logits(0))) == 0:
             raise EngineError(Reason.MODEL_INVALID, "The model gives no usable probabilities.", hint=_USE_ANOTHER)
-        self.rewind([-1, -1])
-
-
-def greedy_or_sampled(temperature: float, seed: int) -> C.llama_sampler_p:
-    """Gemma's recommended chain (top-k 64, top-p 0.95), or the most likely token at temperature 0."""
-    chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
-    if temperature <= 0:
-        C.llama_sampler_chain_add(chain, C.llama_sampler_init_greedy())
-        return chain
-    C.llama_sampler_chain_add(chain, C.llama_sampler_init_top_k(64))
-    C.llama_sampler_chain_add(chain, C.llama_sampler_init_top_p(0.95, 1))
-    C.llama_sampler_chain_add(chain, C.llama_sampler_init_temp(temperature))
-    C.llama_sampler_chain_add(chain, C.llama_sampler_init_dist(seed))
-    return chain
+        self.keep(0, 0)
 
 
 def _check_file(path: Path) -> None:

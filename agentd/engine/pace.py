@@ -22,8 +22,12 @@ class OutOfBudget(Exception):
     """The generation is to end with what it has."""
 
 
+class Aborted(Exception):
+    """A pass was not made, or not to its end, since something was given up meanwhile. Nothing of it stays."""
+
+
 class Pacer:
-    """`told` from any thread; the rest from the one that decodes. `given_up` says whether nobody waits any more."""
+    """`told` from any thread; the rest from the one that decodes. `given_up` says whether a cancellation is to be seen to."""
 
     def __init__(self, given_up: Callable[[], bool]) -> None:
         self._given_up = given_up
@@ -59,12 +63,16 @@ class Pacer:
         return self._pace.stop
 
     def ready(self) -> None:
-        """Before a piece of work: waits for as long as nothing may be done. Raises OutOfBudget."""
+        """Before a piece of work: waits for as long as nothing may be done. Raises OutOfBudget; Aborted if, while it waits,
+        something is given up.
+        """
         with self._news:
             while self._pace.hold and not self._pace.stop and not self._given_up():
                 self._news.wait(_LOOK_S)
             if self._pace.stop:
                 raise OutOfBudget
+            if self._pace.hold:
+                raise Aborted
 
     def rest(self, worked_s: float) -> None:
         """After a piece of work: as long as the duty wants it. What is owed stays owed when the pace changes."""

@@ -171,6 +171,11 @@ class _Writer:
 
 def render(conversation: Conversation) -> list[Piece]:
     """The prompt as pieces; it ends where the model goes on writing."""
+    return render_prefix(conversation) + render_turns(conversation)
+
+
+def render_prefix(conversation: Conversation) -> list[Piece]:
+    """What all prompts with this system text and these tools begin with."""
     out = _Writer()
     out.markup(BOS)
     if conversation.system or conversation.tools or conversation.thinking:
@@ -181,6 +186,12 @@ def render(conversation: Conversation) -> list[Piece]:
         for tool in conversation.tools:
             _declaration(out, tool)
         out.markup(f"{TURN_CLOSE}\n")
+    return out.pieces
+
+
+def render_turns(conversation: Conversation) -> list[Piece]:
+    """What follows that. A turn begins with a special token, so both can be tokenised on their own."""
+    out = _Writer()
     last = len(conversation.turns) - 1
     for i, turn in enumerate(conversation.turns):
         _turn(out, turn)

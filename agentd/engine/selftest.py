@@ -30,23 +30,23 @@ async def repack_is_usable(model: Path) -> bool:
 def main() -> int:
     import numpy as np
 
-    from agentd.engine.model import Model
+    from agentd.engine.model import Model, Row, Shape
     from agentd.engine.pace import Pacer
 
     results = []
     for repack in (False, True):
         model = Model(
             Path(sys.argv[1]),
-            context=256,
-            batch=64,
+            Shape(256, 64),
             threads=0,
             repack=repack,
             should_stop=lambda: False,
             pacer=Pacer(lambda: False),
         )
         step = max(1, model.words.size // _TOKENS)
-        model.decode([model.words.special["<bos>"], *range(0, model.words.size - 1, step)][:_TOKENS])
-        results.append(model.logits().astype(np.float64))
+        tokens = [model.words.special["<bos>"], *range(0, model.words.size - 1, step)][:_TOKENS]
+        model.decode([Row(token, 0, i, wanted=i == len(tokens) - 1) for i, token in enumerate(tokens)])
+        results.append(model.logits(len(tokens) - 1).astype(np.float64))
         model.close()
     plain, repacked = results
     similarity = float(plain @ repacked / (np.linalg.norm(plain) * np.linalg.norm(repacked)))

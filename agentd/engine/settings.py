@@ -28,6 +28,15 @@ class EngineSettings:
     """Down to this it is halved where memory is short."""
     kept: Path | None = None
     """A file for what is found out about the model's memory."""
+    parallel: int = 1
+    """So many generations share the passes over the model."""
+    prefixes: Path | None = None
+    """A folder for states of prompts, of `prefixes_mib` in all."""
+    prefixes_mib: int = 256
+
+
+PREFIX, SESSION = ".prefix", ".session"
+"""How files with states of prompts end: what many begin with, and what somebody has said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,7 @@ def _key(settings: EngineSettings) -> list[object]:
         status.st_mtime_ns,
         settings.context,
         settings.batch,
+        settings.parallel,
         version("llama-cpp-python"),
     ]
 

@@ -72,7 +72,13 @@ class Model(Protocol):
     """The part of the engine that the loop uses."""
 
     def generate(
-        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
+        self,
+        conversation: Conversation,
+        *,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        spent: Callable[[Done], None],
     ) -> AsyncGenerator[Delta | ToolCall | Malformed | Done, None]: ...
 
 
@@ -109,6 +115,10 @@ class _Step:
     text: str = ""
     calls: list[ToolCall | Malformed] = field(default_factory=list)
     done: Done | None = None
+    """Also of one that was cancelled."""
+
+    def ended(self, done: Done) -> None:
+        self.done = done
 
 
 @dataclass(slots=True)
@@ -123,10 +133,10 @@ class Loop:
     history: list[Turn]
     emit: Callable[[str, dict[str, Any]], None]
     turn: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext
-    """Around each generation: the model is this run's alone."""
+    """Around each generation: it is this run's turn with the model."""
     purse: Purse | None = None
     used: Callable[[], Usage] = Usage
-    """What the model and the device have used so far, of all runs: the difference over a turn is this run's."""
+    """What the model and the device have used so far, of all runs: of the difference over a turn its share is this run's."""
     within: tuple[Pattern, ...] = ()
     """The most that its calls may touch, if whoever started it is bounded."""
     rehearse: bool = False
@@ -201,13 +211,17 @@ class Loop:
         return step
 
     def _count(self, done: Done | None, used: Usage) -> None:
-        tokens = len(done.ids) if done else used.tokens
-        self.generated_tokens += tokens
-        self.prompt_tokens += done.prompt_tokens - done.cached_tokens if done else 0
-        self.seconds += used.seconds
-        self.joules += used.joules
+        """`used` is of all that shared the model meanwhile."""
+        if done is None:  # the engine died, or had no budget to begin
+            return
+        share = min(1.0, done.busy_s / used.seconds) if used.seconds > 0 else 0.0
+        mine = Usage(len(done.ids), done.busy_s, 0, used.joules * share)
+        self.generated_tokens += mine.tokens
+        self.prompt_tokens += done.prompt_tokens - done.cached_tokens
+        self.seconds += mine.seconds
+        self.joules += mine.joules
         if self.purse:
-            self.purse.spend(self.run.principal, Usage(tokens, used.seconds, 0, used.joules))
+            self.purse.spend(self.run.principal, mine)
 
     async def _ask(self, step: _Step) -> None:
         settings = self.settings
@@ -217,7 +231,11 @@ class Loop:
             self.limits.tokens - self.generated_tokens, self.purse.tokens_left(self.run.principal) if self.purse else math.inf
         )
         outputs = self.model.generate(
-            conversation, max_tokens=max(1, int(most)), temperature=settings.temperature, seed=settings.seed
+            conversation,
+            max_tokens=max(1, int(most)),
+            temperature=settings.temperature,
+            seed=settings.seed,
+            spent=step.ended,
         )
         async with contextlib.aclosing(outputs) as stream:
             async for output in stream:
@@ -228,7 +246,7 @@ class Loop:
                     case ToolCall() | Malformed():
                         step.calls.append(output)
                     case Done():
-                        step.done = output
+                        step.done = step.done or output  # of one that was never begun nothing was spent
 
     async def _make(self, call: ToolCall | Malformed) -> StopReason | None:
         if isinstance(call, Malformed):

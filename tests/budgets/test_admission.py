@@ -198,6 +198,39 @@ def test_whatever_happens_one_at_a_time_is_served_and_nobody_is_forgotten(
         assert all(task.done() for task in tasks.values())
         assert most <= 1
         assert not office.admission._tickets
-        assert office.admission._at_work is None
+        assert not office.admission._at_work
+
+    asyncio.run(go())
+
+
+def test_several_have_a_turn_at_a_time_and_the_background_only_beside_its_like():
+    """Three places: two interactive ones go at once, the background waits for both, and then goes with another of its kind."""
+
+    async def go() -> None:
+        office = Office()
+        office.admission.parallel = 3
+        began: list[str] = []
+        ends = {name: asyncio.Event() for name in ("a", "b", "low", "lower")}
+
+        async def work(name: str, priority: Priority) -> None:
+            ticket = office.admission.admit(priority)
+            async with office.admission.turn(ticket):
+                began.append(name)
+                await ends[name].wait()
+            office.admission.leave(ticket)
+
+        tasks = [asyncio.create_task(work(name, Priority.INTERACTIVE)) for name in ("a", "b")]
+        tasks += [asyncio.create_task(work(name, Priority.BACKGROUND)) for name in ("low", "lower")]
+        await settle()
+        assert began == ["a", "b"]
+        ends["a"].set()
+        await settle()
+        assert began == ["a", "b"]
+        ends["b"].set()
+        await settle()
+        assert began == ["a", "b", "low", "lower"]
+        for end in ends.values():
+            end.set()
+        await asyncio.gather(*tasks)
 
     asyncio.run(go())

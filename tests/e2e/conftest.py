@@ -61,7 +61,10 @@ class DaemonProcess:
         rules = "".join(f'[[grants]]\ntool = "{tool}"\nscope = "{scope}"\n' for tool, scope in grants)
         deny = f'[[grants]]\ntool = "*"\nscope = "read:{self.home}/secret"\ndecision = "deny"\n'
         tools = f'[tools]\nfolder = "{self.home}"\nbundles = ["{BUNDLES}"]\n{self.tools}'
-        text = f'state = "{self.state}"\nsocket = "{self.socket}"\n{tools}{rules}{deny}{self.extra}'
+        cold, extra = "engine.warm = false\n", self.extra  # what is decoded at a start takes a second of both cores
+        if "[engine]" in extra:
+            cold, extra = "", extra if "warm" in extra else extra.replace("[engine]", "[engine]\nwarm = false")
+        text = f'{cold}state = "{self.state}"\nsocket = "{self.socket}"\n{tools}{rules}{deny}{extra}'
         config = self.root / "agentd.toml"
         config.write_text(text)
         return config

@@ -19,17 +19,19 @@ from pathlib import Path
 import os
 from agentd.engine.meter import anonymous_mib
 from agentd.engine.footprint import footprint
-from agentd.engine.model import Model
+from agentd.engine.model import Model, Row, Shape
 from agentd.engine.pace import Pacer
 path, said = Path(sys.argv[1]), {}
 def fit(model, context):
     reckoned = footprint(path, model.parameters_of_context, context, 1024)
     said.update(mib=reckoned.mib, middle=reckoned.of(65536), before=anonymous_mib(os.getpid()))
     return int(sys.argv[2])
-model = Model(path, context=131072, batch=128, threads=1, repack=False, should_stop=lambda: False, pacer=Pacer(lambda: False), fit=fit)
+model = Model(
+    path, Shape(131072, 128), threads=1, repack=False, should_stop=lambda: False, pacer=Pacer(lambda: False), fit=fit
+)
 for start in range(0, 2048, 128):
-    model.decode([5] * 128)
-print(json.dumps({**said, "after": anonymous_mib(os.getpid()), "context": model.context}))
+    model.decode([Row(5, 0, start + i) for i in range(128)])
+print(json.dumps({**said, "after": anonymous_mib(os.getpid()), "context": model.shape.context}))
 """
 
 

@@ -150,7 +150,7 @@ def test_another_users_connections_leave_room_for_the_owner(own_daemon: DaemonPr
     """A user without any role holds six hundred; the daemon's own user still gets in."""
     open_to_others(own_daemon).start()
     with of_nobody(own_daemon.socket, 600):
-        assert outcome(f"unix:{own_daemon.socket}") == "ok"
+        until(lambda: outcome(f"unix:{own_daemon.socket}") == "ok")  # on a busy machine the kernel's own queue is full at first
 
 
 @pytest.mark.parametrize("door", ["socket", "tcp"])

@@ -37,7 +37,7 @@ class Obedient:
     prompts: list[Conversation] = field(default_factory=list)
 
     async def generate(
-        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
+        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int, spent: Callable[[Done], None]
     ) -> AsyncGenerator[Delta | ToolCall | Malformed | Done, None]:
         self.prompts.append(conversation)
         step = len(self.prompts) - 1

@@ -18,7 +18,7 @@ from agentd.runs.loop import Limits, Loop, ModelSettings
 from agentd.runs.results import LONGEST, for_the_model
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
 Step = tuple[list[Delta | ToolCall | Malformed], str]
 
@@ -39,7 +39,7 @@ class ScriptedModel:
     prompts: list[Conversation] = field(default_factory=list)
 
     async def generate(
-        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
+        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int, spent: Callable[[Done], None]
     ) -> AsyncGenerator[Delta | ToolCall | Malformed | Done, None]:
         self.prompts.append(conversation)
         step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
@@ -50,7 +50,9 @@ class ScriptedModel:
             yield output
         ids = tuple(range(min(10, max_tokens)))
         ended = "length" if max_tokens <= 10 else reason
-        yield Done(id=1, reason=ended, ids=ids, prompt_tokens=9, cached_tokens=4, prefill_ms=0, decode_ms=0)  # type: ignore[arg-type]
+        done = Done(id=1, reason=ended, ids=ids, prompt_tokens=9, cached_tokens=4, prefill_ms=0, decode_ms=0)  # type: ignore[arg-type]
+        spent(done)
+        yield done
 
 
 @dataclass

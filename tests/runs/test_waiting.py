@@ -21,7 +21,7 @@ from agentd.store import Store
 from tests.runs.test_loop import ScriptedCaller
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from pathlib import Path
 
     from agentd.engine.prompt import Conversation
@@ -38,16 +38,20 @@ class Slow:
     times: int = 0
 
     async def generate(
-        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int
+        self, conversation: Conversation, *, max_tokens: int, temperature: float, seed: int, spent: Callable[[Done], None]
     ) -> AsyncGenerator[Any, None]:
         self.times += 1
-        for n in range(max_tokens):
-            yield Delta(id=1, thought=False, text=f"{n} ")
-            self.used += Usage(1, 0.01)
-            await asyncio.sleep(0.001)
-        yield Done(
-            id=1, reason="stop", ids=tuple(range(max_tokens)), prompt_tokens=3, cached_tokens=0, prefill_ms=0, decode_ms=0
-        )
+        wrote, counts = 0, {"prompt_tokens": 3, "cached_tokens": 0, "prefill_ms": 0, "decode_ms": 0}
+        try:
+            for n in range(max_tokens):
+                yield Delta(id=1, thought=False, text=f"{n} ")
+                self.used += Usage(1, 0.01)
+                wrote += 1
+                await asyncio.sleep(0.001)
+        finally:
+            done = Done(id=1, reason="stop", ids=tuple(range(wrote)), busy_s=0.01 * wrote, **counts)
+            spent(done)
+        yield done
 
 
 @dataclass

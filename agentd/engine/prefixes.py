@@ -1,0 +1,182 @@
+"""States of the model's cache on disk: the beginnings of prompts, so that no start of the daemon decodes them again.
+
+A file serves only where all that made it is the same: the model, llama.cpp and the processor's features it uses, the kind of
+cache, the very tokens. It is written to a name of its own and then renamed; what a kill or a broken card leaves is known by
+its digest, and deleted.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import llama_cpp
+import llama_cpp.llama_cpp as C
+
+from agentd.engine.settings import PREFIX, SESSION
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+_MAGIC = b"agentd-prefix-1\n"
+_HEADER = struct.Struct("<II")  # bytes of the description, tokens
+_SAMPLES, _SAMPLE = 64, 64 << 10
+_LEAST_FREE = 256 << 20
+"""What a cache leaves free of a disk."""
+
+
+def identity(model: Path) -> str:
+    """What a state depends on beside its tokens and the kind of cache: the model file and llama.cpp.
+
+    Of the file its size, its beginning (all metadata and the vocabulary's) and samples of its tensors: to read all of it
+    would take longer than what is saved.
+    """
+    digest = hashlib.sha256()
+    with model.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        digest.update(str(size).encode())
+        for n in range(_SAMPLES):
+            file.seek(n * size // _SAMPLES)
+            digest.update(file.read(_SAMPLE))
+    library = f"llama-cpp-python {llama_cpp.__version__}, {C.llama_print_system_info().decode('utf-8', 'replace')}"
+    return f"{digest.hexdigest()}, {library}"
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    path: Path
+    length: int  # tokens
+    key: str  # of these tokens
+
+
+class PrefixFiles:
+    """In `folder`, of `quota` bytes in all. `identity` names all that a state depends on but its tokens.
+
+    Use from one thread. A folder that can't be written, or a full disk, costs time later and nothing else.
+    """
+
+    def __init__(self, folder: Path, identity: str, quota: int) -> None:
+        self._folder, self._identity, self._quota = folder, identity, quota
+        self._files: dict[str, _File] = {}
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._scan()
+
+    def longest(self, prompt: Sequence[int], most: int) -> int:
+        """How many tokens of the beginning of `prompt`, up to `most`, there is a state of."""
+        lengths = sorted({file.length for file in self._files.values() if file.length <= most}, reverse=True)
+        return next((n for n in lengths if self._key(prompt[:n]) in self._files), 0)
+
+    def load(self, tokens: Sequence[int]) -> bytes | None:
+        """The state behind exactly these tokens. What is damaged is deleted."""
+        file = self._files.get(self._key(tokens))
+        if file is None:
+            return None
+        with contextlib.suppress(OSError):
+            data = file.path.read_bytes()
+            if (state := self._state(data, tokens)) is not None:
+                os.utime(file.path)
+                return state
+        self._delete(file)
+        return None
+
+    def save(self, tokens: Sequence[int], state: Callable[[], bytes], *, session: bool) -> bool:
+        """Whether it is there now. `state` is asked only if there is room for it."""
+        key = self._key(tokens)
+        if key in self._files:
+            return True
+        if not self._has_room():
+            return False
+        made = state()
+        ids = array.array("i", tokens).tobytes()
+        digest = hashlib.sha256(ids + made).hexdigest()
+        description = json.dumps({"identity": self._identity, "digest": digest}).encode()
+        data = _MAGIC + _HEADER.pack(len(description), len(tokens)) + description + ids + made
+        if len(data) > self._quota:
+            return False
+        file = _File(self._folder / f"{key}{SESSION if session else PREFIX}", len(tokens), key)
+        temporary = file.path.with_suffix(".new")
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as out:
+                out.write(data)
+            temporary.rename(file.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return False
+        self._files[key] = file
+        self._keep_quota()
+        return key in self._files
+
+    def forget_sessions(self) -> None:
+        """Delete what holds words of users and tools."""
+        for file in [each for each in self._files.values() if each.path.suffix == SESSION]:
+            self._delete(file)
+
+    def _scan(self) -> None:
+        """What is there, of this identity. What is of another model or library is deleted when room is wanted."""
+        for path in self._folder.iterdir():
+            if path.suffix == ".new":
+                path.unlink()
+            elif path.suffix in (PREFIX, SESSION) and path.stem.startswith(self._mark()):
+                with contextlib.suppress(OSError, struct.error):
+                    with path.open("rb") as file:
+                        head = file.read(len(_MAGIC) + _HEADER.size)
+                    length = _HEADER.unpack(head[len(_MAGIC) :])[1]
+                    self._files[path.stem] = _File(path, length, path.stem)
+
+    def _state(self, data: bytes, tokens: Sequence[int]) -> bytes | None:
+        start = len(_MAGIC) + _HEADER.size
+        if not data.startswith(_MAGIC) or len(data) < start:
+            return None
+        described, length = _HEADER.unpack(data[len(_MAGIC) : start])
+        try:
+            description = json.loads(data[start : start + described])
+            identity, digest = description["identity"], description["digest"]
+        except (ValueError, KeyError, TypeError):
+            return None
+        rest = data[start + described :]
+        ids = array.array("i", tokens).tobytes()
+        if identity != self._identity or length != len(tokens) or rest[: len(ids)] != ids:
+            return None
+        return rest[len(ids) :] if hashlib.sha256(rest).hexdigest() == digest else None
+
+    def _has_room(self) -> bool:
+        with contextlib.suppress(OSError):
+            free = os.statvfs(self._folder)
+            return free.f_bavail * free.f_frsize >= _LEAST_FREE
+        return False
+
+    def _keep_quota(self) -> None:
+        """Those of other models or libraries go first, then what was not used for longest."""
+        there = []
+        for path in self._folder.iterdir():
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                there.append((path.stem in self._files, status.st_mtime_ns, path, status.st_size))
+        left = sum(size for *_, size in there) - self._quota
+        for _mine, _when, path, size in sorted(there):
+            if left <= 0:
+                return
+            left -= size
+            self._files.pop(path.stem, None)
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    def _delete(self, file: _File) -> None:
+        self._files.pop(file.key, None)
+        with contextlib.suppress(OSError):
+            file.path.unlink()
+
+    def _mark(self) -> str:
+        return hashlib.sha256(self._identity.encode()).hexdigest()[:16]
+
+    def _key(self, tokens: Sequence[int]) -> str:
+        return f"{self._mark()}-{hashlib.sha256(array.array('i', tokens).tobytes()).hexdigest()[:32]}"
