@@ -3,7 +3,8 @@
 one, its answers are noise. No download is needed.
 
     scripts/synthetic_model.py /tmp/e2b.gguf                      the published E2B QAT file: Q4_0
-    scripts/synthetic_model.py /tmp/e2b.gguf --ffn Q2_K           a mix as for phones: FFN at 2 bit
+    scripts/synthetic_model.py /tmp/e2b.gguf --ffn Q2_0           a mix as for phones: FFN at 2 bit (no fast kernel on PCs)
+    scripts/synthetic_model.py /tmp/e2b.gguf --ffn Q2_K           the same, in a kind that PCs are fast with
     scripts/synthetic_model.py /tmp/small.gguf --shape small      400 MiB, for tests of memory
 
 Needs numpy and gguf (extra `dev`). Shapes: the published configuration of google/gemma-4-E2B, and llama.cpp's
@@ -60,6 +61,10 @@ SHAPES = {
     "small": Shape(20, 1024, 4096, 8, 1, 128, 256, 64, 16384, 10, 512, 5),
     "tiny": Shape(10, 256, 512, 4, 1, 64, 128, 64, 8192, 5, 512, 5),
 }
+Q2_0 = 42
+"""64 weights in 18 bytes, of llama.cpp's ggml.h; the package gguf does not know it yet."""
+gguf.GGML_QUANT_SIZES[Q2_0] = (64, 18)  # type: ignore[index]
+Kind = Type | int
 # Where a block of quantised values has its scales (half floats), and what they must be for values of the usual size.
 _SCALES = {
     Type.Q4_0: ((0,), 0.004),
@@ -68,6 +73,11 @@ _SCALES = {
     Type.Q4_K: ((0, 2), 0.0003),
     Type.Q3_K: ((108,), 0.0005),
     Type.Q2_K: ((80, 82), 0.002),
+    Q2_0: ((0,), 0.01),
+}
+KINDS: dict[str, Kind] = {
+    "Q2_0": Q2_0,
+    **{kind.name: kind for kind in (*(each for each in _SCALES if isinstance(each, Type)), Type.F16)},
 }
 _SPECIAL = dict(enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>"))) | dict(
     enumerate(("<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'), 46)
@@ -77,6 +87,11 @@ _USER_DEFINED = {46, 47, 48, 49, 50, 51, 52, 100, 101}
 _NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # gguf.TokenType
 _SPACE = "\u2581"
 _LETTERS = "etaoinshrdlucmfwypvbgkjqxz"
+_WORDS = """call file files path text name list read write move copy delete append edit folder find search time date system
+ temperature battery memory disk network http get post json url notes todo home true false null string integer number boolean
+ array object type description properties required parameters enum items declaration response value error the of and to in is
+ that with for on as this by be not from or which unit celsius days city weather report daily today""".split()
+"""One token each, as in the real vocabulary: how many tokens a call has depends on it."""
 
 
 class Vocabulary:
@@ -91,6 +106,9 @@ class Vocabulary:
         for character in (_SPACE, *map(chr, range(33, 127)), "\n", "\t", *map(chr, range(0xE0, 0x100))):
             self._add(character, _NORMAL)
         self._seen = set(self.tokens)
+        for word in (*_WORDS, *(_SPACE + word for word in _WORDS)):
+            for end in range(2, len(word) + 1):
+                self._merge(word[: end - 1], word[end - 1])
         words = list(_LETTERS)
         for letter in _LETTERS:
             self._merge(_SPACE, letter)
@@ -121,7 +139,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    kind: Type
+    kind: Kind
     values: NDArray[np.float32] | None = None
 
     @property
@@ -130,11 +148,11 @@ class Tensor:
 
     @property
     def row_bytes(self) -> int:
-        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]  # type: ignore[index]
         return self.shape[0] // block * size
 
 
-def tensors(shape: Shape, kinds: dict[str, Type]) -> Iterator[Tensor]:
+def tensors(shape: Shape, kinds: dict[str, Kind]) -> Iterator[Tensor]:
     """All of them, in the order of the file."""
     e, per_layer = shape.embedding, shape.per_layer
 
@@ -178,7 +196,7 @@ def randomly(tensor: Tensor, random: np.random.Generator, noise: Bytes) -> NDArr
         return values.astype(np.float16 if tensor.kind is Type.F16 else np.float32)
     whole = np.resize(noise[int(random.integers(0, 1 << 16)) :], tensor.rows * tensor.row_bytes)
     positions, scale = _SCALES[tensor.kind]
-    blocks = whole.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.kind][1])
+    blocks = whole.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.kind][1])  # type: ignore[index]
     for position in positions:
         blocks[:, position : position + 2] = np.array([scale], np.float16).view(np.uint8)
     return whole.reshape(tensor.rows, tensor.row_bytes)
@@ -220,7 +238,7 @@ def describe(writer: gguf.GGUFWriter, shape: Shape, name: str, vocabulary: Vocab
     writer.add_add_space_prefix(False)
 
 
-def write(path: str, shape: Shape, kinds: dict[str, Type], name: str, say: Callable[[str], None]) -> None:
+def write(path: str, shape: Shape, kinds: dict[str, Kind], name: str, say: Callable[[str], None]) -> None:
     random = np.random.default_rng(7)
     say(f"making {shape.vocabulary} words")
     vocabulary = Vocabulary(shape.vocabulary, random)
@@ -235,7 +253,7 @@ def write(path: str, shape: Shape, kinds: dict[str, Type], name: str, say: Calla
             writer.add_tensor_info(tensor.name, list(reversed(tensor.shape)), kind, size)
         else:
             dimensions = [*reversed(tensor.shape[1:]), tensor.row_bytes]
-            writer.add_tensor_info(tensor.name, dimensions, np.dtype(np.uint8), size, raw_dtype=tensor.kind)
+            writer.add_tensor_info(tensor.name, dimensions, np.dtype(np.uint8), size, raw_dtype=tensor.kind)  # type: ignore[arg-type]
     say(f"writing {sum(sizes.values()) / 2**20:.0f} MiB to {path}")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -252,7 +270,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("--shape", choices=SHAPES, default="e2b")
-    names = [kind.name for kind in (*_SCALES, Type.F16)]
     for part, usual in (
         ("embedding", "Q4_0"),
         ("per_layer", "Q4_0"),
@@ -260,11 +277,11 @@ def main() -> None:
         ("ffn", "Q4_0"),
         ("projection", "F16"),
     ):
-        parser.add_argument(f"--{part}", choices=names, default=usual)
+        parser.add_argument(f"--{part}", choices=KINDS, default=usual)
     asked = vars(parser.parse_args())
     file, shape = asked.pop("file"), asked.pop("shape")
     begun = time.monotonic()
-    kinds = {part: Type[name] for part, name in asked.items()}
+    kinds = {part: KINDS[name] for part, name in asked.items()}
     write(file, SHAPES[shape], kinds, f"synthetic {shape}, random weights", lambda line: print(line, file=sys.stderr))
     print(f"{time.monotonic() - begun:.0f} s", file=sys.stderr)
 

@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {
     "budgets": {"store", "errors"},
     "engine": {"budgets", "errors"},
     "metrics": {"budgets", "engine", "errors"},
-    "models": set(),
+    "models": {"errors"},
     "audit": {"store", "errors"},
     "journal": {"store", "audit", "errors"},
     "grants": {"store", "audit", "errors"},

@@ -17,6 +17,7 @@ from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
 from agentd.cli.grants import grants
 from agentd.cli.keeping import export, prune, redact, renew
+from agentd.cli.models import models
 from agentd.cli.proofs import checkpoint, key, prove, verify
 from agentd.cli.rehearsals import rehearsals
 from agentd.cli.rollback import diff, pin, rollback, undo
@@ -68,6 +69,7 @@ for command in (
     budget,
     top,
     calibrate,
+    models,
     doctor,
     demo,
     witness,

@@ -196,10 +196,10 @@ class Engine:
         return Generation(request, prompt, len(prefix), model.words, self._grammars, self._send)
 
     def _load(self, load: Load) -> Model:
-        parallel = load.parallel
+        sequences = load.parallel + _KEPT_SEQUENCES
         return Model(
             Path(load.path),
-            Shape(load.context, load.batch, parallel + _KEPT_SEQUENCES, max(parallel, LONGEST + 1)),
+            Shape(load.context, load.batch, sequences, max(sequences, LONGEST + 1)),
             threads=load.threads,
             repack=load.repack,
             should_stop=self._stops,

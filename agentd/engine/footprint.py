@@ -1,24 +1,28 @@
 """What a context takes before it is made: llama.cpp itself reckons it, without allocating anything.
 
+    python -I -m agentd.engine.footprint FILE CONTEXT BATCH SEQUENCES      prints MiB as JSON
+
 A model loaded with `no_alloc` gives contexts whose buffers have a size and no memory. The sizes are only in the library's
 log; tests compare them with what a real context takes, as the wording may change between releases.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as C
 
 from agentd.engine.link import Footprint
-from agentd.engine.model import keep_complaints
+from agentd.engine.model import Shape, context_parameters, keep_complaints
 from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 _CACHE = re.compile(r"llama_kv_cache: +size = +([0-9.]+) MiB")
 _COMPUTE = re.compile(r"compute buffer size = +([0-9.]+) MiB")
@@ -58,3 +62,23 @@ def _taken(model: C.llama_model_p, parameters: C.llama_context_params, lines: li
     log = "".join(lines)
     caches, computes = _CACHE.findall(log), _COMPUTE.findall(log)
     return sum(map(float, caches + computes)) if caches and computes else 0.0
+
+
+def main() -> int:
+    context, batch, sequences = map(int, sys.argv[2:])
+
+    def parameters(tokens: int) -> C.llama_context_params:
+        full = Shape(context, batch).full_window
+        return context_parameters(Shape(tokens, batch, sequences, sequences), full_window=full)
+
+    try:
+        found = footprint(Path(sys.argv[1]), parameters, context, min(context, 256))
+    except EngineError as e:
+        print(json.dumps({"error": e.message}))
+        return 1
+    print(json.dumps({"mib": found.mib}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

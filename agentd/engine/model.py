@@ -61,7 +61,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a context: tokens in all, tokens in a pass, sequences, rows of logits in a pass."""
+    """Of a context: tokens in all, tokens in a pass, sequences, rows of logits in a pass (one for each sequence at least, or
+    llama.cpp ends the process).
+    """
 
     context: int
     batch: int
@@ -195,16 +197,9 @@ class Model:
             self._threads = threads
 
     def parameters_of_context(self, context: int) -> C.llama_context_params:
-        shape = self._asked
-        params = C.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = context, shape.batch, shape.batch
-        params.n_seq_max, params.kv_unified = shape.sequences, True
-        params.n_outputs_max = shape.outputs
+        """Of a context of the kind that was asked for: a smaller one in short memory has its window in full, too."""
+        params = context_parameters(replace(self._asked, context=context), full_window=self._asked.full_window)
         params.n_threads = params.n_threads_batch = self._most
-        params.type_k = params.type_v = _GGML_TYPE_Q8_0
-        params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_ENABLED  # a quantised V cache needs it
-        params.swa_full = shape.full_window  # as asked: a smaller context in short memory is of the same kind
-        params.no_perf = True
         params.abort_callback = self._abort
         return params
 
@@ -227,6 +222,18 @@ class Model:
         if not np.isfinite(self.logits(0)).all() or float(np.ptp(self.logits(0))) == 0:
             raise EngineError(Reason.MODEL_INVALID, "The model gives no usable probabilities.", hint=_USE_ANOTHER)
         self.keep(0, 0)
+
+
+def context_parameters(shape: Shape, *, full_window: bool) -> C.llama_context_params:
+    params = C.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = shape.context, shape.batch, shape.batch
+    params.n_seq_max, params.kv_unified = shape.sequences, True
+    params.n_outputs_max = shape.outputs
+    params.type_k = params.type_v = _GGML_TYPE_Q8_0
+    params.flash_attn_type = C.LLAMA_FLASH_ATTN_TYPE_ENABLED  # a quantised V cache needs it
+    params.swa_full = full_window
+    params.no_perf = True
+    return params
 
 
 def _check_file(path: Path) -> None:

@@ -1,0 +1,311 @@
+"""The engine with a file of E2B's shapes: every figure beside what llama.cpp alone does with it in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import llama_cpp.llama_cpp as C
+import numpy as np
+
+from agentd.calls import load
+from agentd.client import Client
+from agentd.config import SYSTEM
+from agentd.engine.cache import Cache
+from agentd.engine.client import Engine
+from agentd.engine.decoder import Decoder
+from agentd.engine.drafting import LONGEST
+from agentd.engine.generation import Generation
+from agentd.engine.grammar import Grammars, Matcher
+from agentd.engine.link import Delta, Done, Generate
+from agentd.engine.model import Model, Row, Shape
+from agentd.engine.pace import Pacer
+from agentd.engine.prompt import CALL_CLOSE, CALL_OPEN, QUOTE, Conversation, Text, ToolSpec, Turn
+from agentd.engine.settings import EngineSettings
+from tests.bench.figures import Figure, console
+from tests.e2e.conftest import DaemonProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONTEXT, BATCH, PARALLEL = 4096, 128, 4
+_WRITER = Path(__file__).parent.parent.parent / "scripts" / "synthetic_model.py"
+_TOKENS = 48
+_STATUS = re.compile(r"(VmHWM|VmRSS|RssAnon|RssFile):\s+(\d+) kB")
+
+
+def synthetic(folder: Path, ffn: str) -> Path:
+    """Takes 20 s, and 2.6 GB of the disk."""
+    path = folder / f"e2b-{ffn}.gguf"
+    with console.status(f"writing a model with the shapes of E2B, feed-forward in {ffn}"):
+        subprocess.run([sys.executable, str(_WRITER), str(path), "--ffn", ffn], check=True, capture_output=True)
+    return path
+
+
+def specs() -> tuple[ToolSpec, ...]:
+    tools = load([resources.files("agentd.bundled_tools")]).tools.values()
+    return tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in tools)
+
+
+def memory_mib(pid: int) -> dict[str, float]:
+    return {name: int(kib) / 1024 for name, kib in _STATUS.findall(Path(f"/proc/{pid}/status").read_text())}
+
+
+@contextmanager
+def model_of(path: Path, *, sequences: int = PARALLEL + 4) -> Iterator[Model]:
+    shape = Shape(CONTEXT, BATCH, sequences, max(sequences, LONGEST + 1))
+    made = Model(path, shape, threads=0, repack=False, should_stop=lambda: False, pacer=Pacer(lambda: False))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def bare_ms(model: Model, tokens: int = _TOKENS) -> float:
+    """Of llama.cpp for a token: nothing but decoding, as its own tool does it; the median."""
+    taken, random = [], np.random.default_rng(0)
+    for position in range(tokens):
+        row = Row(int(random.integers(1000, model.words.size)), 0, position, wanted=True)
+        taken.append(model.decode([row]) * 1000)
+    model.keep(0, 0)
+    return statistics.median(taken)
+
+
+class Scripted:
+    """Stands in for a model that knows what to say: the passes are real, and what comes of them is not looked at."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def pick(self, _logits: object, _among: object = None) -> int:
+        return self.tokens.pop(0)
+
+
+@dataclass
+class Direct:
+    """The decoder without the process around it."""
+
+    model: Model
+    said: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cache, self.grammars = Cache(self.model), Grammars(self.model.words)
+        self.decoder = Decoder(
+            *(self.model, self.cache, PARALLEL),
+            cancelled=lambda _: False,
+            failed=lambda _, error: print(error, file=sys.stderr),
+        )
+
+    def add(self, text: str, tokens: int, tools: tuple[ToolSpec, ...] = ()) -> Generation:
+        request = Generate(
+            id=len(self.said) + 1,
+            prompt=(),
+            tools=tuple((tool.name, dict(tool.parameters)) for tool in tools),
+            max_tokens=tokens,
+        )
+        words = self.model.words
+        generation = Generation(request, words.encode([Text(text, trusted=False)]), 0, words, self.grammars, self.said.append)
+        self.decoder.add(generation)
+        return generation
+
+    def seconds(self) -> float:
+        begun = time.perf_counter()
+        while self.decoder.busy:
+            self.decoder.step()
+        return time.perf_counter() - begun
+
+
+def call_tokens(model: Model) -> list[int]:
+    """A typical call: a path, a text of ten words, all the rest given by the grammar."""
+    words = model.words
+
+    def text(value: str) -> list[int]:
+        return words.encode([Text(value, trusted=False)])
+
+    quote, tokens = [words.special[QUOTE]], [words.special[CALL_OPEN], *text("call:files.append{path:")]
+    tokens += quote + text("notes/todo.txt") + quote + text(",text:") + quote
+    return [*tokens, *text("call home and read the report of the week"), *quote, *text("}"), words.special[CALL_CLOSE]]
+
+
+def tool_call(model: Model) -> list[Figure]:
+    """With and without forced tokens, in turns."""
+    tools, script = specs(), call_tokens(model)
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    forced, passes = Matcher.forced, {}
+    for _ in range(3):
+        for plain in (True, False):
+            direct = Direct(model)
+            direct.decoder._drafts = False
+            generation = direct.add("go on", len(script), tools)
+            Matcher.forced = (lambda _self: ()) if plain else forced  # type: ignore[method-assign]
+            before = model.passes
+            remaining = list(script)
+            generation._sampler = _follow(generation, remaining)  # type: ignore[assignment]
+            taken[plain].append(direct.seconds())
+            passes[plain] = model.passes - before
+            for sequence in range(model.shape.sequences):
+                model.keep(sequence, 0)
+    Matcher.forced = forced  # type: ignore[method-assign]
+    fast, slow = statistics.median(taken[False]), statistics.median(taken[True])
+    what = f"a tool call of {len(script)} tokens, {passes[False]} passes instead of {passes[True]}"
+    return [Figure(what, fast, "s", slow / 1.8, "plain constrained sampling", slow)]
+
+
+def _follow(generation: Generation, script: list[int]) -> Scripted:
+    """The script's next token, whatever was forced before it."""
+
+    class Following(Scripted):
+        def pick(self, _logits: object, _among: object = None) -> int:
+            return script[len(generation.written)]
+
+    return Following([])
+
+
+def together(model: Model) -> list[Figure]:
+    """Four generations in a pass against one."""
+    speeds = {}
+    for count in (1, PARALLEL):
+        direct = Direct(model)
+        direct.decoder._drafts = False
+        for n in range(count):
+            direct.add(f"{n} go on and on", _TOKENS)
+        seconds = direct.seconds()
+        speeds[count] = direct.decoder.written / seconds
+        for sequence in range(model.shape.sequences):
+            model.keep(sequence, 0)
+    one, four = 1000 / speeds[1], 1000 / speeds[PARALLEL]
+    return [Figure("4 sessions at once, a token of any", four, "ms", one / 1.8, "one alone", one)]
+
+
+async def _one(engine: Engine, prompt: str, tools: tuple[ToolSpec, ...], tokens: int) -> tuple[float, Done, list[float]]:
+    """Seconds to the first token, the end, and when each token came."""
+    begun, times = time.perf_counter(), list[float]()
+    done: Done | None = None
+    conversation = Conversation(SYSTEM, tools, (Turn(prompt),))
+    async for output in engine.generate(conversation, max_tokens=tokens, temperature=0.0, seed=0):
+        if isinstance(output, Delta):
+            times.append(time.perf_counter() - begun)
+        done = output if isinstance(output, Done) else done
+    assert done is not None
+    return (times[0] if times else time.perf_counter() - begun), done, times
+
+
+async def prefixes(path: Path, folder: Path) -> list[Figure]:
+    """First token with a long preamble: never decoded before, in a second session, after a restart."""
+    settings = EngineSettings(path, CONTEXT, BATCH, 0, "off", 300, parallel=PARALLEL, prefixes=folder / "prefixes")
+    tools = specs()
+    engine = Engine(settings)
+    await engine.load()
+    cold, done, _ = await _one(engine, "hello", tools, 2)
+    preamble, prefill_s = done.prompt_tokens, done.prefill_ms / 1000
+    _, second, _ = await _one(engine, "what else", tools, 2)
+    own = second.prompt_tokens - second.cached_tokens
+    _, short, _ = await _one(engine, "what more", (), 2)
+    assert engine.pid
+    steady = memory_mib(engine.pid)
+    await engine.stop()
+    begun = time.perf_counter()
+    engine = Engine(settings)
+    loaded = time.perf_counter()
+    await engine.load()
+    load_s = time.perf_counter() - loaded
+    _first, again, _ = await _one(engine, "hello", tools, 2)
+    restart = time.perf_counter() - begun
+    await engine.stop()
+    ratio = prefill_s / preamble
+    return [
+        Figure(f"first token, {preamble} tokens of preamble never decoded before", cold, "s"),
+        Figure("first token after a restart of the engine", restart, "s", 0.05 * prefill_s, "decoding the preamble", prefill_s),
+        Figure("of that loading the model", load_s, "s"),
+        Figure("same preamble in a second session, without its own prompt", second.prefill_ms - own * ratio * 1000, "ms", 50.0),
+        Figure("tokens decoded again after the restart", again.prompt_tokens - again.cached_tokens, ""),
+        Figure("engine, anonymous", steady["RssAnon"], "MiB"),
+        Figure("engine, resident after 3 prompts", steady["VmRSS"], "MiB", 1480.0 if "Q4_0" in path.name else 1000.0),
+        Figure("engine, peak", steady["VmHWM"], "MiB", steady["VmRSS"] * 1.01),
+        Figure("tokens of a prompt a second", short.prompt_tokens / max(1e-9, short.prefill_ms / 1000), "tok/s"),
+    ]
+
+
+def streaming(path: Path, folder: Path, bare: float) -> list[Figure]:
+    """Tokens as a client sees them, through the whole daemon."""
+    extra = f'[engine]\nmodel = "{path}"\nwarm = false\n[runs]\ntokens = 96\nsteps = 1\nseconds = 600\n'
+    daemon = DaemonProcess(folder / "daemon", extra, "bundled = []\n")
+    daemon.root.mkdir()
+    with daemon.running(), Client(daemon.socket) as client:
+        times = [time.perf_counter() for event in client.run("go on and on") if event.WhichOneof("event") == "text"]
+        gaps = [(after - before) * 1000 for before, after in itertools.pairwise(times[4:])]
+    middle = statistics.median(gaps) if gaps else float("nan")
+    return [
+        Figure("a token, streamed over gRPC", middle, "ms", bare / 0.97, "llama.cpp alone", bare),
+        Figure("of that agentd", middle - bare, "ms", 0.6),
+    ]
+
+
+def own_tool(path: Path) -> list[Figure]:
+    """llama.cpp's benchmark tool, where LLAMA_BENCH names it."""
+    tool = os.environ.get("LLAMA_BENCH") or shutil.which("llama-bench")
+    if not tool:
+        return []
+    threads = os.cpu_count() or 1
+    command = [
+        tool,
+        "-m",
+        str(path),
+        "-t",
+        str(threads),
+        "-ctk",
+        "q8_0",
+        "-ctv",
+        "q8_0",
+        "-fa",
+        "1",
+        "-p",
+        "0",
+        "-n",
+        "48",
+        "-r",
+        "2",
+    ]
+    said = subprocess.run([*command, "-o", "csv"], capture_output=True, text=True, check=False)
+    if said.returncode != 0:
+        print(said.stderr[-300:], file=sys.stderr)
+        return []
+    head, *rows = [line.split(",") for line in said.stdout.splitlines() if "," in line]
+    speed = float(rows[-1][head.index("avg_ts")].strip('"'))
+    return [Figure("llama-bench: tokens a second", speed, "tok/s"), Figure("the same, for a token", 1000 / speed, "ms")]
+
+
+def figures() -> list[Figure]:
+    """Takes a few minutes. E2B_GGUF names a file that is there already."""
+    found = []
+    print(C.llama_print_system_info().decode(), file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="agentd-bench-") as name:
+        folder = Path(name)
+        path = Path(os.environ["E2B_GGUF"]) if "E2B_GGUF" in os.environ else synthetic(folder, "Q4_0")
+        found += own_tool(path)
+        with console.status("decoding"), model_of(path) as model:
+            bare = bare_ms(model)
+            found += [Figure("llama.cpp alone, a token", bare, "ms"), *tool_call(model), *together(model)]
+        with console.status("prefixes"):
+            found += asyncio.run(prefixes(path, folder))
+        with console.status("streaming"):
+            found += streaming(path, folder, bare)
+    return found
+
+
+if __name__ == "__main__":
+    for each in figures():
+        print(each)
