@@ -66,7 +66,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
 _SWEEP_S = 3600.0
-_FORGET_S = 60.0
 
 
 class Daemon:
@@ -86,6 +85,9 @@ class Daemon:
         settle_key(self._key_file, self._audit)
         signer = load_signer(self._key_file, config.audit.origin)
         anchors = found(config.audit.anchor_file, journal=config.audit.journald)
+        policy = parts.policy(config)
+        self._settings = parts.model_settings(config, self._toolbox)
+        self._engine = Engine(parts.engine_settings(config, policy), lambda: parts.room(self._budgets))
         self._index = Index(config.state / "index.db", self._audit)
         self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors, parts.witnesses(config))
         self._journal = Journal(self._store, self._audit, config.state / "objects", parts.keep(config))
@@ -100,12 +102,10 @@ class Daemon:
             *(self._audit, self._checkpoints, self._index, self._archive),
             *(config.audit.keep_events, config.audit.anchor_file),
         )
-        self._redaction = Redaction(self._store, self._audit, self._index, self._records.forget, self._forget_sessions)
-        self._serving: asyncio.AbstractEventLoop | None = None
+        self._redaction = Redaction(
+            self._store, self._audit, self._index, self._records.forget, self._engine.forget_from_outside
+        )
         self._shippers = parts.shippers(config, self._store, self._audit)
-        policy = parts.policy(config)
-        self._settings = parts.model_settings(config, self._toolbox)
-        self._engine = Engine(parts.engine_settings(config, policy), lambda: parts.room(self._budgets))
         tell = (self._keep_pace, self._tell_runs, self._record_budget)
         self._budgets = parts.budgets(config, *tell, self._engine, policy)
         self._chronicle = Chronicle(self._store, self._audit, self._budgets)
@@ -147,7 +147,6 @@ class Daemon:
         config = self._config
         self._upkeep.look()
         self._unless_damaged(self._redaction.finish)
-        self._serving = asyncio.get_running_loop()
         self._recovered = self._journal.recover()
         lost = self._records.close_lost()
         deferred = self._records.deferred()
@@ -379,13 +378,6 @@ class Daemon:
             with contextlib.suppress(AgentdError, OSError):
                 await asyncio.to_thread(self._journal.retention.sweep)
             await asyncio.sleep(_SWEEP_S)
-
-    def _forget_sessions(self) -> None:
-        """What sessions have said leaves the engine's cache and its files. Not for the event loop, once that serves."""
-        if self._serving is None:
-            self._engine.forget_files()
-        else:
-            asyncio.run_coroutine_threadsafe(self._engine.forget(), self._serving).result(_FORGET_S)
 
     async def _load_model(self) -> None:
         """Ahead of the first request; if it fails, that request says why again."""

@@ -194,7 +194,7 @@ def engine_settings(config: Config, made: Policy) -> EngineSettings:
         least_context=made.memory.least_context,
         kept=config.state / "footprint.json",
         parallel=engine.parallel,
-        prefixes=config.state / "prefixes" if engine.prefixes_mib else None,
+        prefixes=config.state / "prefixes",
         prefixes_mib=engine.prefixes_mib,
     )
 
@@ -202,11 +202,12 @@ def engine_settings(config: Config, made: Policy) -> EngineSettings:
 def model_settings(config: Config, toolbox: Toolbox) -> ModelSettings:
     """Raises ConfigError (MANIFEST_INVALID) for a tool that no grammar can be made of."""
     specs = tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in toolbox.tools.values())
-    for spec in specs:
+    for each in (*([spec] for spec in specs), specs):
         try:
-            automaton.calls([(spec.name, spec.parameters)])
+            automaton.calls([(spec.name, spec.parameters) for spec in each])
         except automaton.NotExpressible as e:
-            message = f"The parameters of {spec.name} can't be told to the model: {e}."
+            which = each[0].name if len(each) == 1 else "all tools together"
+            message = f"The parameters of {which} can't be told to the model: {e}."
             raise ConfigError(Reason.MANIFEST_INVALID, message, hint="Make them fewer or flatter.") from None
     engine = config.engine
     return ModelSettings(engine.system, specs, engine.thinking, engine.temperature, engine.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from typing import TYPE_CHECKING
@@ -84,12 +85,8 @@ def test_whatever_is_in_a_file_it_is_read_or_refused(
     data = bytearray(HEADER[:end] + b"\0" * (len(HEADER) // 4))
     for position, new in changes:
         data[position : position + len(new)] = new
-    try:
-        header = gguf.read(written(tmp_path_factory.mktemp("gguf"), bytes(data)))
-    except EngineError as e:
-        assert e.reason is Reason.MODEL_INVALID
-    else:
-        assert header.parameters >= 0
+    with contextlib.suppress(EngineError):
+        assert gguf.read(written(tmp_path_factory.mktemp("gguf"), bytes(data))).parameters >= 0
 
 
 def test_inspect_tells_what_a_model_takes():

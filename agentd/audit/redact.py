@@ -68,9 +68,11 @@ class Redaction:
         wanted = [(each.seq, field) for each in self._of_call(entry) if field in commitments(each.body)]
         also = [pair for pair in self._of_run(run) if pair not in wanted]
         try:
-            return self._store.write(lambda db: self._take_out(db, wanted, also, (run, reason, principal)))
+            done = self._store.write(lambda db: self._take_out(db, wanted, also, (run, reason, principal)))
         finally:
             self.clean()
+        self._forget_more()
+        return done
 
     def clean(self) -> None:
         """Leave no trace of what was taken out in the write-ahead log or the index. Raises StoreError."""
@@ -78,13 +80,13 @@ class Redaction:
             self._store.empty_wal()
         finally:
             self._index.start_anew()
-            self._forget_more()
 
     def finish(self) -> None:
         """At a start: the daemon may have been killed before all was clean. Raises StoreError."""
         last, stopped = self._audit.newest("redact"), self._audit.newest("stop")
         if last and (stopped is None or stopped.seq < last.seq):
             self.clean()
+            self._forget_more()
 
     def _take_out(
         self, db: apsw.Connection, wanted: list[tuple[int, str]], also: list[tuple[int, str]], who: tuple[str, str, str]

@@ -78,6 +78,8 @@ class Ticket:
     priority: Priority
     number: int
     begun: bool = False
+    alone: bool = False
+    """Whether nothing else may have a turn beside its own."""
     turn: asyncio.Future[None] | None = None
 
 
@@ -173,8 +175,9 @@ class Admission:
 
     def _fits(self, ticket: Ticket) -> bool:
         """Beside those at work."""
-        alone = ticket.priority is Priority.BACKGROUND and any(each.priority < ticket.priority for each in self._at_work)
-        return len(self._at_work) < self.parallel and not alone
+        background = ticket.priority is Priority.BACKGROUND and any(each.priority < ticket.priority for each in self._at_work)
+        alone = bool(self._at_work) and (ticket.alone or any(each.alone for each in self._at_work))
+        return len(self._at_work) < self.parallel and not background and not alone
 
     def _go_on(self, ticket: Ticket) -> None:
         self._at_work.discard(ticket)

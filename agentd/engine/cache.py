@@ -34,8 +34,6 @@ class Sequence:
     used: int = 0
     kept: int = 0
     """How many of its tokens are on disk."""
-    secret: bool = False
-    """Whether it must not get there."""
 
 
 class Cache:
@@ -66,7 +64,6 @@ class Cache:
             return self._take(source)
         self._model.copy(source.number, target.number, length)
         target.tokens, target.kept = list(prompt[:length]), min(source.kept, length)
-        target.secret = source.secret
         return self._take(target)
 
     def close(self, sequence: Sequence) -> None:
@@ -85,6 +82,8 @@ class Cache:
 
     def keep_prefix(self, sequence: Sequence, length: int) -> None:
         """The first `length` tokens of it will be wanted by others: they stay, also past the end of this process."""
+        if not length:
+            return
         tokens = sequence.tokens[:length]
         if any(each.prefix and each.tokens == tokens for each in self._sequences):
             return
@@ -110,11 +109,9 @@ class Cache:
                 self._save(each, session=not each.prefix)
 
     def forget(self) -> None:
-        """All that sessions have said goes, from the disk, too; what is busy stays, and never gets there."""
+        """All that sessions have said goes, from the disk, too; what is busy stays."""
         for each in self._sequences:
-            if each.busy:
-                each.secret = True
-            elif not each.prefix:
+            if not each.busy and not each.prefix:
                 self._clear(each)
         if self._files:
             self._files.forget_sessions()
@@ -133,7 +130,8 @@ class Cache:
         """A sequence with a state from the disk, if there is one that saves enough."""
         if not self._files or (length := self._files.longest(prompt, most)) < beyond + _WORTH_KEEPING:
             return None
-        state, target = self._files.load(prompt[:length]), self._empty(but=source)
+        state = self._files.load(prompt[:length])
+        target = self._empty(but=source) if state else None
         if target is None or state is None or not self._model.restore(target.number, state):
             return None
         target.tokens, target.kept = list(prompt[:length]), length
@@ -154,11 +152,11 @@ class Cache:
 
     def _clear(self, sequence: Sequence) -> None:
         self._model.keep(sequence.number, 0)
-        sequence.tokens, sequence.prefix, sequence.kept, sequence.secret = [], False, 0, False
+        sequence.tokens, sequence.prefix, sequence.kept = [], False, 0
 
     def _save(self, sequence: Sequence, *, session: bool) -> None:
         worth = _OF_A_SESSION if session else _WORTH_KEEPING
-        if self._files is None or sequence.secret or len(sequence.tokens) < sequence.kept + worth:
+        if self._files is None or len(sequence.tokens) < sequence.kept + worth:
             return
         if self._files.save(sequence.tokens, lambda: self._model.state(sequence.number), session=session):
             sequence.kept = len(sequence.tokens)

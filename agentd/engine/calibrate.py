@@ -119,6 +119,7 @@ class Calibrator:
 
     async def _measure(self, step: _Step) -> None:
         ticket = self.admission.admit(Priority.INTERACTIVE, again=True)  # nobody is to make it take longer than was asked
+        ticket.alone = True  # or it would measure how fast several are together
         conversation = Conversation("You count.", (), (Turn("Count from one to one thousand, in words.", ()),), thinking=False)
         try:
             async with self.admission.turn(ticket):

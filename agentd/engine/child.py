@@ -32,6 +32,7 @@ from agentd.engine.link import (
     LARGEST,
     LENGTH,
     Cancel,
+    Done,
     Failed,
     Footprint,
     Forget,
@@ -70,10 +71,12 @@ class Inbox:
         self._link = link
         self._requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
-        self.pacer = Pacer(lambda: bool(self.cancelled))
+        self._urgent = False  # whether something has come in that is not to wait for a hold's end
+        self.pacer = Pacer(lambda: self._urgent or bool(self.cancelled))
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def next(self, *, wait: bool) -> Request | None:
+        self._urgent = False
         try:
             return self._requests.get(block=wait)
         except queue.Empty:
@@ -92,6 +95,8 @@ class Inbox:
                 self.pacer.told(message)
             else:
                 self._requests.put(message)
+                self._urgent = True
+                self.pacer.wake()
 
     def _exactly(self, n: int) -> bytes:
         data = bytearray()
@@ -193,7 +198,7 @@ class Engine:
                 self._grammars.matcher(request.tools)  # now, and not in the middle of the answer
         except NotExpressible as e:
             raise EngineError(Reason.MANIFEST_INVALID, f"No grammar can be made of the tools' parameters: {e}.") from None
-        return Generation(request, prompt, len(prefix), model.words, self._grammars, self._send)
+        return Generation(request, prompt, len(prefix), model.words, self._grammars, self._hear)
 
     def _load(self, load: Load) -> Model:
         sequences = load.parallel + _KEPT_SEQUENCES
@@ -266,12 +271,18 @@ class Engine:
             with contextlib.suppress(AttributeError, OSError):
                 ctypes.CDLL(None).malloc_trim(0)
 
+    def _hear(self, message: BaseModel) -> None:
+        """What a generation says. What it took of all is known before it ends."""
+        if isinstance(message, Done):
+            self._tell_progress()
+        self._send(message)
+
     def _send(self, message: BaseModel) -> None:
         self._link.sendall(frame(message))
 
 
 def _files(load: Load, model: Model) -> PrefixFiles | None:
-    if not load.prefixes:
+    if not load.prefixes or not load.prefixes_mib:
         return None
     kind = f"window {model.shape.full_window}, repack {load.repack}"
     return PrefixFiles(Path(load.prefixes), f"{identity(Path(load.path))}, {kind}", load.prefixes_mib << 20)

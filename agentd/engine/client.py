@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shutil
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -16,13 +17,16 @@ from agentd.engine.process import Output, Process, as_error
 from agentd.engine.prompt import Conversation, render_prefix, render_turns
 from agentd.engine.selftest import repack_is_usable
 from agentd.engine.settings import SESSION, EngineSettings, Room, remember, remembered
-from agentd.errors import EngineError
+from agentd.errors import EngineError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from agentd.engine.link import Ready
+
+
+_FORGET_S = 60.0
 
 
 async def _unknown() -> Room:
@@ -45,6 +49,8 @@ class Engine:
         """How often it was (load, reason) or (unload, reason)."""
         self._process: Process | None = None
         self._gate = asyncio.Lock()  # to start and to end the process
+        self._ending = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._users = 0
         self._unused = asyncio.Event()
         self._unused.set()
@@ -142,22 +148,43 @@ class Engine:
             process.tell(pace)
 
     async def warm(self, conversation: Conversation) -> None:
-        """Decode what prompts with its system text and tools begin with, unless that is on disk. Raises EngineError."""
+        """Decode what prompts with its system text and tools begin with, unless that is on disk, and a word behind it.
+
+        Raises EngineError.
+        """
         async for _ in self.generate(conversation, max_tokens=1, temperature=0.0, seed=0):
             pass
 
     async def forget(self) -> None:
-        """Drop what sessions have said. When it returns none of it is on disk."""
-        if process := self._process:
-            request = next(self._ids)
-            await process.last(process.ask(Forget(id=request)))
-            process.forget(request)
-        await asyncio.to_thread(self.forget_files)
+        """Drop what sessions have said, but for those that are at work. When it returns none of it is on disk.
+
+        Raises TimeoutError, OSError.
+        """
+        async with self._ending:  # one that is about to end may be writing it to the disk just now
+            if process := self._process:
+                request = next(self._ids)
+                try:
+                    await process.last(process.ask(Forget(id=request)))
+                finally:
+                    process.forget(request)
+            await asyncio.to_thread(self.forget_files)
+
+    def forget_from_outside(self) -> None:
+        """`forget`, for other threads than the event loop's. Raises EngineError (ENGINE_TIMEOUT)."""
+        try:
+            if self._loop is None:  # no process has ever been started
+                self.forget_files()
+            else:
+                asyncio.run_coroutine_threadsafe(self.forget(), self._loop).result(_FORGET_S)
+        except (OSError, TimeoutError) as e:
+            why = e or "the engine did not answer"
+            hint = "Ask again, or delete the .session files in the state folder's prefixes."
+            raise EngineError(Reason.ENGINE_TIMEOUT, f"What was said may still be on the disk: {why}.", hint=hint) from e
 
     def forget_files(self) -> None:
-        """The same where no process runs."""
+        """The same where no process runs. Raises OSError."""
         if folder := self.settings.prefixes:
-            for path in folder.glob(f"*{SESSION}"):
+            for path in folder.glob(f"*{SESSION}*"):
                 path.unlink(missing_ok=True)
 
     async def unload(self, why: str = "idle") -> None:
@@ -175,18 +202,22 @@ class Engine:
         await self._end(kept=True)
 
     async def _end(self, *, kept: bool) -> None:
-        if process := self._process:
-            self._process = None
-            await process.stop(kept=kept)
+        async with self._ending:
+            if process := self._process:
+                self._process = None
+                await process.stop(kept=kept)
 
     async def _started(self) -> Process:
         if self._process is not None and self._process.alive:
             return self._process
         await self._end(kept=False)
+        self._loop = asyncio.get_running_loop()
         if self._repack is None:
             self._repack = await repack_is_usable(self.settings.path)
         s = self.settings
         room, footprint = await self._room(), await asyncio.to_thread(remembered, s)  # with no child yet to be left behind
+        if s.prefixes and not s.prefixes_mib:
+            await asyncio.to_thread(shutil.rmtree, s.prefixes, ignore_errors=True)
         load = Load(
             path=str(s.path),
             context=s.context,
@@ -201,14 +232,13 @@ class Engine:
             ever_mib=room.ever_mib,
             footprint=footprint,
         )
-        process = await Process.start(load, s.load_timeout_s, self.meter.told)
-        if process.model.footprint != load.footprint:
-            await asyncio.to_thread(remember, s, process.model.footprint)
+        self._process = process = await Process.start(load, s.load_timeout_s, self.meter.told)
+        process.tell(self._pace)  # what changes it from here on finds the process
         self.meter.begin()
         self.loads["load", "again" if self.loads else "first"] += 1
-        process.tell(self._pace)  # what changes it from here on finds the process
-        self._process = process
         self._idle_since = time.monotonic()
+        if process.model.footprint != load.footprint:
+            await asyncio.to_thread(remember, s, process.model.footprint)
         return process
 
 

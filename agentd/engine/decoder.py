@@ -111,8 +111,11 @@ class Decoder:
                 return
             if not any(map(each.is_preceded_by, self._at_work)):
                 self._waiting.remove(each)
-                each.placed(self._cache.open(each.tokens))
+                sequence = self._cache.open(each.tokens)
+                each.placed(sequence)
                 self._at_work.append(each)
+                if len(sequence.tokens) >= each.prefix:
+                    self._cache.keep_prefix(sequence, each.prefix)
 
     def _rows(self) -> tuple[list[Row], list[tuple[Generation, int]], list[int]]:
         """The rows of the next pass, how many each generation has of them, and what is drafted behind the only one."""
@@ -123,7 +126,7 @@ class Decoder:
             drafted = self._drafted(only, batch - len(part)) if len(part) == only.ahead() else []
             return self._as_rows(only, part, drafted), [(only, len(part) + len(drafted))], drafted
         writing = [each for each in self._at_work if each.ahead() <= SLICE]
-        reading = sorted((each for each in self._at_work if each.ahead() > SLICE), key=lambda each: each.ahead())
+        reading = [each for each in self._at_work if each.ahead() > SLICE]
         rows: list[Row] = []
         taken: list[tuple[Generation, int]] = []
         for n, each in enumerate(writing):
@@ -131,9 +134,11 @@ class Decoder:
             rows += self._as_rows(each, part, [])
             taken.append((each, len(part)))
         if reading and (room := min(batch - len(rows), SLICE)):
-            part = self._part(reading[0], room)  # that has least left: it will be the first to write
-            rows += self._as_rows(reading[0], part, [])
-            taken.append((reading[0], len(part)))
+            # By turns the one that has least left, which will be the first to write, and the oldest, or it would never be read.
+            each = reading[0] if self._model.passes % 2 else min(reading, key=lambda each: each.ahead())
+            part = self._part(each, room)
+            rows += self._as_rows(each, part, [])
+            taken.append((each, len(part)))
         return rows, taken, []
 
     def _part(self, generation: Generation, most: int) -> list[int]:
@@ -211,11 +216,8 @@ class Decoder:
         if generation.sequence:
             self._cache.close(generation.sequence)
             generation.sequence = None
-        if generation in self._at_work:
-            self._at_work.remove(generation)
-            self._crowded = False
-        else:
-            self._waiting.remove(generation)
+        (self._at_work if generation in self._at_work else self._waiting).remove(generation)
+        self._crowded = False
 
     def _end(self, generation: Generation, reason: Ending) -> None:
         self._leave(generation)

@@ -43,7 +43,8 @@ class Generation:
     drafter: Drafter = field(default_factory=Drafter)
     busy_s: float = 0.0
     """Of the passes that it was in, its share of their rows."""
-    cached: int = 0
+    cached: int | None = None
+    """How much of the prompt was there when it had its place for the first time."""
     _prompt: int = 0
     _begun: float = 0.0
     _decoding: float = 0.0
@@ -76,7 +77,7 @@ class Generation:
     def placed(self, sequence: Sequence) -> None:
         """It has its place in the cache, for the first time or again."""
         self.sequence = sequence
-        if len(self.tokens) == self._prompt:
+        if self.cached is None:
             self.cached = len(sequence.tokens)
 
     def go_on(self, logits: NDArray[np.float32], context: int) -> Ending | None:
@@ -97,7 +98,8 @@ class Generation:
         ended = self._write(token, context)
         while self._matcher and not ended and (forced := self._matcher.forced()):
             for each in forced:
-                if ended := self._write(each, context):
+                ended = self._write(each, context)
+                if ended or not self._matcher:
                     break
         return ended
 
@@ -123,7 +125,7 @@ class Generation:
                 reason=reason,
                 ids=self.written,
                 prompt_tokens=self._prompt,
-                cached_tokens=self.cached,
+                cached_tokens=self.cached or 0,
                 prefill_ms=round((decoding - self._begun) * 1000),
                 decode_ms=round((now - decoding) * 1000),
                 busy_s=self.busy_s,

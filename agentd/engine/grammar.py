@@ -35,6 +35,10 @@ _LOOKED_AT = 256
 """So many of the most likely tokens are tried one by one: 3 ms, against a second to bring 262,144 of them in order."""
 
 
+_MERGED = 8  # tokens: no more of what stands before can become one with what follows
+_REMEMBERED = 4096
+
+
 @dataclass(slots=True, eq=False)
 class Grammar:
     """One tool set's automaton, and what was found out about its states."""
@@ -113,18 +117,19 @@ class Matcher:
         if to is None:
             return False
         self._at = to
-        self._bare = () if token in self._words.guarded_ids else (*self._bare, token)
+        self._bare = () if token in self._words.guarded_ids else (*self._bare, token)[-_MERGED:]
         return not self.ended
 
     def forced(self) -> tuple[int, ...]:
         """The tokens that come next whatever the model would say; none where it has a choice."""
+        if self._at.state.text or len(self._at.state.symbols()) != 1:
+            return ()
         key = (self._at, self._bare)
-        known = self._grammar.forced.get(key)
-        if known is None:
-            known = tuple(self._forced())
-            if not self._at.state.text:  # what stands before in a text is different each time
-                self._grammar.forced[key] = known
-        return known
+        if key not in self._grammar.forced:
+            if len(self._grammar.forced) >= _REMEMBERED:
+                self._grammar.forced.clear()
+            self._grammar.forced[key] = tuple(self._forced())
+        return self._grammar.forced[key]
 
     def _follow(self, token: int) -> Position | None:
         special = self._words.special
@@ -179,7 +184,10 @@ class Matcher:
             if symbol < QUOTED:
                 run.append(symbol)
                 continue
-            tokens += self._tokens(bare, bytes(run), ())
+            made = self._tokens(bare, bytes(run), ())
+            tokens += made
+            if b"".join(map(self._words.piece, made)) != run:
+                return tokens  # a part is left to the model
             tokens.append(self._words.special[QUOTE if symbol == QUOTED else CALL_CLOSE])
             bare, run = (), bytearray()
         if run:
@@ -191,12 +199,14 @@ class Matcher:
         model.
         """
         words = self._words
-        text = b"".join(words.piece(token) for token in before)
+        text = b"".join(map(words.piece, before))
         whole = self._encode(text + run)
         if tuple(whole[: len(before)]) == before:
             lead, made = text, whole[len(before) :]
         else:  # the model has cut it in another way than the tokeniser would
             lead, made = b"", self._encode(run)
+        if not run.startswith(b"".join(map(words.piece, made))):
+            return []  # the tokeniser has made another character of one: that is left to the model, which can spell it out
         skip = len(before) if lead else 0
         for byte in following:
             longer = self._encode(lead + run + bytes([byte]))[skip:]

@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import llama_cpp
 import llama_cpp.llama_cpp as C
 
-from agentd.engine.settings import PREFIX, SESSION
+from agentd.engine.settings import NEW, PREFIX, SESSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _MAGIC = b"agentd-prefix-1\n"
 _HEADER = struct.Struct("<II")  # bytes of the description, tokens
+_LONGEST = 8192  # bytes of a description
 _SAMPLES, _SAMPLE = 64, 64 << 10
 _LEAST_FREE = 256 << 20
 """What a cache leaves free of a disk."""
@@ -74,46 +76,49 @@ class PrefixFiles:
         lengths = sorted({file.length for file in self._files.values() if file.length <= most}, reverse=True)
         return next((n for n in lengths if self._key(prompt[:n]) in self._files), 0)
 
-    def load(self, tokens: Sequence[int]) -> bytes | None:
+    def load(self, tokens: Sequence[int]) -> memoryview | None:
         """The state behind exactly these tokens. What is damaged is deleted."""
         file = self._files.get(self._key(tokens))
         if file is None:
             return None
         with contextlib.suppress(OSError):
-            data = file.path.read_bytes()
-            if (state := self._state(data, tokens)) is not None:
-                os.utime(file.path)
-                return state
+            if (size := file.path.stat().st_size) <= self._quota:
+                data = bytearray(size)
+                with file.path.open("rb") as source:
+                    del data[source.readinto(data) :]
+                if (state := self._state(data, tokens)) is not None:
+                    os.utime(file.path)
+                    return state
         self._delete(file)
         return None
 
-    def save(self, tokens: Sequence[int], state: Callable[[], bytes], *, session: bool) -> bool:
+    def save(self, tokens: Sequence[int], state: Callable[[], memoryview], *, session: bool) -> bool:
         """Whether it is there now. `state` is asked only if there is room for it."""
         key = self._key(tokens)
         if key in self._files:
             return True
         if not self._has_room():
             return False
-        made = state()
-        ids = array.array("i", tokens).tobytes()
-        digest = hashlib.sha256(ids + made).hexdigest()
-        description = json.dumps({"identity": self._identity, "digest": digest}).encode()
-        data = _MAGIC + _HEADER.pack(len(description), len(tokens)) + description + ids + made
-        if len(data) > self._quota:
+        made, ids = state(), array.array("i", tokens).tobytes()
+        digest = hashlib.sha256(ids)
+        digest.update(made)
+        description = json.dumps({"identity": self._identity, "digest": digest.hexdigest()}).encode()
+        parts = (_MAGIC + _HEADER.pack(len(description), len(tokens)), description, ids, made)
+        if sum(map(len, parts)) > self._quota:
             return False
         file = _File(self._folder / f"{key}{SESSION if session else PREFIX}", len(tokens), key)
-        temporary = file.path.with_suffix(".new")
+        temporary = file.path.with_name(f"{file.path.name}{NEW}")
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as out:
-                out.write(data)
+                out.writelines(parts)
             temporary.rename(file.path)
+            self._files[key] = file
+            self._keep_quota(file.path)
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             return False
-        self._files[key] = file
-        self._keep_quota()
-        return key in self._files
+        return True
 
     def forget_sessions(self) -> None:
         """Delete what holds words of users and tools."""
@@ -123,7 +128,7 @@ class PrefixFiles:
     def _scan(self) -> None:
         """What is there, of this identity. What is of another model or library is deleted when room is wanted."""
         for path in self._folder.iterdir():
-            if path.suffix == ".new":
+            if path.suffix == NEW:
                 path.unlink()
             elif path.suffix in (PREFIX, SESSION) and path.stem.startswith(self._mark()):
                 with contextlib.suppress(OSError, struct.error):
@@ -132,18 +137,17 @@ class PrefixFiles:
                     length = _HEADER.unpack(head[len(_MAGIC) :])[1]
                     self._files[path.stem] = _File(path, length, path.stem)
 
-    def _state(self, data: bytes, tokens: Sequence[int]) -> bytes | None:
+    def _state(self, data: bytearray, tokens: Sequence[int]) -> memoryview | None:
         start = len(_MAGIC) + _HEADER.size
         if not data.startswith(_MAGIC) or len(data) < start:
             return None
         described, length = _HEADER.unpack(data[len(_MAGIC) : start])
         try:
-            description = json.loads(data[start : start + described])
+            description = json.loads(data[start : start + min(described, _LONGEST)])
             identity, digest = description["identity"], description["digest"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
-        rest = data[start + described :]
-        ids = array.array("i", tokens).tobytes()
+        rest, ids = memoryview(data)[start + described :], array.array("i", tokens).tobytes()
         if identity != self._identity or length != len(tokens) or rest[: len(ids)] != ids:
             return None
         return rest[len(ids) :] if hashlib.sha256(rest).hexdigest() == digest else None
@@ -154,16 +158,18 @@ class PrefixFiles:
             return free.f_bavail * free.f_frsize >= _LEAST_FREE
         return False
 
-    def _keep_quota(self) -> None:
-        """Those of other models or libraries go first, then what was not used for longest."""
-        there = []
+    def _keep_quota(self, newest: Path) -> None:
+        """Those of other models or libraries go first, then what was not used for longest; never the newest, whatever the
+        clock said before. Raises OSError.
+        """
+        there, now = [], time.time_ns()
         for path in self._folder.iterdir():
             with contextlib.suppress(OSError):
                 status = path.stat()
-                there.append((path.stem in self._files, status.st_mtime_ns, path, status.st_size))
+                there.append((path == newest, path.stem in self._files, min(now, status.st_mtime_ns), path, status.st_size))
         left = sum(size for *_, size in there) - self._quota
-        for _mine, _when, path, size in sorted(there):
-            if left <= 0:
+        for is_newest, _mine, _when, path, size in sorted(there):
+            if left <= 0 or is_newest:
                 return
             left -= size
             self._files.pop(path.stem, None)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 STOP_TIMEOUT_S = 5.0
-CANCEL_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 30.0
 """A pass with others in it is not cut short: on the slowest board it takes 8 s."""
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LLAMA_CPP_LIB_PATH", "PREFIX", "LANG")
 _ENGINE_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "GOMP_SPINCOUNT": "1000"}
@@ -81,10 +81,10 @@ class Process:
                 env={name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ} | _ENGINE_ENVIRONMENT,
                 start_new_session=True,
             )
-        reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
-        _sacrifice(child.pid)
         message: object
         try:
+            reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
+            _sacrifice(child.pid)
             async with asyncio.timeout(timeout_s):
                 writer.write(frame(load))
                 message = await _receive(reader, child)
@@ -92,6 +92,8 @@ class Process:
             message = Failed(id=0, reason="ENGINE_TIMEOUT", message=f"The model was not loaded after {timeout_s:g} s.")
         except asyncio.CancelledError:
             child.kill()
+            ours.close()
+            await _to_its_end(child)
             raise
         if isinstance(message, Ready):
             return cls(child, reader, writer, message, progress)
@@ -114,10 +116,12 @@ class Process:
 
     def ask(self, request: Generate | Forget) -> asyncio.Queue[Output | Forgotten | Failed | EngineError]:
         """Where its outputs come: in the end a Done, a Forgotten, a Failed, or what the process died of. `forget` it then."""
+        data = frame(request)
         outputs = self._asked[request.id] = asyncio.Queue()
         if self._death:
             outputs.put_nowait(self._death)
-        self.tell(request)
+        with contextlib.suppress(RuntimeError):
+            self._writer.write(data)
         return outputs
 
     def forget(self, request: int) -> None:
@@ -126,20 +130,21 @@ class Process:
     async def give_up(self, request: int, outputs: asyncio.Queue[Output | Forgotten | Failed | EngineError]) -> Done | None:
         """Cancel and wait for the end, so that what was used is known."""
         self.tell(Cancel(id=request))
-        output = await self.last(outputs)
+        try:
+            output = await self.last(outputs)
+        except TimeoutError:
+            self._child.kill()
+            return None
         return output if isinstance(output, Done) else None
 
     async def last(
         self, outputs: asyncio.Queue[Output | Forgotten | Failed | EngineError]
-    ) -> Done | Forgotten | Failed | EngineError | None:
-        """What ends a request; None if the process did not answer, and was killed."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CANCEL_TIMEOUT_S):
-                while not isinstance(output := await outputs.get(), Done | Forgotten | Failed | EngineError):
-                    pass
-                return output
-        self._child.kill()
-        return None
+    ) -> Done | Forgotten | Failed | EngineError:
+        """What ends a request. Raises TimeoutError."""
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            while not isinstance(output := await outputs.get(), Done | Forgotten | Failed | EngineError):
+                pass
+            return output
 
     async def stop(self, *, kept: bool) -> None:
         """End it; what is being generated fails. With `kept` it may first bring on disk what sessions have said."""
@@ -181,6 +186,13 @@ def _sacrifice(pid: int) -> None:
     """If the kernel must kill for memory, then this process: its death costs a reload (oom_score_adj of proc(5))."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w", encoding="ascii") as file:
         file.write("500")
+
+
+async def _to_its_end(child: subprocess.Popen[bytes]) -> None:
+    """Of one that was killed, in a task that is itself cancelled."""
+    ending = asyncio.create_task(_ended(child), name="end an engine")
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.shield(ending)
 
 
 async def _ended(child: subprocess.Popen[bytes]) -> None:

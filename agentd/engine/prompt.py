@@ -125,8 +125,8 @@ class _Writer:
             self.pieces.append(Text(text, trusted=True))
 
     def untrusted(self, text: str) -> None:
-        if text:
-            self.pieces.append(Text(text, trusted=False))
+        if text:  # half of a surrogate pair, as JSON can hold it, is no text that could be sent on
+            self.pieces.append(Text(text.encode(errors="replace").decode(), trusted=False))
 
     def quoted(self, text: str) -> None:
         self.markup(QUOTE)

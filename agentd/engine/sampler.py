@@ -47,8 +47,9 @@ class Sampler:
         chances = np.exp(logits[top].astype(np.float64) - float(logits[best]))
         chances /= chances.sum()
         kept = int(np.searchsorted(np.cumsum(chances), TOP_P)) + 1  # as many as it takes to reach it, at least one
-        top, chances = top[:kept], chances[:kept] ** (1 / self._temperature)
-        return int(top[np.searchsorted(np.cumsum(chances), self._random.random() * chances.sum(), side="right")])
+        chances = (chances[:kept] / chances[0]) ** (1 / self._temperature)  # of the best one that is 1, however cold it is
+        drawn = int(np.searchsorted(np.cumsum(chances), self._random.random() * chances.sum(), side="right"))
+        return int(top[min(drawn, kept - 1)])
 
 
 def _top(logits: NDArray[np.float32], best: float) -> NDArray[np.int64]:

@@ -35,8 +35,8 @@ class EngineSettings:
     prefixes_mib: int = 256
 
 
-PREFIX, SESSION = ".prefix", ".session"
-"""How files with states of prompts end: what many begin with, and what somebody has said."""
+PREFIX, SESSION, NEW = ".prefix", ".session", ".new"
+"""How files with states of prompts end: what many begin with, what somebody has said; behind both, what is being written."""
 
 
 @dataclass(frozen=True, slots=True)

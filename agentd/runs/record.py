@@ -21,6 +21,13 @@ REDACTED = "(redacted)"
 _LOST = ("DAEMON_STOPPING", "The daemon was killed while this run was going on.", "Start it again.")
 
 
+_GOING_ON = """
+SELECT id FROM run WHERE body ->> 'session' = ? AND (
+    body ->> 'state' = 'running' OR (body ->> 'state' = 'queued' AND body ->> 'priority' != 'background')
+)"""
+"""What is in the background, and waits, has not looked yet at what was said before."""
+
+
 class RunRecords:
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -83,14 +90,19 @@ class RunRecords:
 
     @staticmethod
     def forget(db: apsw.Connection, run: str) -> None:
-        """Take out what was said in a run: prompt, answer and transcript. Raises RequestError (RUN_GOING_ON)."""
+        """Take out what was said in a run: prompt, answer and transcript.
+
+        Raises RequestError (RUN_GOING_ON), also while another one of its session goes on, which has its words before it.
+        """
         body = db.execute("SELECT body FROM run WHERE id = ?", (run,)).get
         if body is None:
             return
         known = Run.from_json(str(body))
-        if not known.ended:
-            message = f"The run {run} is still going on, so its words can't be taken out."
-            raise RequestError(Reason.RUN_GOING_ON, message, hint="Cancel it, or wait.", metadata={"run": run})
+        if going_on := db.execute(_GOING_ON, (known.session,)).get:
+            message = (
+                f"The run {going_on} is still going on, so {'its' if going_on == run else 'their'} words can't be taken out."
+            )
+            raise RequestError(Reason.RUN_GOING_ON, message, hint="Cancel it, or wait.", metadata={"run": str(going_on)})
         _finish(db, replace(known, prompt=REDACTED, answer=REDACTED, transcript=()), [])
         db.execute("DELETE FROM run_event WHERE run = ?", (run,))
 

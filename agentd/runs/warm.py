@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agentd.budgets import Admission, Priority
-from agentd.engine.prompt import Conversation
+from agentd.engine.prompt import Conversation, Turn
 
 if TYPE_CHECKING:
     from agentd.engine.client import Engine
@@ -19,6 +19,6 @@ async def warm(engine: Engine, admission: Admission, settings: ModelSettings) ->
     try:
         async with admission.turn(ticket):
             if engine.model:  # else it was unloaded meanwhile, and is not to be loaded for that
-                await engine.warm(Conversation(settings.system, settings.tools, (), settings.thinking))
+                await engine.warm(Conversation(settings.system, settings.tools, (Turn("Hello"),), settings.thinking))
     finally:
         admission.leave(ticket)

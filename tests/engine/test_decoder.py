@@ -22,7 +22,7 @@ from agentd.engine.link import Delta, Done, Generate, ToolCall, pack
 from agentd.engine.model import Model, Row, Shape
 from agentd.engine.pace import Pacer
 from agentd.engine.prefixes import PrefixFiles
-from agentd.engine.prompt import Conversation, ToolSpec, Turn, render, render_prefix
+from agentd.engine.prompt import Conversation, Text, ToolSpec, Turn, render, render_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -339,3 +339,76 @@ def test_calls_come_whole_and_typed(bench: Bench):
     (call,) = [each for each in bench.said if isinstance(each, ToolCall)]
     assert (call.tool, call.arguments) == ("files.read", {"path": "notes/todo.txt"})
     assert not [each for each in bench.said if isinstance(each, Delta)]
+
+
+def test_a_long_prompt_is_read_however_many_short_ones_come(bench: Bench):
+    """Beside an endless line of newcomers it has its turns."""
+    long = bench.ask("word " * 1200, 2, tools=False)
+    (generation,) = bench.decoder._waiting
+    for n in range(400):
+        while len(bench.decoder._at_work) + len(bench.decoder._waiting) < 4:
+            bench.ask(f"{n} and " * 40, 2, tools=False)
+        bench.decoder.step()
+        if not bench.decoder.knows(long):
+            return
+    raise AssertionError(f"{generation.ahead()} tokens are left")
+
+
+def test_when_one_that_waits_for_room_is_given_up_others_may_come():
+    small = make(Shape(256, 64, 6, LONGEST + 1))
+    bench = Bench(small, parallel=2)
+    first, second = (bench.ask(f"{name} " + "red " * 100, 60, tools=False) for name in ("write a poem", "write it down"))
+    for _ in range(400):
+        bench.decoder.step()
+        if bench.decoder._crowded:
+            break
+    assert bench.decoder._crowded
+    waiting = second if second in {each.request.id for each in bench.decoder._waiting} else first
+    bench.cancelled.add(waiting)
+    bench.decoder.step()
+    assert not bench.decoder._crowded
+    assert bench.work()[waiting].reason == "cancelled"
+    small.close()
+
+
+def test_what_many_prompts_begin_with_is_decoded_once_for_newcomers_at_the_same_time(bench: Bench):
+    """The others wait for the one that reads it; if that is given up, another one goes on where it was."""
+    numbers = [bench.ask(prompt, 4) for prompt in PROMPTS[:3]]
+    for _ in range(3):
+        bench.decoder.step()
+    assert [each.request.id for each in bench.decoder._at_work] == numbers[:1]
+    before = bench.model.decoded
+    bench.cancelled.add(numbers[0])
+    done = bench.work()
+    assert [done[number].reason for number in numbers] == ["cancelled", *(done[number].reason for number in numbers[1:])]
+    assert bench.model.decoded - before < done[numbers[1]].prompt_tokens + 100
+
+
+def test_choices_of_any_characters_come_whole(bench: Bench):
+    """Also one that the tokeniser would make another of, as it writes a blank with it."""
+    words = bench.model.words
+    for choice in ("a\u2581b", "a b", "\u2581", "é\u0301", "🙂", '<|"|>', "line\nend", "\\"):
+        schema = {"properties": {"k": {"type": "string", "enum": [choice]}, "n": {"type": "integer"}}, "required": ["k", "n"]}
+        matcher, raw = bench.grammars.matcher([("pick", schema)]), b""
+        while b"n:" not in raw:
+            forced = matcher.forced()
+            tokens = list(forced) if forced else [int(token) for token in matcher._allowed()][:1]
+            for token in tokens:
+                assert matcher.accepts(token)
+                assert matcher.advance(token)
+                raw += words.piece(token)
+        assert choice.encode() in raw
+
+
+def test_what_was_forced_is_not_remembered_without_end(bench: Bench):
+    """A list of numbers is as long as the model likes."""
+    schema = {"properties": {"k": {"type": "array", "items": {"type": "integer"}}}, "required": ["k"]}
+    matcher = bench.grammars.matcher([("pick", schema)])
+    digit, comma = (bench.model.words.encode([Text(text, trusted=False)])[0] for text in ("7", ","))
+    for token in matcher.forced():
+        matcher.advance(token)
+    for _ in range(2000):
+        for token in (digit, comma):
+            assert matcher.advance(token)
+            matcher.forced()
+    assert sum(len(key[1]) for key in matcher._grammar.forced) < 1000

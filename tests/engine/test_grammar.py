@@ -201,6 +201,15 @@ def test_a_token_is_taken_as_gemma_recommends(seed: int, temperature: float):
     assert taken == [again.pick(logits) for _ in range(20)]
 
 
+@given(st.floats(1e-6, 0.02), st.integers(0, 2**31))
+def test_the_coldest_temperature_takes_the_best(temperature: float, seed: int):
+    """However small the numbers become."""
+    assert Sampler(temperature, seed).pick(np.zeros(300, np.float32)) < 300
+    logits = np.zeros(300, np.float32)
+    logits[17] = 1
+    assert Sampler(temperature, seed).pick(logits) == 17
+
+
 def test_probabilities_are_those_of_the_softmax():
     """Ten thousand draws of three tokens, within four standard deviations."""
     logits, sampler = np.log(np.array([0.5, 0.3, 0.2], np.float32)), Sampler(1.0, 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TOKENS = list(range(100, 400))
-STATE = os.urandom(5000)
+STATE = memoryview(bytearray(os.urandom(5000)))
 
 
 def files(folder: Path, identity: str = "model a", quota: int = 1 << 20) -> PrefixFiles:
@@ -57,7 +58,7 @@ def test_a_file_under_a_wrong_name_is_not_used(tmp_path: Path):
     """The description in it counts: a name can be given by anybody."""
     files(tmp_path).save(TOKENS, lambda: STATE, session=False)
     mine = the_file(tmp_path)
-    files(tmp_path, "model b").save(TOKENS, lambda: b"other", session=False)
+    files(tmp_path, "model b").save(TOKENS, lambda: memoryview(b"other"), session=False)
     (theirs,) = set(tmp_path.iterdir()) - {mine}
     theirs.replace(mine)
     assert files(tmp_path).load(TOKENS) is None
@@ -120,6 +121,24 @@ def test_the_quota_is_kept_and_what_was_not_used_for_longest_goes(tmp_path: Path
 
 def test_what_is_larger_than_the_quota_is_not_kept(tmp_path: Path):
     assert not files(tmp_path, quota=1000).save(TOKENS, lambda: STATE, session=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_that_went_back_takes_nothing_away(tmp_path: Path):
+    """On a board without a clock of its own older files are from the future."""
+    there = files(tmp_path, quota=12_000)
+    there.save(TOKENS[:100], lambda: STATE, session=True)
+    os.utime(the_file(tmp_path), (2**32, 2**32))
+    assert there.save(TOKENS[:150], lambda: STATE, session=True)
+    assert there.save(TOKENS[:200], lambda: STATE, session=True)
+    assert there.load(TOKENS[:200]) == STATE
+
+
+def test_a_description_without_end_is_not_read(tmp_path: Path):
+    files(tmp_path).save(TOKENS, lambda: STATE, session=False)
+    nested = b"[" * 300_000
+    the_file(tmp_path).write_bytes(b"agentd-prefix-1\n" + struct.pack("<II", len(nested), len(TOKENS)) + nested)
+    assert files(tmp_path).load(TOKENS) is None
     assert list(tmp_path.iterdir()) == []
 
 
