@@ -49,7 +49,7 @@ class EngineConfig(_Strict):
     model: str = "pocket"
     context: int = Field(default=4096, ge=256, le=131072)
     threads: int = Field(default=0, ge=0, le=256)
-    batch: int = Field(default=64, ge=16, le=2048)
+    batch: int = Field(default=32, ge=16, le=2048)
     parallel: int = Field(default=4, ge=1, le=8)
     prefixes_mib: int = Field(default=256, ge=0, le=65536)
     repack: Literal["off", "auto"] = "off"

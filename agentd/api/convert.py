@@ -172,6 +172,8 @@ def event_message(event: RunEvent, run: Run | None) -> run_pb2.WatchRunResponse:
             message.approval.CopyFrom(_notice(body))
         case "budget":
             message.budget.CopyFrom(run_pb2.BudgetNotice(**body | {"state": f"STATE_{body['state']}"}))
+        case "context":
+            message.context.CopyFrom(run_pb2.ContextNotice(turns_dropped=body["dropped"], turns_left=body["left"]))
         case "queue":
             message.queue.CopyFrom(run_pb2.QueueNotice(ahead=body["ahead"], reason=valid(body["reason"])))
         case _ if run is not None:

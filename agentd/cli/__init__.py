@@ -11,6 +11,7 @@ import click
 from agentd import __version__
 from agentd.cli.approvals import approvals
 from agentd.cli.audit import audit
+from agentd.cli.bench import bench
 from agentd.cli.budget import budget, top
 from agentd.cli.calibrate import calibrate
 from agentd.cli.demo import demo
@@ -69,6 +70,7 @@ for command in (
     budget,
     top,
     calibrate,
+    bench,
     models,
     doctor,
     demo,

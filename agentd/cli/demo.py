@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +13,13 @@ from google.protobuf import json_format
 
 from agentd.cli.output import as_dict, console, json_option, print_call, print_json, shown
 from agentd.cli.rollback import print_plan
-from agentd.client import Client
-from agentd.errors import AgentdError, DaemonError, Reason
+from agentd.cli.scratch import daemon_of_its_own
 from agentd.v1 import journal_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from agentd.client import Client
     from agentd.v1 import run_pb2, tool_pb2
 
-START_TIMEOUT_S = 30.0
 PROMPTS = (
     "what files are in notes?",
     'add "buy milk" to notes/shopping.txt',
@@ -79,9 +73,10 @@ def demo(*, as_json: bool, keep: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix="agentd-demo-"))
     try:
         _prepare(folder)
-        with _daemon(folder, _CONFIG) as client:
+        with daemon_of_its_own(folder, _CONFIG.format(folder=folder)) as client:
             ok = _Demo(client, folder, as_json=as_json).play()
-        with _daemon(folder, _SHELL_CONFIG) as client:  # a daemon of its own: the pocket model knows no shell
+        # The pocket model knows no shell.
+        with daemon_of_its_own(folder, _SHELL_CONFIG.format(folder=folder)) as client:
             ok &= _ShellDemo(client, folder, as_json=as_json).play()
     finally:
         if keep:
@@ -97,41 +92,6 @@ def _prepare(folder: Path) -> None:
     (notes / "shopping.txt").write_text("bread\neggs\n")
     (notes / "ideas.md").write_text("# Ideas\nwater the plants\n")
     (notes / "old.txt").write_text("of last year\n")
-
-
-@contextlib.contextmanager
-def _daemon(folder: Path, config: str) -> Iterator[Client]:
-    """A daemon of its own for the demo; raises DaemonError with its last words if it does not start."""
-    (folder / "agentd.toml").write_text(config.format(folder=folder))
-    log = folder / "daemon.log"
-    with log.open("wb") as output:
-        daemon = subprocess.Popen(
-            [sys.executable, "-m", "agentd", "serve", "--config", str(folder / "agentd.toml"), "--log-level", "warning"],
-            stdin=subprocess.DEVNULL,
-            stderr=output,
-        )
-    try:
-        with Client(folder / "agentd.sock") as client:
-            _wait_until_ready(daemon, folder / "agentd.sock", client, log)
-            yield client
-    finally:
-        daemon.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            daemon.wait(START_TIMEOUT_S)
-        daemon.kill()
-
-
-def _wait_until_ready(daemon: subprocess.Popen[bytes], socket: Path, client: Client, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    with console.status("starting the daemon"):
-        while time.monotonic() < deadline and daemon.poll() is None:
-            if socket.exists():
-                with contextlib.suppress(AgentdError):
-                    client.status()
-                    return
-            time.sleep(0.05)
-    words = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
-    raise DaemonError(Reason.DAEMON_UNREACHABLE, f"The daemon did not start: {words[0]}", hint="Try `agentd doctor`.")
 
 
 class _Demo:

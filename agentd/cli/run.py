@@ -152,6 +152,9 @@ def _print_event(client: Client, event: run_pb2.WatchRunResponse) -> None:
             print_call(event.call)
         case "approval" if event.approval.state == approval_pb2.Approval.STATE_PENDING:
             _answer(client, event.approval)
+        case "context":
+            gone, left = event.context.turns_dropped, event.context.turns_left
+            console.print(f"  [yellow]the context is full:[/] [dim]{gone} turns of before are left out, {left} are in it[/]")
         case "queue":
             _print_waiting(event.queue.ahead, event.queue.reason)
         case "budget" if event.budget.reason:

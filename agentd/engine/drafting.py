@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 LONGEST = 7
 """Tokens of a draft: with the one before them 8 rows, a multiple of the 4 that llama.cpp's kernels take at once."""
-_GRAM = 3
+_GRAMS = (3, 2)
+"""So many tokens must have stood there before, the longer ones looked for first: a path is copied from its second token on."""
 _SMOOTHING = 0.15
 _PAYS = 1.05
 _ROW_COSTS = 0.2  # of a pass of one row, until it has been measured (E2B, Q4_0, 2 cores)
@@ -31,10 +32,11 @@ class Drafter:
 
     def propose(self, tokens: Sequence[int]) -> list[int]:
         """What followed the last few tokens when they stood there before."""
-        for end in range(max(self._upto, _GRAM), len(tokens)):
-            self._seen[tuple(tokens[end - _GRAM : end])] = end
+        for end in range(max(self._upto, _GRAMS[0]), len(tokens)):
+            for gram in _GRAMS:
+                self._seen[tuple(tokens[end - gram : end])] = end
         self._upto = len(tokens)
-        found = self._seen.get(tuple(tokens[-_GRAM:]))
+        found = next((self._seen[key] for gram in _GRAMS if (key := tuple(tokens[-gram:])) in self._seen), 0)
         self._proposed = list(tokens[found : found + LONGEST]) if found else []
         return self._proposed
 

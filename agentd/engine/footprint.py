@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _CACHE = re.compile(r"llama_kv_cache: +size = +([0-9.]+) MiB")
 _COMPUTE = re.compile(r"compute buffer size = +([0-9.]+) MiB")
+_OUTPUT = re.compile(r"output buffer size = +([0-9.]+) MiB")
 
 
 def footprint(path: Path, parameters: Callable[[int], C.llama_context_params], context: int, least: int) -> Footprint:
@@ -61,7 +62,7 @@ def _taken(model: C.llama_model_p, parameters: C.llama_context_params, lines: li
     C.llama_free(context)
     log = "".join(lines)
     caches, computes = _CACHE.findall(log), _COMPUTE.findall(log)
-    return sum(map(float, caches + computes)) if caches and computes else 0.0
+    return sum(map(float, caches + computes + _OUTPUT.findall(log))) if caches and computes else 0.0
 
 
 def main() -> int:

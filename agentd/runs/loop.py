@@ -151,6 +151,8 @@ class Loop:
     calls: int = 0
     seconds: float = 0.0
     joules: float = 0.0
+    dropped: int = 0
+    """Turns of its session that no longer fit."""
     transcript: list[Part] = field(default_factory=list)
     _parts: list[Part] = field(default_factory=list)
     _malformed: int = 0
@@ -197,6 +199,8 @@ class Loop:
                 if e.reason is not Reason.PROMPT_TOO_LONG or not self.history:
                     raise
                 self.history.pop(0)  # the oldest turn of the session has to go
+                self.dropped += 1
+                self.emit("context", {"dropped": self.dropped, "left": len(self.history)})
 
     async def _generate_once(self) -> _Step:
         step = _Step()

@@ -166,7 +166,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """What happened, in order: `kind` is text, thought, call_started, approval, call, budget, queue or run; `body` is JSON."""
+    """What happened, in order: `kind` is text, thought, call_started, approval, call, budget, queue, context or run; `body`
+    is JSON.
+    """
 
     sequence: int
     time_ns: int

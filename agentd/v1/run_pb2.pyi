@@ -379,6 +379,7 @@ class WatchRunResponse(_message.Message):
     APPROVAL_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Its number within the run, from 1, without gaps."""
     text: _builtins.str
@@ -413,6 +414,10 @@ class WatchRunResponse(_message.Message):
     def queue(self) -> Global___QueueNotice:
         """It waits for its turn with the model."""
 
+    @_builtins.property
+    def context(self) -> Global___ContextNotice:
+        """The session has become too long for the context."""
+
     def __init__(
         self,
         *,
@@ -426,16 +431,43 @@ class WatchRunResponse(_message.Message):
         approval: Global___ApprovalNotice | None = ...,
         budget: Global___BudgetNotice | None = ...,
         queue: Global___QueueNotice | None = ...,
+        context: Global___ContextNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "context", b"context", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "context", b"context", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval", "budget", "queue"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval", "budget", "queue", "context"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
+
+@_typing.final
+class ContextNotice(_message.Message):
+    """The oldest turns of a session have left the prompt, so that the rest fits; the system text and the tools always stay."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TURNS_DROPPED_FIELD_NUMBER: _builtins.int
+    TURNS_LEFT_FIELD_NUMBER: _builtins.int
+    turns_dropped: _builtins.int
+    """Turns that are not in the prompt, of all those before this run."""
+    turns_left: _builtins.int
+    """Turns that still are."""
+    def __init__(
+        self,
+        *,
+        turns_dropped: _builtins.int = ...,
+        turns_left: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["turns_dropped", b"turns_dropped", "turns_left", b"turns_left"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContextNotice: _TypeAlias = ContextNotice  # noqa: Y015
 
 @_typing.final
 class ToolCallStarted(_message.Message):

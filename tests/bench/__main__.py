@@ -6,24 +6,20 @@ python -m tests.bench [--json] [--calls 300]
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from agentd.client import Client
-from tests.bench import budgets, confined, log, permission, undo
-from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb
+from tests.bench import budgets, confined, engine, log, permission, undo
+from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb, show
 from tests.e2e.conftest import DaemonProcess
 
 if TYPE_CHECKING:
@@ -124,19 +120,8 @@ def main() -> None:
         figures += budgets.figures()
         figures += starts(folder, 5)
         figures += confined.figures(folder, args.calls)
-    if args.json:
-        for figure in figures:
-            print(json.dumps(asdict(figure)))
-        return
-    table = Table("what", "measured", "wanted", "baseline in this run", "ratio", box=None, header_style="bold")
-    for f in figures:
-        wanted = f"under {f.wanted:g} {f.unit}" if f.wanted else ""
-        kept = "" if not f.wanted else "green" if f.value < f.wanted else "red"
-        measured = f"[{kept}]{f.value:.2f} {f.unit}[/]" if kept else f"{f.value:.2f} {f.unit}"
-        baseline = f"{f.baseline}: {f.baseline_value:.2f} {f.unit}" if f.baseline_value else ""
-        ratio = f"x{f.value / f.baseline_value:.2f}" if f.baseline_value else ""
-        table.add_row(f.what, measured, wanted, baseline, ratio)
-    Console().print(table)
+    figures += engine.figures()
+    show(figures, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -35,23 +35,25 @@ from agentd.engine.pace import Pacer
 from agentd.engine.prompt import CALL_CLOSE, CALL_OPEN, QUOTE, Conversation, Text, ToolSpec, Turn
 from agentd.engine.sampler import Sampler
 from agentd.engine.settings import EngineSettings
-from tests.bench.figures import Figure, console
+from agentd.v1 import run_pb2
+from tests.bench.figures import Figure, console, show
 from tests.e2e.conftest import DaemonProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CONTEXT, BATCH, PARALLEL = 4096, 64, 4
+CONTEXT, BATCH, PARALLEL = 4096, 32, 4
 _WRITER = Path(__file__).parent.parent.parent / "scripts" / "synthetic_model.py"
 _TOKENS = 48
+_SMALL = ("--ffn", "Q2_0", "--projection", "Q4_0")
 _STATUS = re.compile(r"(VmHWM|VmRSS|RssAnon|RssFile):\s+(\d+) kB")
 
 
-def synthetic(folder: Path, ffn: str) -> Path:
+def synthetic(folder: Path, *kinds: str) -> Path:
     """Takes 20 s, and 2.6 GB of the disk."""
-    path = folder / f"e2b-{ffn}.gguf"
-    with console.status(f"writing a model with the shapes of E2B, feed-forward in {ffn}"):
-        subprocess.run([sys.executable, str(_WRITER), str(path), "--ffn", ffn], check=True, capture_output=True)
+    path = folder / f"e2b{''.join(kinds)}.gguf"
+    with console.status(f"writing a model with the shapes of E2B {' '.join(kinds)}"):
+        subprocess.run([sys.executable, str(_WRITER), str(path), *kinds], check=True, capture_output=True)
     return path
 
 
@@ -65,9 +67,9 @@ def memory_mib(pid: int) -> dict[str, float]:
 
 
 @contextmanager
-def model_of(path: Path, *, sequences: int = PARALLEL + 4) -> Iterator[Model]:
+def model_of(path: Path, *, sequences: int = PARALLEL + 4, repack: bool = False) -> Iterator[Model]:
     shape = Shape(CONTEXT, BATCH, sequences, max(sequences, LONGEST + 1))
-    made = Model(path, shape, threads=0, repack=False, should_stop=lambda: False, pacer=Pacer(lambda: False))
+    made = Model(path, shape, threads=0, repack=repack, should_stop=lambda: False, pacer=Pacer(lambda: False))
     try:
         yield made
     finally:
@@ -129,31 +131,31 @@ class Direct:
 
 
 def call_tokens(model: Model) -> list[int]:
-    """A typical call, of two arguments: most of it is given by the grammar."""
+    """A typical call, of one argument that stands in the prompt."""
     words = model.words
 
     def text(value: str) -> list[int]:
         return words.encode([Text(value, trusted=False)])
 
-    quote, tokens = [words.special[QUOTE]], [words.special[CALL_OPEN], *text("call:files.append{path:")]
-    tokens += quote + text("notes/todo.txt") + quote + text(",text:") + quote
-    return [*tokens, *text("call home and read the report of the week"), *quote, *text("}"), words.special[CALL_CLOSE]]
+    quote, tokens = words.special[QUOTE], [words.special[CALL_OPEN], *text("call:files.read{path:")]
+    return [*tokens, quote, *text("notes/todo.txt"), quote, *text("}"), words.special[CALL_CLOSE]]
 
 
 def tool_call(model: Model) -> list[Figure]:
-    """With and without forced tokens, in turns."""
+    """With and without what the grammar forces and the prompt suggests, in turns."""
     tools, script = specs(), call_tokens(model)
     taken: dict[bool, list[float]] = {True: [], False: []}
     forced, passes = Matcher.forced, {}
     for _ in range(3):
         for plain in (True, False):
             direct = Direct(model)
-            direct.decoder._drafts = False
-            generation = direct.add("go on", len(script), tools)
+            direct.decoder._drafts = not plain
+            generation = direct.add("read the file notes/todo.txt and tell me what is in it", len(script), tools)
             Matcher.forced = (lambda _self: ()) if plain else forced  # type: ignore[method-assign]
+            generation._sampler = _follow(generation, list(script))  # type: ignore[assignment]
+            while not generation.writes:
+                direct.decoder.step()
             before = model.passes
-            remaining = list(script)
-            generation._sampler = _follow(generation, remaining)  # type: ignore[assignment]
             taken[plain].append(direct.seconds())
             passes[plain] = model.passes - before
             for sequence in range(model.shape.sequences):
@@ -192,18 +194,21 @@ def sharing(model: Model) -> list[Figure]:
 
 
 def together(model: Model) -> list[Figure]:
-    """Four generations in a pass against one."""
-    speeds = {}
-    for count in (1, PARALLEL):
-        direct = Direct(model)
-        direct.decoder._drafts = False
-        for n in range(count):
-            direct.add(f"{n} go on and on", _TOKENS)
-        seconds = direct.seconds()
-        speeds[count] = direct.decoder.written / seconds
-        for sequence in range(model.shape.sequences):
-            model.keep(sequence, 0)
-    one, four = 1000 / speeds[1], 1000 / speeds[PARALLEL]
+    """Four generations in a pass against one, by turns: the median of the ratios."""
+    found = []
+    for _ in range(3):
+        taken = {}
+        for count in (1, PARALLEL):
+            direct = Direct(model)
+            direct.decoder._drafts = False
+            for n in range(count):
+                direct.add(f"{n} go on and on", 16)
+            seconds = direct.seconds()
+            taken[count] = seconds * 1000 / direct.decoder.written
+            for sequence in range(model.shape.sequences):
+                model.keep(sequence, 0)
+        found.append((taken[1] / taken[PARALLEL], taken[1], taken[PARALLEL]))
+    _, one, four = sorted(found)[1]
     return [Figure("4 sessions at once, a token of any", four, "ms", one / 1.8, "one alone", one)]
 
 
@@ -246,51 +251,70 @@ async def prefixes(path: Path, folder: Path) -> list[Figure]:
         Figure("first token after a restart of the engine", restart, "s", 0.05 * prefill_s, "decoding the preamble", prefill_s),
         Figure("of that loading the model", load_s, "s"),
         Figure("tokens decoded again after the restart", again.prompt_tokens - again.cached_tokens, ""),
-        Figure("engine, anonymous", steady["RssAnon"], "MiB"),
-        Figure("engine, resident after 3 prompts", steady["VmRSS"], "MiB", 1480.0),
-        Figure("engine, peak", steady["VmHWM"], "MiB", steady["VmRSS"] * 1.01),
+        Figure("engine with Q4_0, anonymous", steady["RssAnon"], "MiB"),
+        Figure("engine with Q4_0, resident after 3 prompts", steady["VmRSS"], "MiB", 1480.0),
+        Figure("engine with Q4_0, peak", steady["VmHWM"], "MiB", steady["VmRSS"] * 1.01),
         Figure("tokens of a prompt a second", short.prompt_tokens / max(1e-9, short.prefill_ms / 1000), "tok/s"),
     ]
 
 
-def streaming(path: Path, folder: Path, bare: float) -> list[Figure]:
-    """Tokens as a client sees them, through the whole daemon."""
-    extra = f'[engine]\nmodel = "{path}"\nwarm = false\n[runs]\ntokens = 96\nsteps = 1\nseconds = 600\n'
-    daemon = DaemonProcess(folder / "daemon", extra, "bundled = []\n")
+async def small(path: Path) -> list[Figure]:
+    """The mix for phones: what it takes. Its kernel is slow on PCs, so it reads and writes little."""
+    engine = Engine(EngineSettings(path, CONTEXT, BATCH, 0, "off", 300, parallel=PARALLEL))
+    await engine.load()
+    await _one(engine, "hello", (), 16)
+    assert engine.pid
+    taken = memory_mib(engine.pid)
+    await engine.stop()
+    return [
+        Figure("engine with FFN in Q2_0, anonymous", taken["RssAnon"], "MiB"),
+        Figure("engine with FFN in Q2_0, resident", taken["VmRSS"], "MiB", 1000.0),
+        Figure("engine with FFN in Q2_0, peak", taken["VmHWM"], "MiB", taken["VmRSS"] * 1.01),
+    ]
+
+
+def _spent(client: Client, prompt: str, tokens: int) -> tuple[int, float, float]:
+    """Tokens, seconds from the first piece of text to the end, seconds of llama.cpp."""
+    budget = run_pb2.Run.Budget(tokens=tokens)
+    seen = [(time.perf_counter(), event) for event in client.run(prompt, budget=budget)]
+    ended = seen[-1][1].run
+    first = next(when for when, event in seen if event.WhichOneof("event") in ("text", "call_started", "run"))
+    return ended.usage.generated_tokens, seen[-1][0] - first, ended.usage.seconds
+
+
+def streaming(model: str, folder: Path, prompt: str, few: int, many: int, rounds: int) -> tuple[float, float]:
+    """Milliseconds of a token as a client sees it, and of it llama.cpp: a long answer less a short one, the medians."""
+    extra = f'[engine]\nmodel = "{model}"\nwarm = false\n[runs]\nsteps = 1\nseconds = 600\n'
+    daemon = DaemonProcess(folder / f"daemon-{few}", extra, "bundled = []\n")
     daemon.root.mkdir()
+    found = []
     with daemon.running(), Client(daemon.socket) as client:
-        times = [
-            (time.perf_counter(), event) for event in client.run("go on and on") if event.WhichOneof("event") in ("text", "run")
-        ]
-        run = times[-1][1].run
-        streamed = (times[-1][0] - times[0][0]) * 1000 / (run.usage.generated_tokens - 1)
-    return [Figure("a token, streamed over gRPC", streamed, "ms", bare / 0.97, "llama.cpp alone, in the same run", bare)]
+        _spent(client, prompt, 2)
+        for _ in range(rounds):
+            short, long = _spent(client, prompt, few), _spent(client, prompt, many)
+            wrote = long[0] - short[0]
+            found.append(((long[1] - short[1]) * 1000 / wrote, (long[2] - short[2]) * 1000 / wrote))
+    return statistics.median(wall for wall, _ in found), statistics.median(own for _, own in found)
 
 
-def overhead() -> list[Figure]:
-    """What agentd itself takes for a token: sampling at E2B's vocabulary, bytes, bookkeeping, messages."""
-    words = 262_144
-    logits = np.random.default_rng(0).normal(size=words).astype(np.float32)
-    taken = []
+def overhead(path: Path, folder: Path) -> list[Figure]:
+    """What agentd adds to a token: sampling at E2B's vocabulary, bytes, bookkeeping, messages, gRPC."""
+    logits = np.random.default_rng(0).normal(size=262_144).astype(np.float32)
+    picked = []
     for temperature in (0.0, 1.0):
         sampler = Sampler(temperature, 0)
         begun = time.perf_counter()
         for _ in range(200):
             sampler.pick(logits)
-        taken.append((time.perf_counter() - begun) * 5)
-    with console.status("messages"), tempfile.TemporaryDirectory() as folder:
-        daemon = DaemonProcess(Path(folder), "[runs]\nsteps = 1\nseconds = 60\n", "bundled = []\n")
-        with daemon.running(), Client(daemon.socket) as client:
-            prompt = "write a poem " + "red " * 100
-            list(client.run(prompt))
-            begun = time.perf_counter()
-            run = [event for event in client.run(prompt) if event.WhichOneof("event") == "run"][-1].run
-            wall, model = time.perf_counter() - begun, run.usage.seconds
-    each = (wall - model) * 1000 / max(1, run.usage.generated_tokens)
+        picked.append((time.perf_counter() - begun) * 5)
+    wall, own = streaming(str(path), folder, "go on and on", 16, 64, 1)
+    tiny = synthetic(folder, "--shape", "tiny")  # so fast that what is around it shows, and it has no end
+    each, tinys_own = streaming(str(tiny), folder, "go on and on", 20, 220, 5)
     return [
-        Figure("a token of 262,144, the likeliest", taken[0], "ms"),
-        Figure("a token of 262,144, at random", taken[1], "ms"),
-        Figure("all else for a token, with the run's start and end", each, "ms", 0.6 - taken[1]),
+        Figure("a token, streamed over gRPC", wall, "ms", own / 0.97, "llama.cpp in the same run", own),
+        Figure("what agentd adds to a token, with a tiny model", each - tinys_own, "ms", 0.6),
+        Figure("of that taking the likeliest of 262,144 tokens", picked[0], "ms"),
+        Figure("or one at random", picked[1], "ms"),
     ]
 
 
@@ -329,12 +353,12 @@ def own_tool(path: Path) -> list[Figure]:
 
 
 def figures() -> list[Figure]:
-    """Takes a few minutes. E2B_GGUF names a file that is there already."""
+    """Takes a few minutes. E2B_GGUF and E2B_Q2_GGUF name files that are there already, LLAMA_BENCH llama.cpp's own tool."""
     found = []
     print(C.llama_print_system_info().decode(), file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="agentd-bench-") as name:
         folder = Path(name)
-        path = Path(os.environ["E2B_GGUF"]) if "E2B_GGUF" in os.environ else synthetic(folder, "Q4_0")
+        path = Path(os.environ["E2B_GGUF"]) if "E2B_GGUF" in os.environ else synthetic(folder)
         found += own_tool(path)
         with console.status("decoding"), model_of(path) as model:
             bare = bare_ms(model)
@@ -342,13 +366,13 @@ def figures() -> list[Figure]:
         with console.status("prefixes"):
             found += asyncio.run(prefixes(path, folder))
         with console.status("streaming"):
-            with model_of(path) as model:
-                bare = bare_ms(model)  # again: other programs on the machine change what a pass takes
-            found += streaming(path, folder, bare)
-    found += overhead()
+            found += overhead(path, folder)
+        with console.status("2 bits"):
+            found += asyncio.run(
+                small(Path(os.environ["E2B_Q2_GGUF"]) if "E2B_Q2_GGUF" in os.environ else synthetic(folder, *_SMALL))
+            )
     return found
 
 
 if __name__ == "__main__":
-    for each in figures():
-        print(each)
+    show(figures())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,3 +61,20 @@ def held_mb(pid: int) -> float:
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024 / 1e6
     raise ValueError(pid)
+
+
+def show(figures: list[Figure], *, as_json: bool = False) -> None:
+    """As a table, or as one figure a line."""
+    if as_json:
+        for figure in figures:
+            print(json.dumps(asdict(figure)))
+        return
+    table = Table("what", "measured", "wanted", "baseline in this run", "ratio", box=None, header_style="bold")
+    for f in figures:
+        wanted = f"under {f.wanted:.4g} {f.unit}" if f.wanted else ""
+        kept = "" if not f.wanted else "green" if f.value < f.wanted else "red"
+        measured = f"[{kept}]{f.value:.2f} {f.unit}[/]" if kept else f"{f.value:.2f} {f.unit}"
+        baseline = f"{f.baseline}: {f.baseline_value:.2f} {f.unit}" if f.baseline_value else ""
+        ratio = f"x{f.value / f.baseline_value:.2f}" if f.baseline_value else ""
+        table.add_row(f.what, measured, wanted, baseline, ratio)
+    Console().print(table)

@@ -88,7 +88,7 @@ def test_what_is_taken_out_of_the_log_is_in_no_state_of_a_session_either(own_dae
         assert list((own_daemon.state / "prefixes").glob("*.session"))
         own_daemon.start()
         asked = next(event for event in client.audit_events() if event.kind == "run.queue")
-        client.redact(asked.sequence, "prompt", "private")
+        client.redact(asked.sequence, "detail.prompt", "private")
         assert not list((own_daemon.state / "prefixes").glob("*.session*"))
         assert client.get_run(run.name).prompt != run.prompt
     assert prefixes(own_daemon)

@@ -147,10 +147,13 @@ def test_what_no_other_call_could_do_better_ends_the_run(reason: Reason):
 
 
 def test_the_oldest_turns_go_first_when_the_prompt_is_too_long():
-    """System, tools and the question stay; without history the error is the run's."""
+    """System, tools and the question stay, and who watches is told; without history the error is the run's."""
     too_long = EngineError(Reason.PROMPT_TOO_LONG, "too long")
     model = ScriptedModel([too_long, too_long, says("fits")])
-    assert go(loop_of(model, ScriptedCaller())) is StopReason.ANSWERED
+    loop, told = loop_of(model, ScriptedCaller()), list[tuple[str, dict[str, Any]]]()
+    loop.emit = lambda kind, body: told.append((kind, body))
+    assert go(loop) is StopReason.ANSWERED
+    assert [body for kind, body in told if kind == "context"] == [{"dropped": 1, "left": 1}, {"dropped": 2, "left": 0}]
     assert [[turn.user for turn in prompt.turns] for prompt in model.prompts] == [
         ["before", "later", "do it"],
         ["later", "do it"],

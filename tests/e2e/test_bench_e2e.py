@@ -1,0 +1,83 @@
+"""`agentd bench` with the pocket model, beside a stand-in for another server."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ASKED: list[dict[str, Any]] = []
+
+
+class Other(http.server.BaseHTTPRequestHandler):
+    """Answers as llama-server and Ollama do, a token every 2 ms."""
+
+    def do_POST(self) -> None:
+        ASKED.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(ASKED[-1]["max_tokens"]):
+            time.sleep(0.002)
+            self.wfile.write(b'data: {"choices": [{"delta": {"content": "word "}}]}\n\n')
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def other() -> Iterator[str]:
+    ASKED.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def bench(*arguments: str, home: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "agentd", "bench", "pocket", "--tokens", "12", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=150, check=False, env=os.environ | {"XDG_CONFIG_HOME": str(home)}
+    )
+
+
+def test_it_measures_start_first_token_speed_and_memory_beside_another_server(other: str, tmp_path: object):
+    """Each figure is there and makes sense; the other one gets the same prompts and tools."""
+    done = bench("--json", "--context", "4096", "--compare", other, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {figure["name"]: figure for figure in json.loads(done.stdout.splitlines()[-1])["figures"]}
+    wanted = {"start_s", "load_s", "first_token_cold_s", "first_token_warm_s", "prompt_tokens_per_s", "tokens_per_s"}
+    wanted |= {"long_first_token_s", "together_tokens_per_s", "restart_first_token_s", "anonymous_mib", "tool_call_s"}
+    assert wanted <= set(found)
+    assert all(figure["value"] > 0 for name, figure in found.items() if name != "long_tokens_per_s")
+    assert found["first_token_warm_s"]["value"] < found["first_token_cold_s"]["value"]
+    assert 50 < found["tokens_per_s"]["theirs"] < 520
+    assert found["together_tokens_per_s"]["theirs"] > found["tokens_per_s"]["theirs"]
+    assert any("files_read" in json.dumps(asked.get("tools")) for asked in ASKED)
+
+
+def test_what_does_not_answer_is_said_before_anything_is_measured(tmp_path: object):
+    begun = time.monotonic()
+    done = bench("--compare", "http://127.0.0.1:9", home=tmp_path)
+    assert done.returncode == 1
+    assert "127.0.0.1:9" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 30
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: object):
+    done = subprocess.run(
+        [sys.executable, "-m", "agentd", "bench", "/nowhere.gguf"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "There is no model file /nowhere.gguf" in done.stderr
