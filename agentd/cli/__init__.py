@@ -16,6 +16,7 @@ from agentd.cli.budget import budget, top
 from agentd.cli.calibrate import calibrate
 from agentd.cli.demo import demo
 from agentd.cli.doctor import doctor
+from agentd.cli.eval import evaluate
 from agentd.cli.grants import grants
 from agentd.cli.keeping import export, prune, redact, renew
 from agentd.cli.models import models
@@ -71,6 +72,7 @@ for command in (
     top,
     calibrate,
     bench,
+    evaluate,
     models,
     doctor,
     demo,

@@ -175,7 +175,7 @@ class Model:
         return 0 <= first <= max(0, length - self.window) if length else True
 
     def state(self, sequence: int) -> memoryview:
-        """What the cache holds of a sequence, to be restored in another process. 9 KiB a token, with E2B."""
+        """What the cache holds of a sequence, to be restored in another process. 10 KiB a token, with E2B."""
         size = C.llama_state_seq_get_size(self._context, sequence)
         buffer = (ctypes.c_uint8 * size)()
         taken = C.llama_state_seq_get_data(self._context, buffer, size, sequence)
