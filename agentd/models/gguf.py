@@ -21,6 +21,7 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_ENTRIES, _MOST_TENSORS, _LONGEST_NAME = 10_000, 100_000, 1024
+_MOST_STRINGS = 1 << 22  # a vocabulary has 262,144 tokens and twice as many merges
 _KEPT_ARRAY = 4096  # a vocabulary is counted and not kept
 _BLOCKS = {
     "F32": (0, 1, 4),
@@ -174,7 +175,7 @@ class _Reader:
             size = struct.calcsize(_SCALARS[inner])
             raw = self._take(count * size) if count <= _KEPT_ARRAY else self._skip(count * size)
             return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw)) if raw else []
-        if inner != _STRING or count > self._end:
+        if inner != _STRING or count > _MOST_STRINGS:
             raise _Broken(f"{name!r} is an array of a kind ({inner}) that is not known")
         for _ in range(count):
             self._skip(self._one("Q"))

@@ -222,6 +222,8 @@ class Runs:
         try:
             async with asyncio.timeout(left):
                 await stack.enter_async_context(self._admission.turn(live.ticket))
+                if self._quotas:
+                    await stack.enter_async_context(self._quotas.alone(live.run.principal))
         except TimeoutError:
             raise _Overdue from None
 

@@ -126,6 +126,23 @@ def test_others_are_told_at_once(store: Store):
     asyncio.run(go())
 
 
+def test_runs_at_once_do_not_count_on_the_same_tokens(store: Store):
+    """Two of one principal with a turn each: what is left of its quota is spent once. Others go on beside it."""
+
+    async def go() -> None:
+        quotas = Quotas([Quota("unix:pi", "day", tokens=12)], store)
+        desk = Desk(store, quotas)
+        desk.admission.parallel = 4
+        asked = [RunRequest(who, "talk") for who in ("unix:pi", "unix:pi", "unix:other")]
+        runs = [await desk.runs.create(each) for each in asked]
+        ended = [await desk.ended(run) for run in runs]
+        assert sum(run.generated_tokens for run in ended[:2]) == 12
+        assert ended[2].generated_tokens == 20
+        assert quotas.tokens_left("unix:pi") == 0
+
+    asyncio.run(go())
+
+
 def test_cancelled_work_was_used_all_the_same(store: Store):
     """Of the run, and of the quota."""
 
