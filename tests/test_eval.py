@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,9 +16,6 @@ from hypothesis import strategies as st
 from agentd.cli.eval import BASIC
 from agentd.cli.suite import Call, Case, interval, judge, load
 from agentd.errors import ConfigError, Reason
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 READ = Call(tool="files.read", arguments={"path": "a.txt"})
 
@@ -95,6 +93,10 @@ def test_the_interval_holds_what_was_seen(passed: int, of: int):
         ("[[case]]\nprompt = 'x'\ncalls = [{ tool = 'nonsense' }]\n", "tool"),
         ("[[case]]\nprompt = 'x'\nanswer = 'y'\nfiles = { '../out' = 'x' }\n", "../out"),
         ("[[case]]\nprompt = 'x'\nanswer = 'y'\nfiles = { '/etc/x' = 'x' }\n", "/etc/x"),
+        ("[[case]]\nprompt = 'x'\ncalls = [{ tool = 'files.read', arguments = { path = '/[/' } }]\n", "unterminated"),
+        ("[[case]]\nprompt = 'x'\ncalls = [{ tool = 'files.read', arguments = { n = [1979-05-27] } }]\n", "JSON"),
+        ("[[case]]\nprompt = 'x'\nanswer = 'y'\nfiles = { '' = 'x' }\n", "''"),
+        ("[[case]]\nprompt = 'x'\nanswer = 'y'\nfiles = { 'a' = 'x', 'a/b' = 'x' }\n", "a/b"),
         ("nonsense", "Expected"),
     ],
 )
@@ -125,7 +127,7 @@ def evaluate(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_pocket_model_does_most_of_the_basic_suite(tmp_path: Path):
     """Through the real daemon, with files made for each case; the table says how sure that is."""
-    done = evaluate(tmp_path, str(BASIC), "pocket", "--json", "--need", "0.3")
+    done = evaluate(tmp_path, "pocket", "--json", "--need", "0.3")
     assert done.returncode == 0, done.stderr
     (found,) = map(json.loads, done.stdout.splitlines())
     assert found["cases"] == len(load(BASIC).case)
@@ -136,13 +138,38 @@ def test_the_pocket_model_does_most_of_the_basic_suite(tmp_path: Path):
 def test_what_is_wrong_is_shown_and_the_exit_status_says_so(tmp_path: Path):
     suite = tmp_path / "suite.toml"
     suite.write_text("[[case]]\nprompt = 'what time is it'\ncalls = [{ tool = 'files.delete', arguments = { path = 'x' } }]\n")
-    done = evaluate(tmp_path, str(suite), "pocket", "--show")
+    done = evaluate(tmp_path, "pocket", "--suite", str(suite), "--show")
     assert done.returncode == 1
     assert "system.time" in done.stdout
     assert "none of them does 80%" in done.stdout
 
 
 def test_a_model_that_is_not_there_is_said(tmp_path: Path):
-    done = evaluate(tmp_path, str(BASIC), "/nowhere.gguf")
+    done = evaluate(tmp_path, "/nowhere.gguf")
     assert done.returncode == 1
     assert "There is no model file /nowhere.gguf" in done.stderr
+
+
+def test_a_file_that_is_no_model_breaks_off_and_is_no_wrong_answer(tmp_path: Path):
+    """The others are judged all the same."""
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(100))
+    suite = tmp_path / "suite.toml"
+    suite.write_text("[[case]]\nprompt = 'what time is it'\ncalls = [{ tool = 'system.time' }]\n")
+    done = evaluate(tmp_path, str(broken), "pocket", "--suite", str(suite), "--json", "--need", "0.1")
+    found = {Path(each["model"]).name: each for each in map(json.loads, done.stdout.splitlines())}
+    assert "can't be loaded" in found["broken.gguf"]["broke_off"]
+    assert (found["pocket.gguf"]["passed"], found["pocket.gguf"]["broke_off"]) == (1, "")
+
+
+def test_a_socket_in_the_environment_is_left_alone(tmp_path: Path):
+    """It is that of the user's own daemon."""
+    suite = tmp_path / "suite.toml"
+    suite.write_text("[[case]]\nprompt = 'what time is it'\ncalls = [{ tool = 'system.time' }]\n")
+    os.environ["AGENTD_SOCKET"] = str(tmp_path / "mine.sock")
+    try:
+        done = evaluate(tmp_path, "pocket", "--suite", str(suite), "--need", "0.1")
+    finally:
+        del os.environ["AGENTD_SOCKET"]
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "mine.sock").exists()

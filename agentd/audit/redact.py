@@ -68,11 +68,12 @@ class Redaction:
         wanted = [(each.seq, field) for each in self._of_call(entry) if field in commitments(each.body)]
         also = [pair for pair in self._of_run(run) if pair not in wanted]
         try:
-            done = self._store.write(lambda db: self._take_out(db, wanted, also, (run, reason, principal)))
-        finally:
-            self.clean()
-        self._forget_more()
-        return done
+            return self._store.write(lambda db: self._take_out(db, wanted, also, (run, reason, principal)))
+        finally:  # also where it was taken out before: what failed then is tried again
+            try:
+                self.clean()
+            finally:
+                self._forget_more()
 
     def clean(self) -> None:
         """Leave no trace of what was taken out in the write-ahead log or the index. Raises StoreError."""

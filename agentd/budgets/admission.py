@@ -78,6 +78,8 @@ class Ticket:
     priority: Priority
     number: int
     begun: bool = False
+    key: str = ""
+    """Of those with the same one, one at a time has a turn."""
     alone: bool = False
     """Whether nothing else may have a turn beside its own."""
     turn: asyncio.Future[None] | None = None
@@ -99,8 +101,9 @@ class Admission:
     _numbers: int = 0
     _turned_away: int = 0
 
-    def admit(self, priority: Priority, *, again: bool = False) -> Ticket:
+    def admit(self, priority: Priority, *, again: bool = False, key: str = "") -> Ticket:
         """A place; `leave` it when the work has ended. What is `again` here, after a restart or in pieces, had one already.
+        Of those with the same `key` one at a time has a turn.
 
         Raises OverBudget for what does not wait while the model is unloaded; QueueFull.
         """
@@ -114,7 +117,7 @@ class Admission:
             self.count(priority, "refused", "queue")
             raise QueueFull(priority, waiting, self._retry_s(waiting))
         self._numbers += 1
-        ticket = Ticket(priority, self._numbers)
+        ticket = Ticket(priority, self._numbers, key=key)
         self._tickets.append(ticket)
         self.count(priority, "deferred" if deferrable and not limits.background else "admitted", limits.cause or "")
         return ticket
@@ -167,6 +170,8 @@ class Admission:
         """Let the next ones go, if they may."""
         ready = [each for each in self._tickets if each.turn and not each.turn.done() and not self._forbids(each)]
         for each in sorted(ready, key=_order):
+            if each.key and any(each.key == other.key for other in self._at_work):
+                continue  # it waits for its like only: others may go before it
             if not self._fits(each):
                 return
             self._at_work.add(each)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -14,7 +12,6 @@ from agentd.errors import AgentdError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from contextlib import AbstractAsyncContextManager
 
     import apsw
 
@@ -99,7 +96,6 @@ class Quotas:
     store: Store
     clock: Callable[[], float] = time.time
     _used: dict[str, dict[int, Usage]] = field(default_factory=dict)
-    _generating: dict[str, asyncio.Lock] = field(default_factory=dict)
 
     def load(self) -> None:
         """What was used before a restart. Not for the event loop."""
@@ -126,11 +122,8 @@ class Quotas:
         )
         return max(0, min(left, default=math.inf))
 
-    def alone(self, principal: str) -> AbstractAsyncContextManager[None]:
-        """Around a generation: of one that may have so many tokens and no more, another is not to count on the same ones."""
-        if all(quota.tokens is None for quota in self._of(principal)):
-            return contextlib.nullcontext()
-        return self._generating.setdefault(principal, asyncio.Lock())
+    def counts_tokens(self, principal: str) -> bool:
+        return any(quota.tokens is not None for quota in self._of(principal))
 
     def spend(self, principal: str, used: Usage) -> None:
         """Nobody waits for this to be durable: a kill loses the last moment at most."""

@@ -20,6 +20,7 @@ from agentd.cli.eval import evaluate
 from agentd.cli.grants import grants
 from agentd.cli.keeping import export, prune, redact, renew
 from agentd.cli.models import models
+from agentd.cli.output import safe
 from agentd.cli.proofs import checkpoint, key, prove, verify
 from agentd.cli.rehearsals import rehearsals
 from agentd.cli.rollback import diff, pin, rollback, undo
@@ -97,7 +98,7 @@ def main() -> None:
             error = {"reason": e.reason.name, "message": e.message, "hint": e.hint, "metadata": dict(e.metadata)}
             click.echo(json.dumps({"error": error}))
         else:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {e.message}", err=True)
-            if hint := f"{e.hint} {f'Try again in {e.retry_s:.0f} s.' if e.retry_s else ''}".strip():
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {safe(e.message)}", err=True)
+            if hint := f"{safe(e.hint)} {f'Try again in {e.retry_s:.0f} s.' if e.retry_s else ''}".strip():
                 click.echo(f"       {hint}", err=True)
         sys.exit(1)

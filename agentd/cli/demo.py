@@ -30,6 +30,8 @@ PROMPTS = (
 _CONFIG = """
 state = "{folder}/state"
 socket = "{folder}/agentd.sock"
+approvals.notify = false
+audit.journald = false
 [tools]
 folder = "{folder}/home"
 [[grants]]
@@ -45,6 +47,8 @@ scope = "*"
 _SHELL_CONFIG = """
 state = "{folder}/state-of-shell"
 socket = "{folder}/agentd.sock"
+approvals.notify = false
+audit.journald = false
 [tools]
 folder = "{folder}/home"
 bundled = ["shell"]

@@ -5,42 +5,28 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from agentd import config as configuration
 from agentd import models
 from agentd.cli.output import console, json_option, print_json, short, shown
-from agentd.cli.scratch import daemon_of_its_own
+from agentd.cli.scratch import daemon_of_its_own, scratch_folder, settings_for, wait_for_model
 from agentd.cli.suite import Case, Suite, Verdict, interval, judge, load
-from agentd.errors import EngineError, Reason
+from agentd.errors import AgentdError, EngineError, Reason
 from agentd.v1 import run_pb2
 
 if TYPE_CHECKING:
     from agentd.client import Client
 
 BASIC = Path(__file__).parent / "basic.toml"
-_GRANTS = """
-[[grants]]
-tool = "*"
-scope = "read:{home}"
-[[grants]]
-tool = "*"
-scope = "write:{home}"
-[[grants]]
-tool = "system.*"
-scope = "*"
-[[grants]]
-tool = "*"
-scope = "call:*"
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +36,8 @@ class Result:
     path: Path
     verdicts: tuple[Verdict, ...]
     wrong: tuple[tuple[str, str], ...]
+    broke_off: str = ""
+    """Why not all cases could be tried."""
 
     @property
     def passed(self) -> int:
@@ -61,22 +49,22 @@ class Result:
         return sum(said), len(said)
 
 
-@click.command("eval", epilog="Example: agentd eval my-work.toml ~/models/e2b-q2.gguf ~/models/e2b-q4.gguf --need 0.9")
-@click.argument("suite", type=click.Path(path_type=Path), default=BASIC, metavar="[SUITE]")
+@click.command("eval", epilog="Example: agentd eval ~/models/e2b-q2.gguf ~/models/e2b-q4.gguf --suite my-work.toml --need 0.9")
 @click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option("--suite", type=click.Path(path_type=Path), default=BASIC, metavar="FILE", help="Prompts, and what is right.")
 @click.option("--need", type=click.FloatRange(0, 1), default=0.8, show_default=True, help="Share of the cases it must do.")
 @click.option("--show", is_flag=True, help="Show what was wrong.")
 @json_option
-def evaluate(suite: Path, files: tuple[str, ...], need: float, *, show: bool, as_json: bool) -> None:
-    """Give each model FILE the prompts of SUITE, with real tools in a scratch folder, and count what is right.
+def evaluate(files: tuple[str, ...], suite: Path, need: float, *, show: bool, as_json: bool) -> None:
+    """Give each model FILE the prompts of a suite, with real tools in a scratch folder, and count what is right.
 
-    Without SUITE it is a basic one that comes with agentd; without FILE the configured model. Exit status 0 if one of them
+    Without --suite it is a basic one that comes with agentd; without FILE the configured model. Exit status 0 if one of them
     does at least the share that is needed, with 95 % confidence; the smallest that does is named.
     """
     wanted = load(suite)
     paths = sorted((models.locate(file) for file in files or [configuration.load(None).engine.model]), key=_size)
     results = [_judge_model(path, wanted, quiet=as_json) for path in paths]
-    good = [result for result in results if interval(result.passed, len(result.verdicts))[0] >= need]
+    good = [each for each in results if not each.broke_off and interval(each.passed, len(each.verdicts))[0] >= need]
     if as_json:
         for result in results:
             print_json(_as_json(result))
@@ -94,32 +82,31 @@ def _size(path: Path) -> int:
 
 def _judge_model(path: Path, suite: Suite, *, quiet: bool) -> Result:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    folder = Path(tempfile.mkdtemp(prefix="agentd-eval-"))
-    home = folder / "home"
-    home.mkdir()
     verdicts, wrong = list[Verdict](), list[tuple[str, str]]()
+    config = configuration.load(None).engine
     try:
-        with daemon_of_its_own(folder, _config(folder, path, suite)) as client, Progress(*columns, disable=quiet) as bar:
-            for case in bar.track(suite.case, description=path.name):
-                verdict, did = _try(client, case, home)
-                verdicts.append(verdict)
-                if not verdict.passed:
-                    wrong.append((case.prompt, did))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with scratch_folder("eval") as folder, daemon_of_its_own(folder, _config(folder, path, suite)) as client:
+            wait_for_model(client, config.load_timeout_s)
+            with Progress(*columns, disable=quiet, console=Console(stderr=True)) as bar:
+                for case in bar.track(suite.case, description=shown(path.name)):
+                    verdict, did = _try(client, case, folder / "home")
+                    verdicts.append(verdict)
+                    if not verdict.passed:
+                        wrong.append((case.prompt, did))
+    except AgentdError as e:
+        return Result(path, tuple(verdicts), tuple(wrong), e.message)
     return Result(path, tuple(verdicts), tuple(wrong))
 
 
 def _config(folder: Path, model: Path, suite: Suite) -> str:
-    engine = configuration.load(None).engine.model_dump() | {"model": str(model), "warm": False}
-    settings = "".join(f"{key} = {json.dumps(value)}\n" for key, value in engine.items())
-    place = f'state = "{folder}/state"\nsocket = "{folder}/agentd.sock"\n'
-    tools = f'[tools]\nfolder = "{folder}/home"\nbundled = {json.dumps(suite.bundled)}\n'
-    return f"{place}{tools}[engine]\n{settings}{_GRANTS.format(home=folder / 'home')}"
+    home = folder / "home"
+    scopes = (f"read:{home}", f"write:{home}", "call:*")
+    grants = [*({"tool": "*", "scope": scope} for scope in scopes), {"tool": "system.*", "scope": "*"}]
+    return settings_for(folder, {"model": str(model)}, tools={"bundled": suite.bundled}, grants=grants)
 
 
 def _try(client: Client, case: Case, home: Path) -> tuple[Verdict, str]:
-    """The verdict, and in words what the model did."""
+    """The verdict, and in words what the model did. Raises AgentdError where the run could not be made."""
     _lay_out(case, home)
     begun, made, ended = time.monotonic(), list[tuple[str, dict[str, Any]]](), run_pb2.Run()
     for event in client.run(case.prompt):
@@ -128,10 +115,9 @@ def _try(client: Client, case: Case, home: Path) -> tuple[Verdict, str]:
                 made.append((event.call_started.tool, json.loads(event.call_started.arguments_json)))
             case "run":
                 ended = event.run
-    if ended.state == run_pb2.Run.STATE_FAILED and ended.error.message:
-        words = f"failed: {ended.error.message}"
-    else:
-        words = "; ".join([*(f"{tool}{json.dumps(arguments)}" for tool, arguments in made), ended.answer])
+    if ended.state == run_pb2.Run.STATE_FAILED:
+        raise EngineError(Reason.ENGINE_CRASHED, f"The run of {short(case.prompt, 40)!r} failed: {ended.error.message}")
+    words = "; ".join([*(f"{tool}{json.dumps(arguments)}" for tool, arguments in made), ended.answer])
     by_itself = ended.stop_reason == run_pb2.Run.STOP_REASON_ANSWERED
     seconds, tokens = time.monotonic() - begun, ended.usage.generated_tokens
     return judge(case, made, ended.answer, ended=by_itself, seconds=seconds, tokens=tokens), words
@@ -153,6 +139,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "cases": len(result.verdicts),
         "passed": result.passed,
         "interval": [round(low, 4), round(high, 4)],
+        "broke_off": result.broke_off,
         "verdicts": [asdict(verdict) for verdict in result.verdicts],
         "wrong": [{"prompt": prompt, "did": did} for prompt, did in result.wrong],
     }
@@ -162,7 +149,7 @@ def _show(results: list[Result], best: Result | None, need: float, *, show: bool
     table = Table(box=None, header_style="bold")
     for title in ("model", "size", "right", "95 % interval", "calls", "answers", "came to an end", "a case"):
         table.add_column(title, justify="left" if title == "model" else "right")
-    for result in results:
+    for result in (each for each in results if each.verdicts):
         count = len(result.verdicts)
         low, high = interval(result.passed, count)
         colour = "green" if low >= need else "red" if high < need else "yellow"
@@ -176,6 +163,8 @@ def _show(results: list[Result], best: Result | None, need: float, *, show: bool
         console.print(f"\n[bold]{shown(result.path.name)}[/]")
         for prompt, did in result.wrong:
             console.print(f"  [red]wrong[/]  {shown(short(prompt, 60))}\n         [dim]{shown(short(did))}[/]")
+    for result in (each for each in results if each.broke_off):
+        console.print(f"\n[red]broke off:[/] {shown(result.path.name)}: {shown(result.broke_off)}")
     if best:
         console.print(f"\n[green]the smallest that does {need:.0%}:[/] {shown(str(best.path))}")
     else:

@@ -121,4 +121,6 @@ def _show(found: dict[str, Any]) -> None:
     verdict = "[green]it fits[/]" if enough else "[yellow]it would have to be read again and again[/]"
     if found["available_mib"] < memory["anonymous"]:
         verdict = "[red]it does not fit[/]"
+    if found["architecture"] != "gemma4":
+        verdict = f"[red]agentd runs models of the architecture gemma4, not {shown(found['architecture'])}[/]"
     console.print(f"  {memory['resident']:8,.0f} MiB in all; {found['available_mib']:,.0f} MiB are available now: {verdict}")

@@ -16,14 +16,17 @@ from agentd.config import SYSTEM
 from agentd.errors import Reason, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _TIMEOUT_S = 1800.0
+_SAID = ("content", "reasoning", "reasoning_content", "tool_calls")
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Without a proxy: the server is this device's, or a neighbour's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Seconds to the first piece and to the end; how many pieces came, which is how many tokens these servers wrote."""
+    """Seconds to the first piece and to the end; tokens as the server says, or else how many pieces came."""
 
     first_s: float
     end_s: float
@@ -36,47 +39,43 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """`url` up to, and without, `/v1`."""
+    """`url` with or without `/v1` at its end. `mark` makes its prompts ones that the server has never had."""
 
     url: str
     model: str = ""
     tools: tuple[dict[str, Any], ...] = ()
+    mark: str = ""
 
     def check(self) -> None:
         """Raises RequestError (BAD_FIELD) if it does not answer."""
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise _bad(self.url, "is no http address")
         self.ask("Hello", 1)
 
     def ask(self, prompt: str, tokens: int) -> Answer:
         """Greedy, as agentd decodes. Raises RequestError."""
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "stream": True,
-        }
+        messages = [{"role": "system", "content": f"{SYSTEM}{self.mark}"}, {"role": "user", "content": prompt}]
+        body: dict[str, Any] = {"model": self.model, "messages": messages, "max_tokens": tokens, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
         body |= {"tools": self.tools} if self.tools else {}
-        headers = {"Content-Type": "application/json"}
-        target = f"{self.url.rstrip('/')}/v1/chat/completions"
-        request = urllib.request.Request(target, json.dumps(body).encode(), headers)  # noqa: S310 - checked above
-        begun, first, pieces = time.perf_counter(), 0.0, 0
+        begun, first, pieces, counted = time.perf_counter(), 0.0, 0, 0
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - checked above
-                for _ in _pieces(answer):
-                    first = first or time.perf_counter() - begun
-                    pieces += 1
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            why = (
-                f"answers {e.code} {e.reason}"
-                if isinstance(e, urllib.error.HTTPError)
-                else f"does not answer as it should: {e}"
-            )
-            raise _bad(self.url, why) from None
-        end = time.perf_counter() - begun
-        return Answer(first or end, end, pieces)
+            if urlsplit(self.url).scheme not in ("http", "https"):
+                raise _NoAnswerError("it is no http address")
+            target = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+            headers = {"Content-Type": "application/json"}
+            request = urllib.request.Request(target, json.dumps(body).encode(), headers)  # noqa: S310 - checked above
+            with _direct.open(request, timeout=_TIMEOUT_S) as answer:
+                for chunk in _chunks(answer):
+                    counted = max(counted, _counted(chunk))
+                    if _says(chunk):
+                        first = first or time.perf_counter() - begun
+                        pieces += 1
+            if not pieces:
+                raise _NoAnswerError("nothing came")
+        except urllib.error.HTTPError as e:
+            raise _bad(self.url, f"answers {e.code} {e.reason}") from None
+        except (OSError, http.client.HTTPException, ValueError, _NoAnswerError) as e:
+            raise _bad(self.url, f"does not answer as it should: {e}") from None
+        return Answer(first, time.perf_counter() - begun, counted or pieces)
 
     def together(self, prompts: list[str], tokens: int) -> float:
         """Tokens of all a second. Raises RequestError."""
@@ -86,20 +85,34 @@ class Rival:
         return wrote / (time.perf_counter() - begun)
 
 
-def _pieces(lines: Iterable[bytes]) -> Iterable[str]:
-    """The text of a stream of server-sent events, piece by piece."""
+class _NoAnswerError(Exception):
+    """What came is none."""
+
+
+def _chunks(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The messages of a stream of server-sent events. Raises ValueError, _NoAnswerError."""
     for line in lines:
         data = line.removeprefix(b"data:").strip()
         if not line.startswith(b"data:") or data == b"[DONE]":
             continue
-        for choice in json.loads(data).get("choices", ()):
-            delta = choice.get("delta", {})
-            if text := delta.get("content") or delta.get("reasoning_content"):
-                yield text
+        chunk = json.loads(data)
+        if not isinstance(chunk, dict) or chunk.get("error"):
+            raise _NoAnswerError(str(chunk)[:200])
+        yield chunk
+
+
+def _says(chunk: dict[str, Any]) -> bool:
+    choices = chunk.get("choices")
+    deltas = [choice.get("delta") for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    return any(isinstance(delta, dict) and any(delta.get(name) for name in _SAID) for delta in deltas)
+
+
+def _counted(chunk: dict[str, Any]) -> int:
+    usage = chunk.get("usage")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return tokens if isinstance(tokens, int) else 0
 
 
 def _bad(url: str, why: str) -> RequestError:
-    hint = (
-        "Give the address of a running server, such as http://localhost:8080 (llama-server) or http://localhost:11434 (Ollama)."
-    )
+    hint = "Give the address of a running llama-server (http://localhost:8080) or Ollama (http://localhost:11434)."
     return RequestError(Reason.BAD_FIELD, f"{url} {why}.", field="compare", hint=hint)

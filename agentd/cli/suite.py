@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agentd.errors import ConfigError, Reason, first_mistake
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+_LARGEST = 4 << 20
 _Z = 1.96  # standard deviations of a 95 % interval
 
 
@@ -32,6 +33,18 @@ class Call(_Strict):
 
     tool: str = Field(pattern=r"^[a-z][a-z0-9_]*\.[a-z][a-z0-9_]*$")
     arguments: dict[str, Any] = {}
+
+    @field_validator("arguments")
+    @classmethod
+    def _can_be_compared(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        try:
+            json.dumps(arguments)
+        except TypeError as e:
+            raise ValueError(f"an argument of a call is JSON: {e}") from None
+        for each in arguments.values():
+            if (pattern := _pattern(each)) is not None:
+                re.compile(pattern)
+        return arguments
 
     def fits(self, tool: str, arguments: dict[str, Any]) -> bool:
         missing = object()
@@ -54,9 +67,13 @@ class Case(_Strict):
             raise ValueError("says neither which calls nor which answer is right")
         if self.answer is not None:
             re.compile(self.answer)
+        paths = {PurePosixPath(path) for path in self.files}
         for path in self.files:
-            if path.startswith("/") or ".." in PurePosixPath(path).parts:
+            parts = PurePosixPath(path).parts
+            if path.startswith("/") or ".." in parts or not parts:
                 raise ValueError(f"the file {path!r} is not below the folder of the tools")
+            if paths & set(PurePosixPath(path).parents):
+                raise ValueError(f"the file {path!r} is below another file")
         return self
 
 
@@ -70,6 +87,10 @@ class Suite(_Strict):
 def load(path: Path) -> Suite:
     """Raises ConfigError (CONFIG_INVALID) naming what is wrong."""
     try:
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(
+                Reason.CONFIG_INVALID, f"{path} is too large for a suite.", hint="Is it a model? Those come first."
+            )
         return Suite.model_validate(tomllib.loads(path.read_text()))
     except OSError as e:
         why = f"can't be read: {e.strerror}"
@@ -117,11 +138,16 @@ def interval(passed: int, of: int) -> tuple[float, float]:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
+def _pattern(wanted: Any) -> str | None:
+    """What stands between slashes."""
+    marked = isinstance(wanted, str) and len(wanted) > 1 and wanted.startswith("/") and wanted.endswith("/")
+    return wanted[1:-1] if marked else None
+
+
 def _fits(wanted: Any, given: Any) -> bool:
     if isinstance(wanted, str) and isinstance(given, str):
-        if len(wanted) > 1 and wanted.startswith("/") and wanted.endswith("/"):
-            return re.fullmatch(wanted[1:-1], given, re.DOTALL | re.IGNORECASE) is not None
-        return wanted == given
+        pattern = _pattern(wanted)
+        return wanted == given if pattern is None else bool(re.fullmatch(pattern, given, re.DOTALL | re.IGNORECASE))
     if isinstance(wanted, int | float) and isinstance(given, int | float):
         return isinstance(wanted, bool) == isinstance(given, bool) and wanted == given
     return type(wanted) is type(given) and json.dumps(wanted, sort_keys=True) == json.dumps(given, sort_keys=True)

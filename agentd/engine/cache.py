@@ -87,7 +87,7 @@ class Cache:
         tokens = sequence.tokens[:length]
         if any(each.prefix and each.tokens == tokens for each in self._sequences):
             return
-        if (kept := self._empty(but=sequence)) is None or not self._model.reaches(sequence.number, length):
+        if not self._model.reaches(sequence.number, length) or (kept := self._empty(but=sequence)) is None:
             return
         self._model.copy(sequence.number, kept.number, length)
         kept.tokens, kept.prefix = tokens, True
@@ -132,7 +132,10 @@ class Cache:
             return None
         state = self._files.load(prompt[:length])
         target = self._empty(but=source) if state else None
-        if target is None or state is None or not self._model.restore(target.number, state):
+        if target is None or state is None:
+            return None
+        if not self._model.restore(target.number, state):
+            self._files.refuse(prompt[:length])
             return None
         target.tokens, target.kept = list(prompt[:length]), length
         return target

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as C
 
+from agentd.engine.drafting import LONGEST
 from agentd.engine.link import Footprint
 from agentd.engine.model import Shape, context_parameters, keep_complaints
 from agentd.errors import EngineError, Reason
@@ -70,7 +71,7 @@ def main() -> int:
 
     def parameters(tokens: int) -> C.llama_context_params:
         full = Shape(context, batch).full_window
-        return context_parameters(Shape(tokens, batch, sequences, sequences), full_window=full)
+        return context_parameters(Shape(tokens, batch, sequences, max(sequences, LONGEST + 1)), full_window=full)
 
     try:
         found = footprint(Path(sys.argv[1]), parameters, context, min(context, 256))

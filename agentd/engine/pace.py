@@ -89,7 +89,7 @@ class Pacer:
                 self.rest_s += rested
                 if self._pace is not before:
                     self._debt *= _idle(self._pace) / _idle(before) if _idle(before) else 0.0
-            self._debt = 0.0
+            self._debt = max(0.0, self._debt)
 
 
 def _idle(pace: Pace) -> float:

@@ -92,6 +92,11 @@ class PrefixFiles:
         self._delete(file)
         return None
 
+    def refuse(self, tokens: Sequence[int]) -> None:
+        """llama.cpp does not take it."""
+        if file := self._files.get(self._key(tokens)):
+            self._delete(file)
+
     def save(self, tokens: Sequence[int], state: Callable[[], memoryview], *, session: bool) -> bool:
         """Whether it is there now. `state` is asked only if there is room for it."""
         key = self._key(tokens)
@@ -129,7 +134,8 @@ class PrefixFiles:
         """What is there, of this identity. What is of another model or library is deleted when room is wanted."""
         for path in self._folder.iterdir():
             if path.suffix == NEW:
-                path.unlink()
+                with contextlib.suppress(OSError):
+                    path.unlink()
             elif path.suffix in (PREFIX, SESSION) and path.stem.startswith(self._mark()):
                 with contextlib.suppress(OSError, struct.error):
                     with path.open("rb") as file:

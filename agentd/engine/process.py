@@ -82,6 +82,7 @@ class Process:
                 start_new_session=True,
             )
         message: object
+        writer: asyncio.StreamWriter | None = None
         try:
             reader, writer = await asyncio.open_connection(sock=ours, limit=LARGEST)
             _sacrifice(child.pid)
@@ -92,9 +93,13 @@ class Process:
             message = Failed(id=0, reason="ENGINE_TIMEOUT", message=f"The model was not loaded after {timeout_s:g} s.")
         except asyncio.CancelledError:
             child.kill()
-            ours.close()
+            _hang_up(ours, writer)
             await _to_its_end(child)
             raise
+        except EngineError:
+            _hang_up(ours, writer)
+            raise
+        assert writer is not None
         if isinstance(message, Ready):
             return cls(child, reader, writer, message, progress)
         writer.close()
@@ -180,6 +185,14 @@ async def _receive(
     except (asyncio.IncompleteReadError, ConnectionError, ValidationError):
         await _ended(child)
         raise _crashed(child) from None
+
+
+def _hang_up(link: socket.socket, writer: asyncio.StreamWriter | None) -> None:
+    """Through its transport: a socket closed under one leaves the loop deaf for the next that gets its number."""
+    if writer:
+        writer.transport.abort()
+    else:
+        link.close()
 
 
 def _sacrifice(pid: int) -> None:

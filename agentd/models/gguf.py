@@ -21,7 +21,7 @@ _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_ENTRIES, _MOST_TENSORS, _LONGEST_NAME = 10_000, 100_000, 1024
-_MOST_STRINGS = 1 << 22  # a vocabulary has 262,144 tokens and twice as many merges
+_MOST_STRINGS, _MOST_KEPT = 1 << 22, 64 << 20  # in all; a vocabulary has 262,144 tokens and twice as many merges
 _KEPT_ARRAY = 4096  # a vocabulary is counted and not kept
 _BLOCKS = {
     "F32": (0, 1, 4),
@@ -43,7 +43,13 @@ _BLOCKS = {
     "IQ3_S": (21, 256, 110),
     "IQ2_S": (22, 256, 82),
     "IQ4_XS": (23, 256, 136),
+    "IQ1_S": (19, 256, 50),
+    "IQ1_M": (29, 256, 56),
+    "I8": (24, 1, 1),
+    "I16": (25, 1, 2),
+    "I32": (26, 1, 4),
     "BF16": (30, 1, 2),
+    "MXFP4": (39, 32, 17),
     "TQ1_0": (34, 256, 54),
     "TQ2_0": (35, 256, 66),
     "Q1_0": (41, 128, 18),
@@ -118,6 +124,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at, self._end = data, 0, len(data)
         self._counts: dict[str, int] = {}
+        self._strings = self._kept = 0
 
     def header(self) -> Header:
         if self._take(4) != _MAGIC:
@@ -175,7 +182,8 @@ class _Reader:
             size = struct.calcsize(_SCALARS[inner])
             raw = self._take(count * size) if count <= _KEPT_ARRAY else self._skip(count * size)
             return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw)) if raw else []
-        if inner != _STRING or count > _MOST_STRINGS:
+        self._strings += count
+        if inner != _STRING or self._strings > _MOST_STRINGS:
             raise _Broken(f"{name!r} is an array of a kind ({inner}) that is not known")
         for _ in range(count):
             self._skip(self._one("Q"))
@@ -195,6 +203,9 @@ class _Reader:
     def _take(self, size: int) -> bytes:
         start = self._need(size)
         self._at += size
+        self._kept += size
+        if self._kept > _MOST_KEPT:
+            raise _Broken("its header is larger than that of any model")
         return self._data[start : self._at]
 
     def _skip(self, size: int) -> bytes:

@@ -90,7 +90,7 @@ class Runs:
         if self._quotas:
             self._quotas.require(asked.principal)
         self._admission.require_time(asked.start_by_ns / 1e9 - time.time() if asked.start_by_ns else math.inf)
-        ticket = self._admission.admit(asked.priority)
+        ticket = self._admission.admit(asked.priority, key=self._key(asked.principal))
         live = Live(self._new(asked), ticket)
         try:
             kept = await self._records.insert(live.run, asked.request_id or None)
@@ -125,8 +125,12 @@ class Runs:
     def resume(self, deferred: list[Run]) -> None:
         """What was deferred before a restart goes on waiting."""
         for run in deferred:
-            live = Live(run, self._admission.admit(run.priority, again=True))
+            live = Live(run, self._admission.admit(run.priority, again=True, key=self._key(run.principal)))
             self._launch(live, self._loop(live))
+
+    def _key(self, principal: str) -> str:
+        """Two that may use only so many tokens together are not to count on the same ones."""
+        return principal if self._quotas and self._quotas.counts_tokens(principal) else ""
 
     def _new(self, asked: RunRequest) -> Run:
         now = time.time_ns()
@@ -222,8 +226,6 @@ class Runs:
         try:
             async with asyncio.timeout(left):
                 await stack.enter_async_context(self._admission.turn(live.ticket))
-                if self._quotas:
-                    await stack.enter_async_context(self._quotas.alone(live.run.principal))
         except TimeoutError:
             raise _Overdue from None
 
@@ -238,13 +240,13 @@ class Runs:
 
     async def _begin(self, live: Live, loop: Loop) -> None:
         """Until that is on disk it is still one that waits."""
-        await self._remember(live, loop)
         begun = replace(live.run, state=State.RUNNING)
         if begun.deferrable:
             if not self._is_known(begun.principal, begun.token):
                 message = f"{begun.principal} may have no runs any more: its token was revoked, or its role taken away."
                 raise RequestError(Reason.ROLE_REQUIRED, message, metadata={"principal": begun.principal})
             await self._records.keep(begun)
+        await self._remember(live, loop)  # after that: what is taken out of its session meanwhile is refused
         live.run, live.ticket.begun = begun, True
         await asyncio.to_thread(self._record, replace(begun, labels=loop.labels))
 

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from agentd.cli.rival import Rival
+from agentd.errors import Reason, RequestError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ASKED: list[dict[str, Any]] = []
+MISTAKE: list[bytes] = []
 
 
 class Other(http.server.BaseHTTPRequestHandler):
@@ -26,6 +30,9 @@ class Other(http.server.BaseHTTPRequestHandler):
         ASKED.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         self.send_response(200)
         self.end_headers()
+        if MISTAKE:
+            self.wfile.write(MISTAKE[0])
+            return
         for _ in range(ASKED[-1]["max_tokens"]):
             time.sleep(0.002)
             self.wfile.write(b'data: {"choices": [{"delta": {"content": "word "}}]}\n\n')
@@ -64,6 +71,34 @@ def test_it_measures_start_first_token_speed_and_memory_beside_another_server(ot
     assert 50 < found["tokens_per_s"]["theirs"] < 520
     assert found["together_tokens_per_s"]["theirs"] > found["tokens_per_s"]["theirs"]
     assert any("files_read" in json.dumps(asked.get("tools")) for asked in ASKED)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"<html>Not here</html>",
+        b'data: {"error": {"message": "no such model"}}\n\n',
+        b'data: {"choices": null}\n\n',
+        b'data: {"choices": [{"delta": null}]}\n\n',
+        b"data: [1, 2]\n\n",
+        b"data: {\n\n",
+    ],
+)
+def test_another_server_that_answers_nonsense_is_no_figure(other: str, said: bytes):
+    MISTAKE[:] = [said]
+    try:
+        with pytest.raises(RequestError) as raised:
+            Rival(f"{other}/v1").check()
+    finally:
+        MISTAKE.clear()
+    assert raised.value.reason is Reason.BAD_FIELD
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "ftp://localhost", "http://[::1", "file:///etc/passwd"])
+def test_what_is_no_address_is_refused(url: str):
+    with pytest.raises(RequestError):
+        Rival(url).check()
 
 
 def test_what_does_not_answer_is_said_before_anything_is_measured(tmp_path: object):

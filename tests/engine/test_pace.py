@@ -176,3 +176,21 @@ def test_a_model_with_nothing_to_do_gives_its_memory_back():
         await throttle.stop()
 
     with_engine(work)
+
+
+def test_a_load_that_was_given_up_does_not_hold_up_the_next():
+    """Its link is closed through the loop: one that is closed under it leaves the loop deaf for the next of its number."""
+
+    async def go() -> None:
+        engine = Engine(EngineSettings(models.locate("pocket"), 2048, 64, 2, "off", 20))
+        for delay in (0.0, 0.02, 0.2):
+            loading = asyncio.create_task(engine.load())
+            await asyncio.sleep(delay)
+            loading.cancel()
+            await asyncio.wait([loading])
+            pid = engine.pid
+            await engine.load()
+            assert engine.pid == (pid or engine.pid)
+        await engine.stop()
+
+    asyncio.run(asyncio.wait_for(go(), 60))
