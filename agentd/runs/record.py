@@ -98,7 +98,7 @@ class RunRecords:
         if body is None:
             return
         known = Run.from_json(str(body))
-        if going_on := db.execute(_GOING_ON, (known.session,)).get:
+        if going_on := run if not known.ended else db.execute(_GOING_ON, (known.session,)).get:
             message = (
                 f"The run {going_on} is still going on, so {'its' if going_on == run else 'their'} words can't be taken out."
             )
