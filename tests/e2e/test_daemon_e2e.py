@@ -166,8 +166,13 @@ def test_killing_the_engine_fails_the_run_at_work_and_the_next_one_reloads(own_d
     with Client(own_daemon.socket) as client:
         list(client.run("hello"))
         os.kill(client.status().engine_pid, signal.SIGSTOP)  # so that it can't finish first
-        run = client.create_run("what can you do")
-        os.kill(client.status().engine_pid, signal.SIGKILL)
+        engine, run = client.status().engine_pid, client.create_run("what can you do")
+        deadline = time.monotonic() + 20
+        while client.get_run(run.name).state != run_pb2.Run.STATE_RUNNING:  # else it would begin with a new engine
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)  # it has begun, and is about to ask
+        os.kill(engine, signal.SIGKILL)
         ended = list(client.watch_run(run.name))[-1].run
         assert ended.state == run_pb2.Run.STATE_FAILED
         assert "SIGKILL" in ended.error.message
