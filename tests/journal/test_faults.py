@@ -316,11 +316,11 @@ CALL = [
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_fault_at_every_step_of_a_call_and_its_rollback(fault: str, *, fails: bool):
-    """Capture, intent, end, plan, rollback, eviction: each open, rename, fsync and commit of them."""
+def test_a_fault_at_steps_of_a_call_and_its_rollback(fault: str, *, fails: bool):
+    """Capture, intent, end, plan, rollback, eviction: opens, renames, fsyncs and commits of all of them, some of each."""
     steps = case(CALL, fails=fails, fault=fault, at=0)
     assert steps > 60
-    for at in range(1, steps + 1, 1 if fault == "kill" else 3):
+    for at in range(1, steps + 1, 3 if fault == "kill" else 5):  # those between are the random ones' below
         case(CALL, fails=fails, fault=fault, at=at)
 
 
@@ -338,7 +338,7 @@ ops = st.lists(
 )
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(ops, st.booleans(), st.sampled_from(sorted(FAULTS)), st.randoms(use_true_random=False))
 def test_a_fault_at_any_step_of_any_call(made: list[Op], fails: bool, fault: str, chance: random.Random):
     """Random operations, a random step."""
