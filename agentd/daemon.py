@@ -109,8 +109,9 @@ class Daemon:
         tell = (self._keep_pace, self._tell_runs, self._record_budget)
         self._budgets = parts.budgets(config, *tell, self._engine, policy)
         self._chronicle = Chronicle(self._store, self._audit, self._budgets)
-        self._admission = Admission(policy.admission, lambda: self._budgets.limits, self._count_admission)
-        self._admission.parallel = config.engine.parallel
+        self._admission = Admission(
+            *(policy.admission, lambda: self._budgets.limits, self._count_admission), parallel=config.engine.parallel
+        )
         metrics = config.metrics
         self._exporters = exporters(metrics.listen, metrics.otlp, metrics.every_s, self._metrics)
         self._quotas = Quotas(parts.quotas(config), self._store)

@@ -19,7 +19,6 @@ from agentd.errors import EngineError, Reason
 from agentd.models import gguf
 
 _MIB = 1 << 20
-_KEPT_SEQUENCES = 4
 _TIMEOUT_S = 120
 _PYTHON_MIB = 28.0
 _OF_A_TOKEN, _OF_A_MERGE = 180, 150
@@ -69,7 +68,7 @@ def inspect(model: str, context: int | None, *, as_json: bool) -> None:
 
 def _memory(path: Path, header: gguf.Header, context: int, batch: int, parallel: int) -> dict[str, float]:
     """MiB. The cache is what llama.cpp itself reckons, in a process of its own: the file may be hostile."""
-    sizes = map(str, (context, batch, parallel + _KEPT_SEQUENCES))
+    sizes = map(str, (context, batch, parallel))
     command = [sys.executable, "-I", "-m", "agentd.engine.footprint", str(path), *sizes]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from agentd.engine.model import Model
     from agentd.engine.prefixes import PrefixFiles
 
+_TOO_MANY = "more generations than sequences"
 _WORTH_KEEPING, _OF_A_SESSION = 64, 256
 """Tokens that a state on disk must save to be worth its file: fewer are decoded as fast as it is read from a card; and a
 session may never be gone on with (256 tokens are 8 s on a Raspberry Pi 5, and their file is written to its card).
@@ -59,9 +60,10 @@ class Cache:
             return self._take(source)
         self._touch(source)
         target = self._empty(but=source)
-        if target is None:  # all others are busy: what it holds beyond is lost
+        if target is None and not source.busy:  # all others are: what it holds beyond is lost
             self.cut(source, length)
             return self._take(source)
+        assert target is not None, _TOO_MANY
         self._model.copy(source.number, target.number, length)
         target.tokens, target.kept = list(prompt[:length]), min(source.kept, length)
         return self._take(target)
@@ -165,7 +167,7 @@ class Cache:
             sequence.kept = len(sequence.tokens)
 
     def _take(self, sequence: Sequence | None) -> Sequence:
-        assert sequence is not None, "more generations than sequences"
+        assert sequence is not None, _TOO_MANY
         sequence.busy, sequence.prefix = True, False
         self._touch(sequence)
         return sequence

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from agentd.engine.cache import Cache
 from agentd.engine.decoder import Decoder
-from agentd.engine.drafting import LONGEST
 from agentd.engine.footprint import footprint
 from agentd.engine.generation import Generation
 from agentd.engine.grammar import Grammars, NotExpressible
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 _TELL_S = 0.5
-_KEPT_SEQUENCES = 4  # beside those at work: prefixes, and sessions that have nothing to do
 _KNOWN_PREFIXES = 4
 
 Request = Load | Generate | Forget | Leave
@@ -201,10 +199,9 @@ class Engine:
         return Generation(request, prompt, len(prefix), model.words, self._grammars, self._hear)
 
     def _load(self, load: Load) -> Model:
-        sequences = load.parallel + _KEPT_SEQUENCES
         return Model(
             Path(load.path),
-            Shape(load.context, load.batch, sequences, max(sequences, LONGEST + 1)),
+            Shape.of(load.context, load.batch, load.parallel),
             threads=load.threads,
             repack=load.repack,
             should_stop=self._stops,

@@ -1,6 +1,6 @@
 """What a context takes before it is made: llama.cpp itself reckons it, without allocating anything.
 
-    python -I -m agentd.engine.footprint FILE CONTEXT BATCH SEQUENCES      prints MiB as JSON
+    python -I -m agentd.engine.footprint FILE CONTEXT BATCH PARALLEL      prints MiB as JSON
 
 A model loaded with `no_alloc` gives contexts whose buffers have a size and no memory. The sizes are only in the library's
 log; tests compare them with what a real context takes, as the wording may change between releases.
@@ -12,12 +12,12 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import llama_cpp.llama_cpp as C
 
-from agentd.engine.drafting import LONGEST
 from agentd.engine.link import Footprint
 from agentd.engine.model import Shape, context_parameters, keep_complaints
 from agentd.errors import EngineError, Reason
@@ -67,14 +67,13 @@ def _taken(model: C.llama_model_p, parameters: C.llama_context_params, lines: li
 
 
 def main() -> int:
-    context, batch, sequences = map(int, sys.argv[2:])
+    whole = Shape.of(*map(int, sys.argv[2:]))
 
     def parameters(tokens: int) -> C.llama_context_params:
-        full = Shape(context, batch).full_window
-        return context_parameters(Shape(tokens, batch, sequences, max(sequences, LONGEST + 1)), full_window=full)
+        return context_parameters(replace(whole, context=tokens), full_window=whole.full_window)
 
     try:
-        found = footprint(Path(sys.argv[1]), parameters, context, min(context, 256))
+        found = footprint(Path(sys.argv[1]), parameters, whole.context, min(whole.context, 256))
     except EngineError as e:
         print(json.dumps({"error": e.message}))
         return 1

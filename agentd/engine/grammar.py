@@ -108,9 +108,6 @@ class Matcher:
         found = [int(token) for token in most if self._follow(int(token)) is not None]
         return np.array(sorted(found), np.int64) if found else self._allowed()
 
-    def accepts(self, token: int) -> bool:
-        return self._follow(token) is not None
-
     def advance(self, token: int) -> bool:
         """Take a token; returns whether the call goes on."""
         to = self._follow(token)

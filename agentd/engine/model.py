@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import llama_cpp.llama_cpp as C
 import numpy as np
 
+from agentd.engine.drafting import LONGEST
 from agentd.engine.pace import Aborted
 from agentd.engine.tokens import Vocabulary
 from agentd.errors import EngineError, Reason
@@ -35,6 +36,7 @@ _USE_ANOTHER = "Use a GGUF file of a Gemma 4 text model, downloaded completely."
 _GGML_TYPE_Q8_0 = 8
 _WARNING = 3  # enum ggml_log_level; 4 is ERROR
 _NO_ROOM, _ABORTED = 1, 2  # llama_decode
+_KEPT_SEQUENCES = 4  # beside those at work: prefixes, and sessions that have nothing to do
 _FULL_WINDOW = 8192  # tokens of context
 _log: deque[str] = deque(maxlen=20)
 
@@ -69,6 +71,12 @@ class Shape:
     batch: int
     sequences: int = 1
     outputs: int = 1
+
+    @classmethod
+    def of(cls, context: int, batch: int, parallel: int) -> Shape:
+        """For so many generations at a time, with what is kept beside them, and drafts."""
+        sequences = parallel + _KEPT_SEQUENCES
+        return cls(context, batch, sequences, max(sequences, LONGEST + 1))
 
     @property
     def full_window(self) -> bool:

@@ -26,7 +26,6 @@ from agentd.config import SYSTEM
 from agentd.engine.cache import Cache
 from agentd.engine.client import Engine
 from agentd.engine.decoder import Decoder
-from agentd.engine.drafting import LONGEST
 from agentd.engine.generation import Generation
 from agentd.engine.grammar import Grammars, Matcher
 from agentd.engine.link import Delta, Done, Generate
@@ -67,9 +66,15 @@ def memory_mib(pid: int) -> dict[str, float]:
 
 
 @contextmanager
-def model_of(path: Path, *, sequences: int = PARALLEL + 4, repack: bool = False) -> Iterator[Model]:
-    shape = Shape(CONTEXT, BATCH, sequences, max(sequences, LONGEST + 1))
-    made = Model(path, shape, threads=0, repack=repack, should_stop=lambda: False, pacer=Pacer(lambda: False))
+def model_of(path: Path, *, repack: bool = False) -> Iterator[Model]:
+    made = Model(
+        path,
+        Shape.of(CONTEXT, BATCH, PARALLEL),
+        threads=0,
+        repack=repack,
+        should_stop=lambda: False,
+        pacer=Pacer(lambda: False),
+    )
     try:
         yield made
     finally:
