@@ -22,6 +22,7 @@ from agentd.cli.output import console, json_option, print_json, shown
 from agentd.cli.rival import Answer, Rival
 from agentd.cli.scratch import daemon_of_its_own, scratch_folder, settings_for, wait_for_model
 from agentd.errors import AgentdError, EngineError, Reason
+from agentd.models import gguf, residency
 from agentd.v1 import budget_pb2, run_pb2
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ PROMPT = "Write a story about a lighthouse keeper and the storm."
 CALL = "what time is it"
 WORD = "and "
 _TOGETHER, _CALL_TOKENS = 4, 256
+_MIB = 1 << 20
 _ROUND_S = 15.0
 """In that time the sensors have seen the engine."""
 _MEMORY = {
@@ -244,9 +246,18 @@ class _Bench:
             for line in Path(f"/proc/{client.status().engine_pid}/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
                     self._add("peak_mib", "engine, most that was resident", int(line.split()[1]) / 1024, "MiB")
+            self._weights(Path(f"/proc/{client.status().engine_pid}"))
         budgets = client.budgets()
         if budgets.state != budget_pb2.Budgets.STATE_NOMINAL:
             _aside.print(f"[yellow]the budgets slow the model down:[/] {shown(budgets.reason)}")
+
+    def _weights(self, process: Path) -> None:
+        """What is resident of each group of tensors. Raises OSError."""
+        path = Path(self.engine["model"])
+        groups = gguf.read(path).groups
+        for name, group in sorted(groups.items(), key=lambda item: -item[1].size):
+            what = f"  of {name}, {group.size / _MIB:,.0f} MiB in the file"
+            self._add(f"resident_{_stable(name)}_mib", what, residency.resident(process, path, group.spans) / _MIB, "MiB")
 
     def _sustained(self, client: Client) -> None:
         """The speed at the end of so many minutes against that at their beginning, and the heat."""
@@ -272,6 +283,10 @@ class _Bench:
             self._add("tool_call_s", f"{CALL!r}: request to the call's result", seen.calls[0], "s")
         else:
             _aside.print("[yellow]no figure for a tool call:[/] the model made none")
+
+
+def _stable(name: str) -> str:
+    return name.replace(" ", "_").replace("-", "_")
 
 
 def _as_theirs(tool: tool_pb2.Tool) -> dict[str, Any]:

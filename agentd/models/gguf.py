@@ -73,11 +73,12 @@ LAZY = "per-layer embeddings"
 
 @dataclass(slots=True)
 class Group:
-    """Tensors with one job."""
+    """Tensors with one job. `spans` are where they lie: first and last byte but one, from the file's beginning."""
 
     parameters: int = 0
     size: int = 0
     kinds: set[str] = field(default_factory=set)
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +154,10 @@ class _Reader:
             for length in shape:
                 parameters *= length
             taken = parameters // weights * size
-            end = max(end, self._one("Q") + taken)
+            offset = self._one("Q")
+            end = max(end, offset + taken)
             group = groups[_group(name)]
+            group.spans.append((offset, offset + taken))
             group.parameters += parameters
             group.size += taken
             group.kinds.add(kind)
@@ -162,6 +165,8 @@ class _Reader:
         start = -(-self._at // alignment) * alignment if isinstance(alignment, int) and alignment > 0 else self._at
         if start + end > self._end:
             raise _Broken(f"it is cut off: {(start + end - self._end) / 1e6:,.1f} MB are missing")
+        for group in groups.values():
+            group.spans = [(start + first, start + last) for first, last in group.spans]
         return dict(groups)
 
     def _kind(self, name: str, number: int) -> tuple[str, int, int]:

@@ -66,7 +66,10 @@ def test_it_measures_start_first_token_speed_and_memory_beside_another_server(ot
     wanted = {"start_s", "load_s", "first_token_cold_s", "first_token_warm_s", "prompt_tokens_per_s", "tokens_per_s"}
     wanted |= {"long_first_token_s", "together_tokens_per_s", "restart_first_token_s", "anonymous_mib", "tool_call_s"}
     assert wanted <= set(found)
-    assert all(figure["value"] > 0 for name, figure in found.items() if name != "long_tokens_per_s")
+    groups = {name: figure["value"] for name, figure in found.items() if name.startswith("resident_")}
+    assert groups["resident_feed_forward_mib"] > 0
+    assert sum(groups.values()) < found["peak_mib"]["value"]
+    assert all(figure["value"] > 0 for name, figure in found.items() if name not in {"long_tokens_per_s", *groups})
     assert found["first_token_warm_s"]["value"] < found["first_token_cold_s"]["value"]
     assert 50 < found["tokens_per_s"]["theirs"] < 520
     assert found["together_tokens_per_s"]["theirs"] > found["tokens_per_s"]["theirs"]
