@@ -89,6 +89,7 @@ def _configured(rules: object) -> list[str]:
 
 def _run_event(run: Run, model: dict[str, Any]) -> Event:
     who: dict[str, Any] = {"principal": run.principal, "session": run.session, "run": run.id, "labels": run.labels.names}
+    who |= {"cause": run.trigger} if run.trigger else {}
     if run.state is State.QUEUED:
         return Event(
             kind="run.queue",
@@ -96,7 +97,7 @@ def _run_event(run: Run, model: dict[str, Any]) -> Event:
             detail={"prompt": Payload(run.prompt), "priority": run.priority.name.lower(), "start_by_ns": run.start_by_ns},
         )
     if run.state is State.RUNNING:
-        detail = {"prompt": Payload(run.prompt), "priority": run.priority.name.lower(), **model}
+        detail = {"prompt": Payload(run.prompt), "priority": run.priority.name.lower(), **({} if run.direct else model)}
         return Event(kind="run.start", **who, detail=detail)
     used: dict[str, float] = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
     used |= {"seconds": run.seconds, "joules": run.joules}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,30 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from agentd.errors import ConfigError, Reason, first_mistake
+from agentd.places import default_file, default_socket, default_state, expanded
 
 SYSTEM = "You are agentd, an assistant on a small device. Use the tools."
 
 
-def _expanded(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))
-
-
-Folder = Annotated[Path, AfterValidator(_expanded)]
-
-
-def _xdg(variable: str, default: str) -> Path:
-    return Path(os.environ.get(variable) or default)
-
-
-def _state() -> Path:
-    return _expanded(_xdg("XDG_STATE_HOME", "~/.local/state") / "agentd")
-
-
-def default_socket() -> Path:
-    """Where daemon and clients meet if nobody says otherwise: in the user's own runtime folder."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) / "agentd" if runtime else _state()
-    return _expanded(Path(os.environ.get("AGENTD_SOCKET") or folder / "agentd.sock"))
+Folder = Annotated[Path, AfterValidator(expanded)]
 
 
 class _Strict(BaseModel):
@@ -254,7 +235,8 @@ DEVICES = {
 
 
 class Config(_Strict):
-    state: Folder = Field(default_factory=_state)
+    state: Folder = Field(default_factory=default_state)
+    automations: Folder = Field(default_factory=lambda: default_file().parent / "automations")
     socket: Folder = Field(default_factory=default_socket)
     engine: EngineConfig = EngineConfig()
     runs: RunsConfig = RunsConfig()
@@ -275,10 +257,6 @@ class Config(_Strict):
     quotas: tuple[QuotaConfig, ...] = ()
 
 
-def default_file() -> Path:
-    return _expanded(_xdg("XDG_CONFIG_HOME", "~/.config") / "agentd" / "agentd.toml")
-
-
 def load(file: Path | None) -> Config:
     """Read `file`, or the default one if it is there. Raises ConfigError naming file and key."""
     chosen = file or default_file()
@@ -291,8 +269,14 @@ def load(file: Path | None) -> Config:
         raise ConfigError(Reason.CONFIG_INVALID, f"There is no configuration file {file}.", hint=hint) from None
     except (OSError, UnicodeDecodeError) as e:
         raise _invalid(chosen, str(e)) from None
+    return check(text, chosen)
+
+
+def check(text: str, chosen: Path) -> Config:
+    """The configuration that a text is, as the file `chosen`. Raises ConfigError naming file and key."""
     try:
-        return Config.model_validate(tomllib.loads(text))
+        beside = {"automations": expanded(chosen).parent / "automations"}
+        return Config.model_validate(beside | tomllib.loads(text))
     except ValidationError as e:
         raise _invalid(chosen, ": ".join(first_mistake(e))) from None
     except tomllib.TOMLDecodeError as e:

@@ -7,7 +7,9 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, TypeVar
@@ -29,6 +31,7 @@ from agentd.audit import (
     settle_key,
 )
 from agentd.audit.anchors import found
+from agentd.automations import Automations, Events, unmet
 from agentd.budgets import Admission, Quotas, State, Usage, calibration
 from agentd.budgets.policy import calibrated
 from agentd.calls import Calls, Permission, Places
@@ -75,7 +78,7 @@ class Daemon:
         """Opens the store and reads the tools. `file` is where the configuration is from. Raises StoreError, ConfigError."""
         self._config = config
         single = (file, config.audit.anchor_file)
-        own = (config.state, config.socket, *config.tools.bundles, *(path for path in single if path))
+        own = (config.state, config.socket, config.automations, *config.tools.bundles, *(path for path in single if path))
         self._own = tuple(dict.fromkeys(path.resolve() for path in own))
         self._toolbox = calls.load(config.tools.bundles, files("agentd.bundled_tools"), config.tools.bundled)
         self._credentials = calls.load_credentials(config.credentials, config.state)
@@ -92,7 +95,7 @@ class Daemon:
         self._checkpoints = Checkpoints(self._store, self._audit, signer, anchors, parts.witnesses(config))
         self._journal = Journal(self._store, self._audit, config.state / "objects", parts.keep(config))
         self._records = RunRecords(self._store)
-        clock = Clock(self._audit.newest_ns())
+        self._clock = clock = Clock(self._audit.newest_ns())
         self._grants = Grants(parts.rules(config), self._store, self._audit, lambda: self._moment(clock), self._own)
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
@@ -123,6 +126,7 @@ class Daemon:
         self._model_error = ""
         self._model_digest = models.quick_digest(self._engine.settings.path, config.state / "model.json")
         self._preload: asyncio.Task[None] | None = None
+        self._ended = threading.Event()
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until SIGTERM or SIGINT; a second one ends at once."""
@@ -171,8 +175,13 @@ class Daemon:
             admission=self._admission,
             quotas=self._quotas,
             used=self._used,
-            is_known=self._roster.knows,
+            is_known=lambda name, token: self._automations.knows(name) or self._roster.knows(name, token),
             prepare=self._engine.prepare,
+        )
+        self._automations = Automations(
+            *(config.automations, Events(self._store), self._runs, self._calls.take_back),
+            unmet=lambda when: unmet(when, self._moment(self._clock), self._budgets.readings.temperature_c),
+            fix=lambda grants: self._grants.fix([*parts.rules(config), *grants]),
         )
         self._record_boot()
         self._record_lost(lost)
@@ -183,6 +192,7 @@ class Daemon:
         self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, parts.tcp(config))
         await self._server.start()
         self._runs.resume(deferred)
+        await self._automations.start()
         if config.approvals.notify:
             self._notifier.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")
@@ -193,6 +203,7 @@ class Daemon:
 
     async def stop(self) -> None:
         """In reverse order; each step even if the one before failed."""
+        self._ended.set()
         if self._preload:
             self._preload.cancel()
             self._sweeping.cancel()
@@ -200,6 +211,7 @@ class Daemon:
             await self._upkeep.stop()
             for exporter in self._exporters:
                 await asyncio.to_thread(exporter.stop)
+            await self._automations.stop()
             await self._budgets.stop()
             await self._throttle.stop()
             await self._notifier.stop()
@@ -225,7 +237,7 @@ class Daemon:
         audit = AuditParts(self._audit, self._checkpoints, self._index, self._archive, self._redaction, renewal)
         return ApiParts(
             *(self._runs, self._calls, audit, self._budgets, self._calibrate),
-            *(self._grants, self._approvals, self._tokens, self._roster),
+            *(self._grants, self._approvals, self._tokens, self._roster, self._automations),
             *(self.status, self._propose),
         )
 
@@ -387,7 +399,10 @@ class Daemon:
             if not holds:
                 await self._engine.load()
             path, known = self._engine.settings.path, self._config.state / "model.json"
-            self._model_digest = await asyncio.to_thread(models.digest, path, known)
+            reader = ThreadPoolExecutor(1, "digest", models.in_no_hurry)
+            ended = self._ended.is_set
+            self._model_digest = await asyncio.get_running_loop().run_in_executor(reader, models.digest, path, known, ended)
+            reader.shutdown(wait=False)
             if self._config.engine.warm and not holds:
                 await warm(self._engine, self._admission, self._settings)
         except EngineError as e:

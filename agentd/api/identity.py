@@ -23,6 +23,7 @@ _NEEDED: dict[str, Role | None] = {
     "agentd.v1.ApprovalService": "approver",
     "agentd.v1.GrantService": "admin",
     "agentd.v1.TokenService": "admin",
+    "agentd.v1.AutomationService": "admin",
     "agentd.v1.SystemService": None,
     "agentd.v1.BudgetService": None,
 }
@@ -33,6 +34,11 @@ _NEEDED_BY_METHOD: dict[str, Role | None] = {
     "/agentd.v1.RunService/ListRuns": None,
     "/agentd.v1.RunService/WatchRun": None,
     "/agentd.v1.BudgetService/Calibrate": "admin",
+    "/agentd.v1.AutomationService/TriggerAutomation": "user",  # admins, and whom the automation names
+    "/agentd.v1.AutomationService/ListAutomations": "auditor",
+    "/agentd.v1.AutomationService/GetAutomation": "auditor",
+    "/agentd.v1.AutomationService/ListTriggerEvents": "auditor",
+    "/agentd.v1.AutomationService/GetTriggerEvent": "auditor",
     "/agentd.v1.AuditService/PruneAuditLog": "admin",
     "/agentd.v1.AuditService/RedactAuditEvent": "admin",
     "/agentd.v1.AuditService/RenewAuditLog": "admin",

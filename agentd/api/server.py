@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from agentd.api.auditing import AuditParts, AuditServicer
+from agentd.api.automating import AutomationServicer
 from agentd.api.budgeting import BudgetServicer
 from agentd.api.identity import Doorkeeper
 from agentd.api.people import ApprovalServicer, GrantServicer, TokenServicer
@@ -30,6 +31,8 @@ from agentd.v1 import (
     approval_pb2_grpc,
     audit_pb2,
     audit_pb2_grpc,
+    automation_pb2,
+    automation_pb2_grpc,
     budget_pb2,
     budget_pb2_grpc,
     grant_pb2,
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
+    from agentd.automations import Automations
     from agentd.budgets import Budgets
     from agentd.calls import Calls
     from agentd.engine.calibrate import Progress
@@ -76,6 +80,7 @@ class ApiParts:
     approvals: Approvals
     tokens: Tokens
     roster: Roster
+    automations: Automations
     status: Callable[[], system_pb2.Status]
     propose: Callable[[int], tuple[list[Grant], int]]
 
@@ -145,8 +150,13 @@ class ApiServer:
         token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(parts.tokens), server)
         system_pb2_grpc.add_SystemServiceServicer_to_server(SystemServicer(parts.status), server)
         budget_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetServicer(parts.budgets, parts.calibrate), server)
+        automating = AutomationServicer(parts.automations, parts.calls, parts.grants)
+        automation_pb2_grpc.add_AutomationServiceServicer_to_server(automating, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        files = (run_pb2, tool_pb2, audit_pb2, journal_pb2, grant_pb2, approval_pb2, token_pb2, system_pb2, budget_pb2)
+        files = (
+            *(run_pb2, tool_pb2, audit_pb2, journal_pb2, grant_pb2, approval_pb2, token_pb2, system_pb2, budget_pb2),
+            automation_pb2,
+        )
         names = [service.full_name for file in files for service in file.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
         return names

@@ -108,7 +108,8 @@ class Permission:
     # -- asking
 
     async def _ask(self, wanted: Wanted, decision: Decision, again: Callable[[], tuple[Scope, ...]]) -> Decision:
-        if not self.approvals.answerable:
+        patient = wanted.request.approval_s
+        if not patient and not self.approvals.answerable:
             raise await self._denied(wanted, replace(decision, verdict="deny", asked="nobody is there to be asked"))
         question = await asyncio.to_thread(self._question, wanted, decision)
         detail = {"approval": question.id, "labels": list(wanted.request.labels.names), "sends_out": question.sends_out}
@@ -116,7 +117,7 @@ class Permission:
         wanted.request.tell(question)
         closed = question
         try:
-            closed = await self.approvals.ask(question)
+            closed = await self.approvals.ask(question, patient)
         finally:
             if closed.state is State.PENDING:
                 closed = self.approvals.get(question.id)

@@ -33,11 +33,11 @@ from agentd.calls.arguments import Arguments
 from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, event, who
 from agentd.errors import AgentdError, JournalError, Reason, RequestError, SandboxError, ToolError
 from agentd.grants import PATH_KINDS, Request
-from agentd.journal import Ways
+from agentd.journal import Selection, Ways
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from agentd_sandbox import Level, Sandbox
 
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from agentd.calls.manifest import Tool, Toolbox
     from agentd.calls.permission import Permission
     from agentd.calls.places import Places
-    from agentd.grants import Decision, Scope
-    from agentd.journal import Difference, Journal, Plan, Rehearsal, Selection, Transaction, Undone
+    from agentd.grants import Decision, Grant, Scope
+    from agentd.journal import Difference, Journal, Plan, Rehearsal, Transaction, Undone
 
 T = TypeVar("T")
 _EXITS: Mapping[type, str] = {
@@ -57,6 +57,7 @@ _EXITS: Mapping[type, str] = {
     OutputTooLarge: "output",
 }
 _REHEARSED = "nothing is changed yet: a person will look at it and apply or drop it"
+_CALLS_OF_A_RUN = 10_000
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
 
 
@@ -133,14 +134,15 @@ class Calls:
             await asyncio.to_thread(self._audit.record, event("call.reject", wanted, error=error.message))
             raise error
 
-    def explain(self, request: CallRequest) -> tuple[tuple[Scope, ...], Decision]:
+    def explain(self, request: CallRequest, supposed: Sequence[Grant] | None = None) -> tuple[tuple[Scope, ...], Decision]:
         """What would be decided on such a call now, and why; nothing is recorded or run. Not for the event loop.
+        With `supposed` as if these were all the grants.
 
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS).
         """
         tool, arguments = self._checked(request)
         asked = Request(request.principal, tool.name, self._scopes(tool, arguments), request.run, request.within)
-        return asked.wanted, self._permission.grants.decide(asked)
+        return asked.wanted, self._permission.grants.decide(asked, supposed)
 
     async def execute(self, prepared: Prepared) -> CallResult:
         """Run a prepared call to its end. Cancelling the task kills the worker and puts its changes back.
@@ -213,6 +215,28 @@ class Calls:
         self._audit.require_open()
         async with self._changing:
             return await asyncio.to_thread(apply)
+
+    async def take_back(self, run: str, principal: str) -> tuple[list[str], str]:
+        """Put back all that a run has changed, as if it had never been: the paths, or why that can't be done.
+
+        A run that has reached outside can't be taken back, nor one whose files others have changed since.
+        """
+
+        def take_back() -> tuple[list[str], str]:
+            entries = self._audit.naming("run", run, _CALLS_OF_A_RUN)
+            intents = [entry.body for entry in entries if entry.body.get("kind") == "call.intent"]
+            if outside := next((body["tool"]["name"] for body in intents if _reaches_outside(body)), ""):
+                return [], f"{outside} has reached outside, which can't be taken back"
+            plan = self._journal.rollbacks.plan(Selection(run=run), Ways())
+            if not any(planned.does or planned.blocks for planned in plan.paths):
+                return [], ""
+            return [file.path for file in self._journal.rollbacks.apply(plan, principal).files], ""
+
+        async with self._changing:
+            try:
+                return await asyncio.to_thread(take_back)
+            except AgentdError as e:
+                return [], e.message.rstrip(".")
 
     async def rehearsals(self, principal: str) -> list[Rehearsal]:
         """Calls that wait to be applied or dropped, oldest first; of one principal, or of all."""
@@ -380,6 +404,11 @@ class Calls:
         )
         used = {"wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us, "rss_kb": outcome.rss_kb}
         return {"sandbox": use, **used, "budget": self._budget() or None}
+
+
+def _reaches_outside(body: Mapping[str, Any]) -> bool:
+    scopes = body.get("scopes") or ()
+    return body["tool"].get("effect") == "external" or any(scope.startswith(("connect:", "device:")) for scope in scopes)
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:

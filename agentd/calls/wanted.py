@@ -40,6 +40,8 @@ class CallRequest:
     tell: Callable[[Approval], None] = _nobody
     rehearse: bool = False
     """Whether what it changes is to be put back, and kept to be looked at."""
+    approval_s: float = 0.0
+    """How long a question about it waits for an answer, even while nobody is there; 0 for the daemon's own time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,31 +9,40 @@ from pathlib import Path
 import click
 
 from agentd import __version__
-from agentd.cli.approvals import approvals
-from agentd.cli.audit import audit
-from agentd.cli.bench import bench
-from agentd.cli.budget import budget, top
-from agentd.cli.calibrate import calibrate
-from agentd.cli.demo import demo
-from agentd.cli.doctor import doctor
-from agentd.cli.eval import evaluate
-from agentd.cli.grants import grants
-from agentd.cli.keeping import export, prune, redact, renew
-from agentd.cli.models import models
+from agentd.cli.lazy import Lazy
 from agentd.cli.output import safe
-from agentd.cli.proofs import checkpoint, key, prove, verify
-from agentd.cli.rehearsals import rehearsals
-from agentd.cli.rollback import diff, pin, rollback, undo
-from agentd.cli.run import chat, run
-from agentd.cli.runs import runs
-from agentd.cli.serve import serve
-from agentd.cli.token import token
-from agentd.cli.tools import tools
-from agentd.cli.witness import witness
 from agentd.errors import AgentdError
 
+_COMMANDS = {
+    "serve": "serve:serve",
+    "run": "run:run",
+    "runs": "runs:runs",
+    "chat": "run:chat",
+    "tools": "tools:tools",
+    "approvals": "approvals:approvals",
+    "grants": "grants:grants",
+    "token": "token:token",
+    "audit": "audit:audit",
+    "diff": "rollback:diff",
+    "undo": "rollback:undo",
+    "rollback": "rollback:rollback",
+    "rehearsals": "rehearsals:rehearsals",
+    "pin": "rollback:pin",
+    "budget": "budget:budget",
+    "top": "budget:top",
+    "calibrate": "calibrate:calibrate",
+    "bench": "bench:bench",
+    "eval": "eval:evaluate",
+    "models": "models:models",
+    "automations": "automations:automations",
+    "trigger": "automations:trigger",
+    "doctor": "doctor:doctor",
+    "demo": "demo:demo",
+    "witness": "witness:witness",
+}
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.group(cls=Lazy, commands_in=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="agentd")
 @click.option(
     "--socket",
@@ -52,36 +61,6 @@ def cli(context: click.Context, socket: Path | None) -> None:
       agentd run "read notes/todo.txt"     give it something to do
     """
     context.obj = socket
-
-
-for command in (
-    serve,
-    run,
-    runs,
-    chat,
-    tools,
-    approvals,
-    grants,
-    token,
-    audit,
-    diff,
-    undo,
-    rollback,
-    rehearsals,
-    pin,
-    budget,
-    top,
-    calibrate,
-    bench,
-    evaluate,
-    models,
-    doctor,
-    demo,
-    witness,
-):
-    cli.add_command(command)
-for command in (verify, checkpoint, key, prove, export, prune, redact, renew):
-    audit.add_command(command)
 
 
 def main() -> None:

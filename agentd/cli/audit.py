@@ -14,6 +14,7 @@ from google.protobuf import json_format
 from rich.table import Table
 
 from agentd.cli.approvals import duration_ns
+from agentd.cli.lazy import Lazy
 from agentd.cli.output import as_dict, console, json_option, print_json, shown
 from agentd.cli.rollback import absolute, print_difference
 from agentd.client import Client
@@ -27,7 +28,19 @@ if TYPE_CHECKING:
 TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
 
 
-@click.group()
+@click.group(
+    cls=Lazy,
+    commands_in={
+        "verify": "proofs:verify",
+        "checkpoint": "proofs:checkpoint",
+        "key": "proofs:key",
+        "prove": "proofs:prove",
+        "export": "keeping:export",
+        "prune": "keeping:prune",
+        "redact": "keeping:redact",
+        "renew": "keeping:renew",
+    },
+)
 def audit() -> None:
     """Read and verify the audit log."""
 

@@ -157,7 +157,10 @@ class _Bench:
         for figure, ask in self._later if self.rival else ():
             assert self.rival is not None
             with console.status(f"the same at {self.rival.url}"):
-                figure.theirs = ask(self.rival)
+                try:
+                    figure.theirs = ask(self.rival)
+                except AgentdError as e:  # what was measured of ours stays
+                    _aside.print(f"[yellow]no figure of theirs for {figure.what}:[/] {shown(e.message)}")
         return self.figures
 
     def _config(self, steps: int) -> str:

@@ -12,7 +12,7 @@ import click
 from agentd_sandbox import probe
 
 from agentd import config as configuration
-from agentd import models, parts
+from agentd import models, parts, places
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
@@ -74,7 +74,7 @@ def _sandbox() -> Finding:
 
 
 def _config(config: configuration.Config, file: Path | None) -> Finding:
-    path = file or configuration.default_file()
+    path = file or places.default_file()
     where = str(path) if path.exists() else f"defaults ({path} does not exist)"
     hint = "" if config.grants else "Without grants every tool call is denied; see docs/configuration.md."
     return Finding("config", True, f"{where}, {len(config.grants)} grants", hint)

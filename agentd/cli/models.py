@@ -14,6 +14,7 @@ from rich.table import Table
 
 from agentd import config as configuration
 from agentd import models as known
+from agentd.cli.lazy import Lazy
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.errors import EngineError, Reason
 from agentd.models import gguf
@@ -25,9 +26,18 @@ _OF_A_TOKEN, _OF_A_MERGE = 180, 150
 """Bytes that llama.cpp takes for an entry of the vocabulary: 80 MiB for 262,144 tokens with as many merges (measured)."""
 
 
-@click.group()
+@click.group(
+    cls=Lazy,
+    commands_in={
+        "list": "files:list_",
+        "pull": "files:pull",
+        "verify": "files:verify",
+        "use": "files:use",
+        "remove": "files:remove",
+    },
+)
 def models() -> None:
-    """Model files on this device."""
+    """Model files: which fit this device, fetched, looked into, chosen."""
 
 
 @models.command(epilog="Example: agentd models inspect ~/models/gemma-4-E2B_q4_0-it.gguf")

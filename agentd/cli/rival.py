@@ -23,6 +23,8 @@ _SAID = ("content", "reasoning", "reasoning_content", "tool_calls")
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Without a proxy: the server is this device's, or a neighbour's."""
 
+_LONGEST_REASON = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -72,7 +74,7 @@ class Rival:
             if not pieces:
                 raise _NoAnswerError("nothing came")
         except urllib.error.HTTPError as e:
-            raise _bad(self.url, f"answers {e.code} {e.reason}") from None
+            raise _bad(self.url, f"answers {e.code} {e.reason}{_reason(e)}") from None
         except (OSError, http.client.HTTPException, ValueError, _NoAnswerError) as e:
             raise _bad(self.url, f"does not answer as it should: {e}") from None
         return Answer(first, time.perf_counter() - begun, counted or pieces)
@@ -87,6 +89,15 @@ class Rival:
 
 class _NoAnswerError(Exception):
     """What came is none."""
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What the server says of it, if it says so as OpenAI's protocol has it."""
+    try:
+        said = json.loads(error.read(_LONGEST_REASON))
+        return f": {str(said['error']['message'])[:200]}"
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _chunks(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

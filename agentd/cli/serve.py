@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from agentd import config as configuration
+from agentd import places
 from agentd.cli.output import json_option, print_json
 
 
@@ -48,5 +49,5 @@ def serve(socket: Path | None, file: Path | None, log_level: str, *, as_json: bo
     config = configuration.load(file)
     if socket:
         config = config.model_copy(update={"socket": Path(socket).expanduser().absolute()})
-    daemon = Daemon(config, file or configuration.default_file())
+    daemon = Daemon(config, file or places.default_file())
     asyncio.run(daemon.run(_Ready(config.socket, len(config.grants), as_json)))

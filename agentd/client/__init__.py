@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 from google.protobuf import struct_pb2
 
+from agentd.client.automations import AutomationsClient
 from agentd.client.transport import Bearer, error_of
-from agentd.config import default_socket
 from agentd.errors import AgentdError
+from agentd.places import default_socket
 from agentd.v1 import (
     approval_pb2,
     approval_pb2_grpc,
@@ -78,6 +79,7 @@ class Client:
         self._approvals = approval_pb2_grpc.ApprovalServiceStub(self._channel)
         self._budgets = budget_pb2_grpc.BudgetServiceStub(self._channel)
         self._tokens = token_pb2_grpc.TokenServiceStub(self._channel)
+        self.automations = AutomationsClient(self._channel, self._call)
 
     def __enter__(self) -> Self:
         return self

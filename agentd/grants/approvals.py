@@ -139,10 +139,10 @@ class Approvals:
         hint = "`agentd approvals list` shows those that wait for an answer."
         raise RequestError(Reason.APPROVAL_NOT_FOUND, message, hint=hint, field="name", metadata={"approval": approval})
 
-    async def ask(self, approval: Approval) -> Approval:
+    async def ask(self, approval: Approval, timeout_s: float = 0.0) -> Approval:
         """Wait for the answer; returns the approval with it, expired at the latest. Cancelling withdraws the question."""
-        now = time.time_ns()
-        asked = replace(approval, create_ns=now, expire_ns=now + int(self._timeout_s * 1e9))
+        now, waits_s = time.time_ns(), timeout_s or self._timeout_s
+        asked = replace(approval, create_ns=now, expire_ns=now + int(waits_s * 1e9))
         while len(self._pending) >= self._limit:
             oldest = next(iter(self._pending))
             self._close(oldest, State.DENIED, Answer(allow=False, comment="too many questions at a time"), "agentd")
@@ -150,7 +150,7 @@ class Approvals:
         self._pending[asked.id] = (asked, future)
         self._tell(asked)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(waits_s):
                 return await asyncio.shield(future)
         except TimeoutError:
             return self._close(asked.id, State.EXPIRED)

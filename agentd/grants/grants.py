@@ -17,7 +17,7 @@ from agentd.grants.scopes import PATH_KINDS
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     import apsw
@@ -57,11 +57,20 @@ class Grants:
         self._looked = 0.0
         self.changed: Callable[[], None] = lambda: None
 
-    def decide(self, request: Request) -> Decision:
+    def fix(self, fixed: Iterable[Grant]) -> None:
+        """From now on these are the rules of the configuration; calls that run by others are stopped."""
+        with self._lock:
+            self._fixed, self._book = tuple(fixed), None
+        self.changed()
+
+    def decide(self, request: Request, supposed: Sequence[Grant] | None = None) -> Decision:
+        """By the grants in force, or as if those `supposed` were all there are."""
         for scope in request.scopes:
             if scope.kind in PATH_KINDS and any(within(scope.value, own) for own in self._own):
                 own_rule = ("built in: agentd's own files",)
                 return Decision("deny", f"{scope} belongs to agentd itself", own_rule, str(scope), policy=self.policy)
+        if supposed is not None:
+            return Book.of(supposed, self._used).decide(request, self._moment())
         book, policy = self._current()
         return replace(book.decide(request, self._moment()), policy=policy)
 

@@ -12,17 +12,17 @@ from agentd.budgets import QuotaSpent, Usage
 from agentd.calls import CallRequest, CallResult, Denied
 from agentd.engine.link import Delta, Done, Malformed, ToolCall
 from agentd.engine.prompt import Called, Conversation, Generated, Part, Responded, Said, ToolSpec, Turn
-from agentd.errors import AgentdError, EngineError, Reason
+from agentd.errors import AgentdError, EngineError, Reason, ToolError
 from agentd.grants import Labels
 from agentd.runs.results import for_the_model
 from agentd.runs.run import StopReason, told
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from agentd.grants import Pattern
-    from agentd.runs.run import Run
+    from agentd.runs.run import Direct, Run
 
 MALFORMED_LIMIT = 3
 _NO_TOOL = "unknown"
@@ -181,6 +181,24 @@ class Loop:
                 return StopReason.ANSWERED
         return StopReason.STEP_LIMIT
 
+    async def make(self, direct: Direct) -> StopReason:
+        """One call, without the model; what it gives is the answer. Raises AgentdError if it fails, or is denied."""
+        self.calls += 1
+        self.emit("call_started", {"tool": direct.tool, "arguments": direct.arguments})
+        try:
+            result = await self.caller.call(self._request(direct.tool, direct.arguments))
+        except AgentdError as e:
+            refused = {"call": e.call, "scopes": e.scopes, "reason": e.decision.reason} if isinstance(e, Denied) else {}
+            output = {"output": {"error": e.message}}
+            self.emit("call", {"tool": direct.tool, "arguments": direct.arguments, **output, **refused})
+            raise
+        self.labels |= result.labels
+        self.emit("call", {"tool": direct.tool, "arguments": direct.arguments, "output": result.output, **result.told()})
+        if result.failed:
+            raise ToolError(Reason.TOOL_FAILED, f"{direct.tool}: {result.output['error']}", metadata={"tool": direct.tool})
+        self.answer = json.dumps(for_the_model(result.output), ensure_ascii=False)
+        return StopReason.ANSWERED
+
     def _spent(self) -> StopReason | None:
         if self.limits.joules is not None and self.joules >= self.limits.joules:
             return StopReason.ENERGY_LIMIT
@@ -271,18 +289,21 @@ class Loop:
         self.calls += 1
         return await self._execute(call)
 
-    async def _execute(self, call: ToolCall) -> StopReason | None:
+    def _request(self, tool: str, arguments: Mapping[str, Any]) -> CallRequest:
         run = self.run
-        request = CallRequest(
-            *(run.principal, call.tool, call.arguments, run.session, run.id),
+        return CallRequest(
+            *(run.principal, tool, arguments, run.session, run.id),
             labels=self.labels,
             within=self.within,
             read=tuple(self.read),
             tell=lambda approval: self.emit("approval", told(approval)),
             rehearse=self.rehearse,
+            approval_s=run.approval_s,
         )
+
+    async def _execute(self, call: ToolCall) -> StopReason | None:
         try:
-            result = await self.caller.call(request)
+            result = await self.caller.call(self._request(call.tool, call.arguments))
         except Denied as e:
             refused = {"call": e.call, "scopes": e.scopes, "decision": e.decision.verdict, "reason": e.decision.reason}
             self._tell(call, {"error": f"denied: {e.decision.reason}"}, refused)

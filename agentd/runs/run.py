@@ -16,6 +16,8 @@ from agentd.grants import Labels
 from agentd.grants import State as ApprovalState
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from agentd.grants import Approval
 
 _NONE = Labels()
@@ -50,6 +52,14 @@ class StopReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Direct:
+    """A call that somebody has thought of beforehand."""
+
+    tool: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class RunRequest:
     """What somebody asks for. The same `request_id` gives the run it started the first time.
 
@@ -70,6 +80,14 @@ class RunRequest:
     budget: Usage = _UNBOUNDED
     token: str = ""
     """Id of the token that was shown, if one was."""
+    tools: tuple[str, ...] = ()
+    """The tools it is told of, and may use; none for all."""
+    direct: Direct | None = None
+    """One call to make instead of asking the model."""
+    trigger: str = ""
+    """What started it, if no person did."""
+    approval_s: float = 0.0
+    """How long its questions wait for an answer, even while nobody is there; 0 for the daemon's own time."""
 
     def check(self) -> None:
         """Raises RequestError (BAD_FIELD)."""
@@ -127,6 +145,10 @@ class Run:
     within: tuple[str, ...] = ()
     rehearse: bool = False
     token: str = ""
+    tools: tuple[str, ...] = ()
+    direct: Direct | None = None
+    trigger: str = ""
+    approval_s: float = 0.0
 
     @property
     def ended(self) -> bool:
@@ -158,6 +180,8 @@ class Run:
         fields["priority"] = Priority[fields.get("priority", "normal").upper()]
         fields["budget"] = Usage(**fields.get("budget", {}))
         fields["within"] = tuple(fields.get("within", ()))
+        fields["tools"] = tuple(fields.get("tools", ()))
+        fields["direct"] = Direct(**fields["direct"]) if fields.get("direct") else None
         kinds: dict[str, Any] = {"Said": Said, "Called": Called, "Responded": Responded}
         parts = (next(iter(part.items())) for part in fields["transcript"])
         fields["transcript"] = tuple(kinds[name](**values) for name, values in parts)

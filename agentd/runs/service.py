@@ -145,16 +145,25 @@ class Runs:
             within=asked.within,
             token=asked.token,
             rehearse=asked.rehearse,
+            tools=asked.tools,
+            direct=asked.direct,
+            trigger=asked.trigger,
+            approval_s=asked.approval_s,
         )
 
     def _loop(self, live: Live) -> Loop:
         run = live.run
-        loop = Loop(run, self._model, self._caller, self._settings, self._limits.within(run.budget), [], live.add)
+        loop = Loop(run, self._model, self._caller, self._settings_of(run), self._limits.within(run.budget), [], live.add)
         loop.labels, loop.rehearse = run.labels, run.rehearse
         loop.within = tuple(parse(text, resolved=True) for text in run.within)
         loop.turn = lambda: self._turn(live, loop)
         loop.purse, loop.used = self._quotas, self._used
         return loop
+
+    def _settings_of(self, run: Run) -> ModelSettings:
+        if not run.tools:
+            return self._settings
+        return replace(self._settings, tools=tuple(tool for tool in self._settings.tools if tool.name in run.tools))
 
     async def _remember(self, live: Live, loop: Loop) -> None:
         """What its session has said before, up to now; and what that has taken in."""
@@ -262,6 +271,11 @@ class Runs:
                 live.tell_budget(body)
         self._admission.look()
 
+    async def asked_for(self, principal: str, request_id: str) -> Run | None:
+        """The run that was started under this id, if one was."""
+        known = await self._records.asked_for(principal, request_id)
+        return self._live[known.id].run if known and known.id in self._live else known
+
     async def get(self, run: str) -> Run:
         """Raises RequestError (RUN_NOT_FOUND)."""
         if live := self._live.get(run):
@@ -324,7 +338,11 @@ class Runs:
         try:
             async with asyncio.timeout(loop.limits.seconds) as limit:
                 live.time(limit)
-                stop = await loop.go()
+                if live.run.direct:
+                    await self._begin(live, loop)
+                    stop = await loop.make(live.run.direct)
+                else:
+                    stop = await loop.go()
             end = {"state": State.SUCCEEDED, "stop_reason": stop}
         except TimeoutError:
             end = {"state": State.SUCCEEDED, "stop_reason": StopReason.TIME_LIMIT}

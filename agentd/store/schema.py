@@ -146,6 +146,29 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ) STRICT, WITHOUT ROWID;
         """,
     ),
+    (
+        "0011_automations",
+        """
+        -- Since when each is known, whether a person has paused it, and up to when its schedule has fired.
+        CREATE TABLE automation (
+            name TEXT PRIMARY KEY, since_ns INTEGER NOT NULL, paused INTEGER NOT NULL DEFAULT 0, fired_ns INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID;
+
+        -- What triggered them, in order: each has one run, which is there or not, whatever was killed meanwhile.
+        CREATE TABLE trigger_event (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT, automation TEXT NOT NULL, subject TEXT NOT NULL, due_ns INTEGER NOT NULL,
+            state TEXT NOT NULL CHECK (state IN ('waiting', 'running', 'succeeded', 'failed', 'dropped')), body TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX trigger_event_open ON trigger_event (automation, seq) WHERE state IN ('waiting', 'running');
+        CREATE INDEX trigger_event_by_automation ON trigger_event (automation, seq);
+
+        -- The files that a watched folder is known to hold: written with the events that they made.
+        CREATE TABLE watched (
+            automation TEXT NOT NULL, path BLOB NOT NULL, inode INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+            size INTEGER NOT NULL, PRIMARY KEY (automation, path)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    ),
 )
 
 

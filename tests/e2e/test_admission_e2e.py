@@ -25,7 +25,11 @@ Run = run_pb2.Run
 
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Device]:
-    with Device(tmp_path, extra=QUICK + "[budgets.admission]\nqueue_max = 5\n[engine]\nparallel = 1\n").made().running() as running:
+    with (
+        Device(tmp_path, extra=QUICK + "[budgets.admission]\nqueue_max = 5\n[engine]\nparallel = 1\n")
+        .made()
+        .running() as running
+    ):
         yield running
 
 

@@ -48,8 +48,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
 
 @contextlib.contextmanager
 def on_battery(root: Path, extra: str = "") -> Iterator[Device]:
-    """A device on which what is in the background waits."""
-    device = Device(root, extra=QUICK + extra).made()
+    """A device on which what is in the background waits, and then has its turns one after another."""
+    device = Device(root, extra=QUICK + "[engine]\nparallel = 1\n" + extra).made()
     device.charge(50, "Discharging")
     with device.running():
         yield device

@@ -1,0 +1,270 @@
+"""What triggered an automation, kept until it is handled and for a while after: the queue that survives kills."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from agentd.errors import Reason, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    import apsw
+
+    from agentd.store import Store
+
+T = TypeVar("T")
+_KEPT = 1000  # ended ones of each automation
+_MOST_WAITING = 100_000  # of each automation: what comes beyond that is not taken
+_OPEN = "state IN ('waiting', 'running')"
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    DROPPED = "dropped"
+    """It could not begin in time, or was not wanted any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`subject` is what further events are joined by: a path, a time, a caller. `data` fills the templates; `note` says why it
+    waits, or how it ended. `attempt` counts its runs from 1, of which all but the last were taken back. Times are nanoseconds
+    since 1970.
+    """
+
+    seq: int
+    automation: str
+    subject: str
+    state: State
+    due_ns: int
+    data: Mapping[str, str]
+    by: str = ""
+    create_ns: int = 0
+    begin_ns: int = 0
+    end_ns: int = 0
+    attempt: int = 0
+    failures: int = 0
+    run: str = ""
+    note: str = ""
+    joined: int = 0
+    """How many more came while it waited."""
+
+    @property
+    def request_id(self) -> str:
+        """Of its run: asked for again after a kill, it is the same run."""
+        return f"event {self.seq}.{self.attempt}"
+
+    @property
+    def ended(self) -> bool:
+        return self.state not in (State.WAITING, State.RUNNING)
+
+    def body(self) -> str:
+        left_out = ("seq", "automation", "subject", "state", "due_ns")
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in left_out})
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """By which a file is known again."""
+
+    inode: int
+    mtime_ns: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What is kept of an automation itself."""
+
+    since_ns: int
+    paused: bool
+    fired_ns: int
+
+
+class Events:
+    """All methods but `standing` and those of files may be awaited on the event loop."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def meet(self, automation: str, now_ns: int) -> Standing:
+        """What is known of an automation, from now on if nothing was."""
+
+        def meet(db: apsw.Connection) -> Standing:
+            db.execute("INSERT OR IGNORE INTO automation VALUES (?, ?, 0, ?)", (automation, now_ns, now_ns))
+            return _standing(db, automation)
+
+        return await self._write(meet)
+
+    async def pause(self, automation: str, now_ns: int, *, paused: bool) -> Standing:
+        """What a schedule would have done in a pause is left out."""
+
+        def pause(db: apsw.Connection) -> Standing:
+            fired = now_ns if not paused else _standing(db, automation).fired_ns
+            db.execute("UPDATE automation SET paused = ?, fired_ns = ? WHERE name = ?", (paused, fired, automation))
+            return _standing(db, automation)
+
+        return await self._write(pause)
+
+    async def forget_others(self, names: Iterable[str]) -> None:
+        """Automations whose files are gone: what waits of them is not wanted any more."""
+
+        def forget(db: apsw.Connection) -> None:
+            others = "NOT IN (SELECT value FROM json_each(?))"
+            kept = json.dumps(sorted(names))
+            for row in list(db.execute(f"SELECT * FROM trigger_event WHERE {_OPEN} AND automation {others}", (kept,))):  # noqa: S608
+                ended = replace(_event(row), state=State.DROPPED, end_ns=time.time_ns(), note="the automation was removed")
+                _keep(db, ended)
+            db.execute(f"DELETE FROM watched WHERE automation {others}", (kept,))  # noqa: S608
+            db.execute(f"DELETE FROM automation WHERE name {others}", (kept,))  # noqa: S608
+
+        await self._write(forget)
+
+    async def add(self, event: Event, debounce_ns: int = 0) -> Event:
+        """Raises RequestError (QUEUE_FULL) where too many wait."""
+        return await self._write(lambda db: _add(db, event, debounce_ns))
+
+    async def fire(self, automation: str, fired_ns: int, events: Iterable[Event]) -> list[Event]:
+        """Times of a schedule that have come, and that it has fired up to there."""
+
+        def fire(db: apsw.Connection) -> list[Event]:
+            db.execute("UPDATE automation SET fired_ns = ? WHERE name = ?", (fired_ns, automation))
+            return [_add(db, event, 0) for event in events]
+
+        return await self._write(fire)
+
+    def known(self, automation: str) -> dict[bytes, Fingerprint]:
+        """Not for the event loop."""
+        query = "SELECT path, inode, mtime_ns, size FROM watched WHERE automation = ?"
+        rows = self._store.read(lambda db: list(db.execute(query, (automation,))))
+        return {bytes(path): Fingerprint(int(inode), int(mtime), int(size)) for path, inode, mtime, size in rows}
+
+    def arrived(
+        self,
+        automation: str,
+        known: Mapping[bytes, Fingerprint],
+        gone: Iterable[bytes],
+        events: Iterable[Event],
+        debounce_ns: int,
+    ) -> None:
+        """What a look at the folder has shown: files to be known from now on, or no longer, and the events they make. In one
+        transaction, so that a kill can't make two of one. Not for the event loop.
+        """
+
+        def arrive(db: apsw.Connection) -> None:
+            db.executemany("DELETE FROM watched WHERE automation = ? AND path = ?", [(automation, path) for path in gone])
+            rows = [(automation, path, each.inode, each.mtime_ns, each.size) for path, each in known.items()]
+            db.executemany("INSERT OR REPLACE INTO watched VALUES (?, ?, ?, ?, ?)", rows)
+            for event in events:
+                _add(db, event, debounce_ns)
+
+        self._store.write(arrive)
+
+    def forget_file(self, automation: str, path: bytes) -> None:
+        """It is not there any more: the next one of that name is new. Not for the event loop."""
+        delete = "DELETE FROM watched WHERE automation = ? AND path = ?"
+        self._store.write(lambda db: db.execute(delete, (automation, path)).get)
+
+    async def due(self, automation: str, now_ns: int, besides: Iterable[int] = ()) -> Event | None:
+        """The first that waits and is due, but for those under way in this daemon."""
+        query = f"""SELECT * FROM trigger_event WHERE automation = ? AND {_OPEN} AND due_ns <= ?
+            AND seq NOT IN (SELECT value FROM json_each(?)) ORDER BY seq LIMIT 1"""  # noqa: S608 - a constant
+        values = (automation, now_ns, json.dumps(list(besides)))
+        return await self._one(query, values)
+
+    async def next_due_ns(self, automation: str) -> int | None:
+        """When the next one that waits is due."""
+        query = "SELECT min(due_ns) FROM trigger_event WHERE automation = ? AND state = 'waiting'"
+        found = await asyncio.to_thread(self._store.read, lambda db: db.execute(query, (automation,)).get)
+        return None if found is None else int(str(found))
+
+    async def keep(self, event: Event) -> Event:
+        """As it is now."""
+
+        def keep(db: apsw.Connection) -> Event:
+            _keep(db, event)
+            if event.ended:
+                prune = f"""DELETE FROM trigger_event WHERE automation = ?1 AND NOT {_OPEN} AND seq <= (
+                    SELECT seq FROM trigger_event WHERE automation = ?1 ORDER BY seq DESC LIMIT 1 OFFSET {_KEPT})"""  # noqa: S608
+                if event.seq % 64 == 0:
+                    db.execute(prune, (event.automation,))
+            return event
+
+        return await self._write(keep)
+
+    async def get(self, automation: str, seq: int) -> Event:
+        """Raises RequestError (EVENT_NOT_FOUND)."""
+        found = await self._one("SELECT * FROM trigger_event WHERE automation = ? AND seq = ?", (automation, seq))
+        if found is None:
+            message = f"There is no event {seq} of {automation}; the oldest ones are not kept."
+            raise RequestError(Reason.EVENT_NOT_FOUND, message, field="name", metadata={"event": str(seq)})
+        return found
+
+    async def page(self, automation: str, before: int, limit: int) -> list[Event]:
+        """Newest first; of one automation, or of all."""
+        query = "SELECT * FROM trigger_event WHERE (?1 = '' OR automation = ?1) AND seq < ?2 ORDER BY seq DESC LIMIT ?3"
+        values = (automation, before or 1 << 62, limit)
+        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
+        return [_event(row) for row in rows]
+
+    async def counts(self) -> dict[str, dict[State, int]]:
+        """Of each automation, how many are in which state."""
+        query = "SELECT automation, state, count(*) FROM trigger_event GROUP BY automation, state"
+        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query)))
+        found: dict[str, dict[State, int]] = {}
+        for automation, state, count in rows:
+            found.setdefault(str(automation), {})[State(state)] = int(count)
+        return found
+
+    async def _one(self, query: str, values: tuple[Any, ...]) -> Event | None:
+        rows = await asyncio.to_thread(self._store.read, lambda db: list(db.execute(query, values)))
+        return _event(rows[0]) if rows else None
+
+    async def _write(self, do: Callable[[apsw.Connection], T]) -> T:
+        return await asyncio.wrap_future(self._store.submit(do))
+
+
+def _add(db: apsw.Connection, event: Event, debounce_ns: int) -> Event:
+    """With `debounce_ns` it joins one of the same subject that still waits, which then waits anew, and goes with its data."""
+    now = time.time_ns()
+    if debounce_ns:
+        query = "SELECT * FROM trigger_event WHERE automation = ? AND subject = ? AND state = 'waiting' ORDER BY seq LIMIT 1"
+        for row in list(db.execute(query, (event.automation, event.subject))):
+            known = _event(row)
+            if not known.attempt:
+                joined = replace(known, data=event.data, due_ns=now + debounce_ns, joined=known.joined + 1)
+                update = "UPDATE trigger_event SET due_ns = ?, body = ? WHERE seq = ?"
+                db.execute(update, (joined.due_ns, joined.body(), joined.seq))
+                return joined
+    query = f"SELECT count(*) FROM (SELECT 1 FROM trigger_event WHERE automation = ? AND {_OPEN} LIMIT ?)"  # noqa: S608
+    if int(str(db.execute(query, (event.automation, _MOST_WAITING)).get)) >= _MOST_WAITING:
+        message = f"{_MOST_WAITING} events of {event.automation} wait already; this one is not taken."
+        raise RequestError(Reason.QUEUE_FULL, message, hint="`agentd automations history` says why they wait.")
+    made = replace(event, due_ns=max(event.due_ns, now + debounce_ns if debounce_ns else 0), create_ns=now)
+    insert = "INSERT INTO trigger_event (automation, subject, due_ns, state, body) VALUES (?, ?, ?, ?, ?) RETURNING seq"
+    seq = db.execute(insert, (made.automation, made.subject, made.due_ns, made.state.value, made.body())).get
+    return replace(made, seq=int(str(seq)))
+
+
+def _keep(db: apsw.Connection, event: Event) -> None:
+    update = "UPDATE trigger_event SET state = ?, due_ns = ?, body = ? WHERE seq = ?"
+    db.execute(update, (event.state.value, event.due_ns, event.body(), event.seq))
+
+
+def _standing(db: apsw.Connection, automation: str) -> Standing:
+    query = "SELECT since_ns, paused, fired_ns FROM automation WHERE name = ?"
+    since, paused, fired = next(iter(db.execute(query, (automation,))))
+    return Standing(int(since), bool(paused), int(fired))
+
+
+def _event(row: tuple[Any, ...]) -> Event:
+    seq, automation, subject, due_ns, state, body = row
+    return Event(int(seq), automation, subject, State(state), int(due_ns), **json.loads(body))

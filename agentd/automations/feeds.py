@@ -1,0 +1,205 @@
+"""Where events come from: a folder, a schedule. Each feed is a task; callers need none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from agentd.automations.events import Event, Fingerprint, State
+from agentd.automations.folder import FolderGone, Found, Settling, Sight, is_remote, look
+from agentd.automations.watch import Bell
+from agentd.errors import AgentdError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from agentd.automations.automation import Automation, FileTrigger, ScheduleTrigger
+    from agentd.automations.events import Events, Standing
+    from agentd.automations.watch import Watch
+
+_GATHER_S = 0.05  # after a notice: more come with it
+_AGAIN_S = 300.0  # between two looks where the kernel tells of changes, in case it could not
+_POLL_S = 10.0  # where it does not
+_CLOCK_S = 60.0  # so late at most a schedule notices that the clock was changed
+_LATE_S = 90.0  # what is due longer than that was missed
+_PUT_BACK = timedelta(hours=3)  # a clock put back by less fires nothing a second time (as in cron); by more it is a new time
+
+
+def common(automation: str, moment: datetime) -> dict[str, str]:
+    """What every template may name."""
+    return {"automation": automation, "time": moment.strftime("%Y-%m-%d %H:%M"), "date": moment.strftime("%Y-%m-%d")}
+
+
+def of_path(path: str) -> dict[str, str]:
+    """What a template may name of a file."""
+    try:
+        size = str(os.lstat(path).st_size)
+    except OSError:
+        size = ""
+    shown = path.encode("utf-8", "replace").decode()
+    return {"path": shown, "name": os.path.basename(shown), "folder": os.path.dirname(shown), "size": size}
+
+
+@dataclass(slots=True)
+class FolderFeed:
+    """`wake` is called when there are events. `trouble` says why the folder is not watched, if it is not."""
+
+    automation: Automation
+    trigger: FileTrigger
+    events: Events
+    watch: Watch
+    wake: Callable[[], None]
+    trouble: str = ""
+    polled: str = ""
+    """Why it is looked at every so many seconds instead of when something happens."""
+    quiet: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the folder is looked at, and while what a run has changed is put back."""
+    _mine: dict[bytes, Fingerprint] = field(default_factory=dict)
+    """What the automation's own runs have written there: it does not trigger itself."""
+    _real: str = ""
+    _rung: asyncio.Event = field(default_factory=asyncio.Event)
+    _watched: tuple[int, int] | None = None
+
+    async def run(self, standing: Standing, *, is_new: bool) -> None:
+        """Until cancelled. `is_new`: the automation was not known before."""
+        loop = asyncio.get_running_loop()
+        self._real = await asyncio.to_thread(os.path.realpath, self.trigger.path)
+        bell = Bell(functools.partial(loop.call_soon_threadsafe, self._rung.set))
+        known = await asyncio.to_thread(self.events.known, self.automation.name)
+        settling = Settling(self.trigger.on == "changes", self.trigger.quiet_s, known)
+        self._rung.set()
+        try:
+            if is_new and not self.trigger.existing:
+                await self._accept(settling)
+            wait_s = 0.0
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._rung.wait(), wait_s)
+                    await asyncio.sleep(_GATHER_S)
+                self._rung.clear()
+                wait_s = await self._look(settling, bell)
+        finally:
+            self.watch.remove(bell)
+
+    def wrote(self, paths: Iterable[str]) -> None:
+        """Files that a run of this automation has written."""
+        for path in map(os.fsencode, paths):
+            with contextlib.suppress(OSError):
+                about = os.lstat(path)
+                self._mine[path] = Fingerprint(about.st_ino, about.st_mtime_ns, about.st_size)
+
+    async def _accept(self, settling: Settling) -> None:
+        """What lies there already is no news."""
+        with contextlib.suppress(FolderGone):
+            sight = await asyncio.to_thread(look, self.trigger, self._real)
+            found = list(sight.files.values())
+            await asyncio.to_thread(self._record, found, [], [])
+            settling.settled(found)
+
+    async def _look(self, settling: Settling, bell: Bell) -> float:
+        """For how many seconds there is nothing to look at, if nothing is heard."""
+        async with self.quiet:
+            order, gone = bell.take()
+            try:
+                sight = await asyncio.to_thread(look, self.trigger, self._real)
+                self._listen(sight, bell)
+                wait_s = await self._take_in(settling, sight, order, gone)
+            except FolderGone as e:
+                self.trouble = str(e)
+                self.watch.remove(bell)
+                self._watched = None
+                return _POLL_S
+            except AgentdError as e:  # the disk is full, or too many events wait: what is there stays there
+                self.trouble = e.message
+                return _POLL_S
+        self.trouble = ""
+        calm_s = _POLL_S if self.polled else _AGAIN_S
+        return calm_s if wait_s is None else min(wait_s, calm_s)
+
+    async def _take_in(self, settling: Settling, sight: Sight, order: dict[bytes, int], gone: set[bytes]) -> float | None:
+        ready, lost, wait_s = settling.step(sight, time.monotonic(), order, gone)
+        if not ready and not lost:
+            return wait_s
+        news = [found for found in ready if self._mine.get(found.path) != found.fingerprint]
+        await asyncio.to_thread(self._record, ready, lost, news)
+        settling.settled(ready)
+        self._mine = {path: each for path, each in self._mine.items() if path in sight.files}
+        if news:
+            self.wake()
+        return wait_s
+
+    def _record(self, known: list[Found], lost: list[bytes], news: list[Found]) -> None:
+        name = self.automation.name
+        debounce_ns = int(self.automation.limits.debounce_s * 1e9)
+        prints = {found.path: found.fingerprint for found in known}
+        self.events.arrived(name, prints, lost, map(self._event, news), debounce_ns)
+
+    def _event(self, found: Found) -> Event:
+        data = common(self.automation.name, datetime.now().astimezone()) | of_path(os.fsdecode(found.path))
+        return Event(0, self.automation.name, data["path"], State.WAITING, 0, data, by="file")
+
+    def _listen(self, sight: Sight, bell: Bell) -> None:
+        """Where the folder is another one now, its notices are those of the other."""
+        if self._watched == sight.identity:
+            return
+        self.watch.remove(bell)
+        self.polled = "it lies on a network" if is_remote(self._real) else ""
+        try:
+            self.watch.add(self._real, bell, recursive=self.trigger.recursive)
+            self._watched = sight.identity
+            self._rung.set()  # what came between the look and now
+        except OSError as e:
+            self.polled = f"the kernel has no watches left ({e.strerror or e}); see /proc/sys/fs/inotify"
+
+
+@dataclass(slots=True)
+class ScheduleFeed:
+    automation: Automation
+    trigger: ScheduleTrigger
+    events: Events
+    wake: Callable[[], None]
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    trouble: str = ""
+    next_due: datetime | None = None
+
+    async def run(self, standing: Standing) -> None:
+        """Until cancelled."""
+        schedule = self.trigger.clock()
+        fired = datetime.fromtimestamp(standing.fired_ns / 1e9, UTC)
+        while True:
+            now = self.now()
+            if now.timestamp() * 1e9 < standing.since_ns:  # a board without a battery for its clock, not yet told the time
+                await asyncio.sleep(_CLOCK_S)
+                continue
+            if fired > now + _PUT_BACK:
+                fired = now
+            due = schedule.between(fired, now)
+            if due:
+                wanted = self._wanted(due, now)
+                fired = max(fired, due[-1].astimezone(UTC))
+                try:
+                    made = await self.events.fire(self.automation.name, int(fired.timestamp() * 1e9), map(self._event, wanted))
+                    self.trouble = ""
+                except AgentdError as e:  # the disk is full: it has fired, or a full disk would make it fire without end
+                    self.trouble, made = e.message, []
+                if made:
+                    self.wake()
+            self.next_due = schedule.after(max(now, fired))
+            await asyncio.sleep(max(0.05, min(_CLOCK_S, (self.next_due - self.now()).total_seconds())))
+
+    def _wanted(self, due: list[datetime], now: datetime) -> list[datetime]:
+        """Of those that have come: the late ones as is said in `missed`."""
+        late = [each for each in due if (now - each).total_seconds() > _LATE_S]
+        kept = {"skip": [], "once": late[-1:], "all": late}[self.trigger.missed]
+        on_time = due[len(late) :]
+        return (kept if not on_time or self.trigger.missed == "all" else []) + on_time
+
+    def _event(self, due: datetime) -> Event:
+        data = common(self.automation.name, due)
+        return Event(0, self.automation.name, due.isoformat(), State.WAITING, 0, data, by="schedule")

@@ -1,0 +1,292 @@
+"""All automations: read from their files, each with its feed and its line; triggered, paused, checked, told of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from agentd.automations import template
+from agentd.automations.automation import Automation, Broken, absolute, parsed, read_all
+from agentd.automations.events import Event, State
+from agentd.automations.feeds import FolderFeed, ScheduleFeed, common, of_path
+from agentd.automations.folder import FolderGone, look
+from agentd.automations.line import Line
+from agentd.automations.watch import Watch
+from agentd.errors import Reason, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from agentd.automations.automation import When
+    from agentd.automations.events import Events, Standing
+    from agentd.automations.line import Runner, TakeBack
+    from agentd.grants import Grant
+
+__all__ = ["Automations", "Checked", "Told"]
+
+_log = logging.getLogger(__name__)
+_SHOWN = 10  # matches of a check
+_TIMES = 5
+
+
+@dataclass(slots=True)
+class _Loaded:
+    automation: Automation
+    line: Line
+    feed: FolderFeed | ScheduleFeed | None
+    paused: bool
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """An automation as it is now. `counts` are of the events that are still on record."""
+
+    name: str
+    automation: Automation | None = None
+    error: str = ""
+    paused: bool = False
+    trouble: str = ""
+    polled: str = ""
+    waits_for: str = ""
+    parked: int = 0
+    next_due: datetime | None = None
+    counts: Mapping[State, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What would trigger an automation now, the first of so many, and a call it would make, if that is known beforehand."""
+
+    told: Told
+    matches: tuple[str, ...]
+    matching: int
+    waits_for: str
+    call: tuple[str, dict[str, Any]] | None
+
+
+class Automations:
+    """Lives on the event loop. `fix` gets the grants of all of them whenever they are read."""
+
+    def __init__(
+        self,
+        folder: Path,
+        events: Events,
+        runs: Runner,
+        take_back: TakeBack,
+        unmet: Callable[[When], str],
+        fix: Callable[[Iterable[Grant]], None],
+    ) -> None:
+        self._folder, self._events, self._runs = folder, events, runs
+        self._take_back, self._unmet, self._fix = take_back, unmet, fix
+        self._watch = Watch()
+        self._loaded: dict[str, _Loaded] = {}
+        self._broken: dict[str, Broken] = {}
+        self._changing = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Read the files, and go on with what is there. A file that is broken is told of, and keeps nothing from working."""
+        await self.reload()
+
+    async def stop(self) -> None:
+        """What is under way is left as it is on disk; the next start goes on with it."""
+        await self._end(list(self._loaded.values()))
+        await asyncio.to_thread(self._watch.stop)
+
+    def knows(self, principal: str) -> bool:
+        """Whether this is an automation that may have runs."""
+        return any(loaded.automation.principal == principal for loaded in self._loaded.values())
+
+    async def reload(self) -> None:
+        """Read all files again. What has not changed goes on undisturbed. Raises StoreError."""
+        async with self._changing:
+            found, broken = await asyncio.to_thread(read_all, self._folder)
+            for each in broken:
+                _log.warning("%s", each.error)
+            self._fix([grant for automation in found.values() for grant in automation.rules()])
+            stale = [name for name, loaded in self._loaded.items() if found.get(name) != loaded.automation]
+            await self._end([self._loaded.pop(name) for name in stale])
+            self._broken = {each.name: each for each in broken}
+            await self._events.forget_others({*found, *self._broken})
+            for name, automation in found.items():
+                if name not in self._loaded:
+                    self._loaded[name] = await self._load(automation)
+
+    async def _load(self, automation: Automation) -> _Loaded:
+        now_ns = time.time_ns()
+        standing = await self._events.meet(automation.name, now_ns)
+        feed: FolderFeed | ScheduleFeed | None = None
+        line = Line(automation, self._events, self._runs, self._take_back, lambda: self._unmet(automation.when))
+        if automation.on.file:
+            feed = line.feed = FolderFeed(automation, automation.on.file, self._events, self._watch, line.wake)
+        elif automation.on.schedule:
+            feed = ScheduleFeed(automation, automation.on.schedule, self._events, line.wake)
+        loaded = _Loaded(automation, line, feed, standing.paused)
+        if not standing.paused:
+            self._begin(loaded, standing, is_new=standing.since_ns == now_ns)
+        return loaded
+
+    def _begin(self, loaded: _Loaded, standing: Standing, *, is_new: bool) -> None:
+        name = loaded.automation.name
+        work = [loaded.line.run()]
+        if isinstance(loaded.feed, FolderFeed):
+            work.append(loaded.feed.run(standing, is_new=is_new))
+        elif loaded.feed:
+            work.append(loaded.feed.run(standing))
+        loaded.tasks = [asyncio.create_task(each, name=f"automation {name}") for each in work]
+        for task in loaded.tasks:
+            task.add_done_callback(_say_why)
+
+    async def _end(self, all_loaded: list[_Loaded]) -> None:
+        tasks = [task for loaded in all_loaded for task in loaded.tasks]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _get(self, name: str) -> _Loaded:
+        """Raises RequestError (AUTOMATION_NOT_FOUND), ConfigError (AUTOMATION_INVALID)."""
+        if loaded := self._loaded.get(name):
+            return loaded
+        if broken := self._broken.get(name):
+            raise broken.error
+        message = f"There is no automation {name!r}."
+        hint = f"They are files in {self._folder}; `agentd automations reload` reads them again."
+        raise RequestError(Reason.AUTOMATION_NOT_FOUND, message, hint=hint, field="name", metadata={"automation": name})
+
+    def callers(self, name: str) -> tuple[str, ...]:
+        """Who may trigger it, beside admins. Raises what `_get` raises."""
+        on = self._get(name).automation.on
+        return on.call.callers if on.call else ()
+
+    async def trigger(self, name: str, data: Mapping[str, str], by: str) -> Event:
+        """Put an event into its line. Raises what `_get` raises; RequestError: AUTOMATION_PAUSED, BAD_FIELD, QUEUE_FULL."""
+        loaded = self._get(name)
+        automation = loaded.automation
+        if loaded.paused:
+            message = f"The automation {name} is paused."
+            hint = f"`agentd automations resume {name}` lets it go on."
+            raise RequestError(Reason.AUTOMATION_PAUSED, message, hint=hint, metadata={"automation": name})
+        given = dict(data)
+        if automation.on.file and "path" in given:
+            given = await asyncio.to_thread(of_path, absolute(given["path"]))
+        full = common(name, datetime.now().astimezone()) | given
+        _require_all(automation, full)
+        template.require_fit(full)
+        subject = full["path"] if automation.on.file else by
+        event = Event(0, name, subject, State.WAITING, 0, full, by=by)
+        made = await self._events.add(event, int(automation.limits.debounce_s * 1e9))
+        loaded.line.wake()
+        return made
+
+    async def pause(self, name: str, *, paused: bool) -> Told:
+        """Raises what `_get` raises."""
+        async with self._changing:
+            loaded = self._get(name)
+            if loaded.paused != paused:
+                standing = await self._events.pause(name, time.time_ns(), paused=paused)
+                loaded.paused = paused
+                await self._end([loaded])
+                if not paused:
+                    self._begin(loaded, standing, is_new=False)
+        return await self.told(name)
+
+    async def told(self, name: str) -> Told:
+        """Raises RequestError (AUTOMATION_NOT_FOUND)."""
+        counts = (await self._events.counts()).get(name, {})
+        if broken := self._broken.get(name):
+            return Told(name, error=broken.error.message, counts=counts)
+        return self._tell(self._get(name), counts)
+
+    async def all(self) -> list[Told]:
+        """By name."""
+        counts = await self._events.counts()
+        told = [self._tell(loaded, counts.get(name, {})) for name, loaded in self._loaded.items()]
+        told += [Told(each.name, error=each.error.message, counts=counts.get(each.name, {})) for each in self._broken.values()]
+        return sorted(told, key=lambda each: each.name)
+
+    def _tell(self, loaded: _Loaded, counts: Mapping[State, int]) -> Told:
+        feed, line = loaded.feed, loaded.line
+        return Told(
+            loaded.automation.name,
+            loaded.automation,
+            paused=loaded.paused,
+            trouble=feed.trouble if feed else "",
+            polled=feed.polled if isinstance(feed, FolderFeed) else "",
+            waits_for="" if loaded.paused else line.waits,
+            parked=len(line.parked),
+            next_due=feed.next_due if isinstance(feed, ScheduleFeed) and not loaded.paused else None,
+            counts=counts,
+        )
+
+    async def check(self, name: str, text: str) -> Checked:
+        """What an automation would do now. Raises what `_get` and `parsed` raise."""
+        if text:
+            automation = parsed(name, text)
+            told = Told(name, automation)
+        else:
+            automation, told = self._get(name).automation, await self.told(name)
+        try:
+            matches = await asyncio.to_thread(_matches, automation)
+        except FolderGone as e:
+            told, matches = replace(told, trouble=str(e)), []
+        data = _sample(automation, matches)
+        call = automation.call
+        direct = (call.tool, template.filled_all(call.arguments, data)) if call else None
+        return Checked(told, tuple(matches[:_SHOWN]), len(matches), self._unmet(automation.when), direct)
+
+    async def history(self, name: str, before: int, limit: int) -> list[Event]:
+        """Newest first; of one automation, or of all."""
+        return await self._events.page(name, before, limit)
+
+    async def event(self, name: str, seq: int) -> Event:
+        """Raises RequestError (EVENT_NOT_FOUND)."""
+        return await self._events.get(name, seq)
+
+
+def _require_all(automation: Automation, data: Mapping[str, str]) -> None:
+    """Raises RequestError (BAD_FIELD) unless the templates can be filled, and nothing is left."""
+    missing, unknown = sorted(automation.fields - set(data)), sorted(set(data) - automation.fields)
+    if not missing and not unknown:
+        return
+    what = f"needs {', '.join(missing)}" if missing else f"knows no {', '.join(unknown)}"
+    example = "path" if automation.on.file else next(iter(missing), "")
+    hint = f"Give it as {example}=VALUE." if example else f"It knows {', '.join(sorted(automation.fields))}."
+    message = f"The automation {automation.name} {what}."
+    raise RequestError(Reason.BAD_FIELD, message, field="data", hint=hint, metadata={"automation": automation.name})
+
+
+def _matches(automation: Automation) -> list[str]:
+    """What would trigger it: the files that lie there, the next times. Raises FolderGone."""
+    if trigger := automation.on.file:
+        files = look(trigger, os.path.realpath(trigger.path)).files.values()
+        return [os.fsdecode(each.path) for each in sorted(files, key=lambda each: each.ctime_ns)]
+    times: list[str] = []
+    if automation.on.schedule:
+        clock, due = automation.on.schedule.clock(), datetime.now(UTC)
+        with contextlib.suppress(StopIteration):
+            for _ in range(_TIMES):
+                due = clock.after(due)
+                times.append(due.isoformat(" ", "minutes"))
+    return times
+
+
+def _sample(automation: Automation, matches: list[str]) -> dict[str, str]:
+    """What its templates would be filled with, by the first match."""
+    data = {name: f"<{name}>" for name in automation.fields} | common(automation.name, datetime.now().astimezone())
+    if automation.on.file:
+        data |= of_path(matches[0] if matches else os.path.join(automation.on.file.path, "file"))
+    return data
+
+
+def _say_why(task: asyncio.Task[None]) -> None:
+    """A bug of ours ends one automation, and is found in the log."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        _log.error("%s has ended", task.get_name(), exc_info=error)

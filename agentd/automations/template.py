@@ -1,0 +1,81 @@
+"""Templates: text with `{name}` for what a trigger knows. Nothing else: no attributes, no formats, no code.
+
+What is put in comes from file names and callers, so it is hostile: characters that are not printable are refused, and the
+engine reads it as text, never as its own markup.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import TYPE_CHECKING, Any
+
+from agentd.errors import Reason, ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+LONGEST_VALUE = 4096
+_FORMATTER = string.Formatter()
+
+
+def check(text: str, fields: frozenset[str]) -> None:
+    """Raises ValueError for what names something else than `fields`, or is more than a name."""
+    try:
+        parts = list(_FORMATTER.parse(text))
+    except ValueError as e:
+        raise ValueError(f"the template {_short(text)!r} is broken: {e}; a brace itself is written twice") from None
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
+        if form or conversion or name not in fields:
+            known = ", ".join(f"{{{field}}}" for field in sorted(fields))
+            raise ValueError(f"the template {_short(text)!r} names {{{name}}}; known are {known}")
+
+
+def filled(text: str, data: Mapping[str, str]) -> str:
+    """A template that was checked, with what the trigger knows."""
+    return "".join(literal + (data[name] if name is not None else "") for literal, name, _, _ in _FORMATTER.parse(text))
+
+
+def filled_all(value: Any, data: Mapping[str, str]) -> Any:
+    """The same for all texts in a JSON value."""
+    match value:
+        case str():
+            return filled(value, data)
+        case dict():
+            return {key: filled_all(each, data) for key, each in value.items()}
+        case list():
+            return [filled_all(each, data) for each in value]
+    return value
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
+    match value:
+        case str():
+            yield value
+        case dict():
+            for each in value.values():
+                yield from texts(each)
+        case list():
+            for each in value:
+                yield from texts(each)
+
+
+def require_fit(data: Mapping[str, str]) -> None:
+    """Raises ToolError (BAD_FIELD) for what may not stand in a prompt."""
+    for name, value in data.items():
+        if len(value) > LONGEST_VALUE:
+            why = f"has {len(value)} characters; {LONGEST_VALUE} are the most"
+        elif any(not character.isprintable() and character not in "\n\t" for character in value):
+            why = "has characters that can't be printed"
+        elif name in ("path", "name", "folder") and not value.isprintable():
+            why = "is a file name of several lines"
+        else:
+            continue
+        shown = ascii(_short(value))
+        raise ToolError(Reason.BAD_FIELD, f"What the trigger says of {name!r} {why}: {shown}.", field=name)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"

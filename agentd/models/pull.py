@@ -1,0 +1,270 @@
+"""Fetching a model file: resumed where it was cut off, compared with its digest, in its place only when it is whole.
+
+huggingface_hub (the extra `pull`) finds the file and moves its bytes. Its own download starts anew after a kill (since its
+pull request 4228), so the unfinished file is kept here, under a name that says which version of the file it is part of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from agentd.errors import EngineError, Reason, StoreError
+from agentd.models import gguf
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from agentd.models.catalogue import Entry
+
+ARCHITECTURE = "gemma4"
+_SPARE = 256 << 20  # of the disk stay free
+_CHUNK = 1 << 20
+_ATTEMPTS, _PAUSE_S = 8, 2.0  # without a byte more in between
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """What a server says of a file. `digest` is a SHA-256, or empty."""
+
+    url: str
+    size: int
+    digest: str
+    version: str
+
+
+def pull(entry: Entry, mirror: str, tell: Callable[[str, int, int], None], pause_s: float = _PAUSE_S) -> Path:
+    """The file in its place. `tell(what, done, of)` tells of progress, in bytes.
+
+    Raises EngineError (DOWNLOAD_FAILED, MODEL_INVALID), StoreError (STORE_FULL).
+    """
+    target = entry.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target):
+        remote = _find(entry, mirror)
+        if target.exists() and target.stat().st_size == remote.size:
+            tell("verifying", 0, remote.size)
+            if _digest(target, lambda _: None) in (remote.digest, entry.sha256):
+                return target
+        part = target.with_name(f".{target.name}.{remote.version}.part")
+        for other in target.parent.glob(f".{target.name}.*.part"):
+            if other != part:
+                other.unlink()  # of another version
+        _require_room(target.parent, remote.size - (part.stat().st_size if part.exists() else 0), target.name)
+        _fetch(remote, part, lambda done: tell("fetching", done, remote.size), pause_s)
+        _accept(part, target, remote.digest or entry.sha256, lambda done: tell("verifying", done, remote.size))
+    return target
+
+
+def take(entry: Entry, file: Path, tell: Callable[[str, int, int], None]) -> Path:
+    """The same with a file that is on the disk already."""
+    target = entry.path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target):
+        try:
+            size = file.stat().st_size
+            if file.resolve() == target.resolve():
+                _require_right(target, entry.sha256, lambda done: tell("verifying", done, size))
+                return target
+            part = target.with_name(f".{target.name}.copy.part")
+            part.unlink(missing_ok=True)
+            try:
+                os.link(file, part)  # on the same disk nothing is copied
+            except OSError:
+                _require_room(target.parent, size, target.name)
+                _copy(file, part, lambda done: tell("copying", done, size))
+        except OSError as e:
+            message = f"{file} can't be taken: {e.strerror}."
+            raise EngineError(Reason.MODEL_INVALID, message, hint="Give the path of a GGUF file.") from None
+        _accept(part, target, entry.sha256, lambda done: tell("verifying", done, size))
+    return target
+
+
+def verify(path: Path, sha256: str, tell: Callable[[str, int, int], None]) -> str:
+    """The digest of a file that is whole, and of Gemma 4. Raises EngineError (MODEL_INVALID)."""
+    size = path.stat().st_size if path.exists() else 0
+    return _require_right(path, sha256, lambda done: tell("verifying", done, size))
+
+
+def require_family(path: Path, name: str = "") -> None:
+    """Raises EngineError (MODEL_INVALID) for a file that is none, or of another family."""
+    header = gguf.read(path)
+    if header.architecture != ARCHITECTURE:
+        family = header.architecture
+        message = f"{name or path} is of the family {family!r}, and agentd speaks the format of Gemma 4 only."
+        raise EngineError(Reason.MODEL_INVALID, message, hint="`agentd models list` shows those that it can use.")
+
+
+def _find(entry: Entry, mirror: str) -> Remote:
+    """Raises EngineError (DOWNLOAD_FAILED)."""
+    hub = _hub()
+    endpoint = mirror.rstrip("/") or None
+    url = hub.hf_hub_url(entry.repository, entry.file, revision=entry.revision, endpoint=endpoint)
+    try:
+        told = hub.get_hf_file_metadata(url, token=_token(url), endpoint=endpoint, retry_on_errors=True)
+    except Exception as e:  # whatever the hub's client, its transport or a proxy makes of it
+        raise _failed(entry.file, url, e) from None
+    if not told.size:
+        raise _failed(entry.file, url, "the server does not say how long the file is")
+    etag = (told.etag or "").lower()
+    digest = etag if len(etag) == 64 and not set(etag) - set("0123456789abcdef") else ""
+    if entry.sha256 and digest and digest != entry.sha256:
+        message = f"{entry.file} at {url} is another file than the one that is known: its SHA-256 is {digest}."
+        hint = f"Name it hf:{entry.repository}/{entry.file} if you trust it all the same."
+        raise EngineError(Reason.MODEL_INVALID, message, hint=hint, metadata={"url": url, "sha256": digest})
+    version = (digest or hashlib.sha256(f"{etag}{told.commit_hash}".encode()).hexdigest())[:16]
+    return Remote(str(told.location), int(told.size), digest, version)
+
+
+def _fetch(remote: Remote, part: Path, tell: Callable[[int], None], pause_s: float) -> None:
+    """All of it into `part`, from where that ends. Raises EngineError (DOWNLOAD_FAILED), StoreError."""
+    hub, failures = _hub(), 0
+    while (before := part.stat().st_size if part.exists() else 0) < remote.size:
+        try:
+            with part.open("ab") as file:
+                headers = hub.utils.build_hf_headers(token=_token(remote.url))
+                hub.file_download.http_get(
+                    *(remote.url, file),
+                    resume_size=before,
+                    headers=headers,
+                    expected_size=remote.size,
+                    tqdm_class=_bar(tell),
+                    _nb_retries=1,
+                )
+        except OSError as e:
+            _require_room(part.parent, remote.size - part.stat().st_size, part.name)
+            reason: Exception = e
+        except Exception as e:  # whatever the transport makes of it
+            reason = e
+        else:
+            continue
+        failures = failures + 1 if part.stat().st_size <= before else 0
+        if failures >= _ATTEMPTS:
+            raise _failed(part.name, remote.url, reason, part.stat().st_size)
+        time.sleep(pause_s * min(16, 2**failures))
+    if part.stat().st_size > remote.size:
+        part.unlink()
+        raise _failed(part.name, remote.url, "more came than there should be")
+
+
+def _accept(part: Path, target: Path, sha256: str, tell: Callable[[int], None]) -> None:
+    """Into its place, durable, if it is right; gone if it is not. Raises EngineError (MODEL_INVALID)."""
+    try:
+        _require_right(part, sha256, tell, target.name)
+    except EngineError:
+        part.unlink(missing_ok=True)
+        raise
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _require_right(path: Path, sha256: str, tell: Callable[[int], None], name: str = "") -> str:
+    """Its digest. Raises EngineError (MODEL_INVALID) if it is another, or the file is none that agentd can use."""
+    name = name or str(path)
+    require_family(path, name)
+    found = _digest(path, tell)
+    if sha256 and found != sha256:
+        message = f"{name} is damaged, or another file: its SHA-256 is {found}, and should be {sha256}."
+        raise EngineError(Reason.MODEL_INVALID, message, hint="Pull it again.", metadata={"sha256": found})
+    return found
+
+
+def _digest(path: Path, tell: Callable[[int], None]) -> str:
+    found, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+            done += len(chunk)
+            tell(done)
+    return found.hexdigest()
+
+
+def _copy(source: Path, target: Path, tell: Callable[[int], None]) -> None:
+    with source.open("rb") as old, target.open("wb") as new:
+        while chunk := old.read(_CHUNK):
+            new.write(chunk)
+            tell(new.tell())
+
+
+def _require_room(folder: Path, wanted: int, name: str) -> None:
+    """Raises StoreError (STORE_FULL)."""
+    free = shutil.disk_usage(folder).free
+    if wanted + _SPARE > free:
+        message = f"{name} needs {wanted / 1e9:.2f} GB more, and {folder} has {free / 1e9:.2f} GB left."
+        hint = "Free some space, or let XDG_DATA_HOME name a folder on another disk. What has come so far is kept."
+        raise StoreError(Reason.STORE_FULL, message, hint=hint, metadata={"free": str(free), "wanted": str(wanted)})
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Nobody else fetches the same file meanwhile. Raises EngineError (DOWNLOAD_FAILED)."""
+    lock = os.open(target.with_name(f".{target.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        message = f"{target.name} is being fetched by another agentd."
+        raise EngineError(Reason.DOWNLOAD_FAILED, message, hint="Wait for it, or end it.") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _bar(tell: Callable[[int], None]) -> Any:
+    """What the hub's client takes for a bar of tqdm: told of each piece, it tells us."""
+    from tqdm import tqdm  # comes with huggingface_hub
+
+    class Bar(tqdm):  # type: ignore[type-arg,misc]
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            more["disable"] = True
+            more.pop("name", None)
+            super().__init__(*arguments, **more)
+            self.done = int(more.get("initial") or 0)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.done += int(n or 0)
+            tell(self.done)
+            return None
+
+    return Bar
+
+
+def _token(url: str) -> bool | None:
+    """A person's token is for the hub itself: no mirror, and no server that the file really lies on, gets it."""
+    return None if urlsplit(url).netloc == "huggingface.co" else False
+
+
+def _hub() -> Any:
+    """Raises EngineError (DOWNLOAD_FAILED) where the extra is not installed."""
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # it has no way to go on with half a file
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import huggingface_hub
+        import huggingface_hub.file_download
+    except ImportError:
+        message = "Fetching models needs huggingface_hub, which is not installed."
+        hint = "Install it: pip install 'agentd[pull]'. Or take a file you have: agentd models pull NAME --file FILE."
+        raise EngineError(Reason.DOWNLOAD_FAILED, message, hint=hint) from None
+    return huggingface_hub
+
+
+def _failed(name: str, url: str, why: object, done: int = 0) -> EngineError:
+    words = " ".join(str(why).split())[:300] or type(why).__name__
+    kept = f" {done / 1e6:,.0f} MB have come and are kept: the next pull goes on there." if done else ""
+    hint = f"Look at the network, or name another server with --mirror.{kept}"
+    return EngineError(Reason.DOWNLOAD_FAILED, f"{name} can't be fetched from {url}: {words}", hint=hint, metadata={"url": url})

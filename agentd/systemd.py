@@ -1,0 +1,57 @@
+"""What a daemon and systemd tell each other: ready, alive, stopping; a socket that was opened beforehand.
+
+The protocols are a datagram to a socket named in the environment (sd_notify(3)) and descriptors from 3 on (sd_listen_fds(3)).
+Without systemd all of it does nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+
+_FIRST = 3
+_SHARE = 0.5  # of the time after which systemd takes us for dead (sd_watchdog_enabled(3))
+
+
+def notify(*states: str) -> None:
+    """Such as READY=1. What can't be told is not worth dying for."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address[:1] not in ("/", "@"):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as told:
+        told.connect("\0" + address[1:] if address[0] == "@" else address)
+        told.send("\n".join(states).encode())
+
+
+def watchdog_s() -> float:
+    """How often to say that we are alive; 0 for never."""
+    if os.environ.get("WATCHDOG_PID") not in (None, str(os.getpid())):
+        return 0.0
+    with contextlib.suppress(ValueError):
+        return max(0.0, int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 * _SHARE)
+    return 0.0
+
+
+async def keep_telling() -> None:
+    """That the event loop turns, for as long as it does. Ends at once where nobody wants to know."""
+    every_s = watchdog_s()
+    while every_s:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(every_s)
+
+
+def listener() -> socket.socket | None:
+    """The unix socket that systemd listens at for us, if it does."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or os.environ.get("LISTEN_FDS") != "1":
+        return None
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(_FIRST).st_mode):
+            os.set_inheritable(_FIRST, False)
+            found = socket.socket(fileno=_FIRST)
+            if found.family == socket.AF_UNIX and found.type == socket.SOCK_STREAM:
+                return found
+            found.detach()
+    return None
