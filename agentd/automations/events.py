@@ -130,7 +130,12 @@ class Events:
 
     async def add(self, event: Event, debounce_ns: int = 0) -> Event:
         """Raises RequestError (QUEUE_FULL) where too many wait."""
-        return await self._write(lambda db: _add(db, event, debounce_ns))
+
+        def add(db: apsw.Connection) -> Event:
+            _require_room(db, event.automation, 1)
+            return _add(db, event, debounce_ns)
+
+        return await self._write(add)
 
     async def fire(self, automation: str, fired_ns: int, events: Iterable[Event]) -> list[Event]:
         """Times of a schedule that have come, and that it has fired up to there."""
@@ -159,11 +164,14 @@ class Events:
         transaction, so that a kill can't make two of one. Not for the event loop.
         """
 
+        made = list(events)
+
         def arrive(db: apsw.Connection) -> None:
+            _require_room(db, automation, len(made))
             db.executemany("DELETE FROM watched WHERE automation = ? AND path = ?", [(automation, path) for path in gone])
             rows = [(automation, path, each.inode, each.mtime_ns, each.size) for path, each in known.items()]
             db.executemany("INSERT OR REPLACE INTO watched VALUES (?, ?, ?, ?, ?)", rows)
-            for event in events:
+            for event in made:
                 _add(db, event, debounce_ns)
 
         self._store.write(arrive)
@@ -232,6 +240,14 @@ class Events:
         return await asyncio.wrap_future(self._store.submit(do))
 
 
+def _require_room(db: apsw.Connection, automation: str, wanted: int) -> None:
+    """Raises RequestError (QUEUE_FULL)."""
+    query = f"SELECT count(*) FROM trigger_event WHERE automation = ? AND {_OPEN}"  # noqa: S608 - a constant
+    if wanted and int(str(db.execute(query, (automation,)).get)) + wanted > _MOST_WAITING:
+        message = f"{_MOST_WAITING} events of {automation} may wait, and with {wanted} more there would be too many."
+        raise RequestError(Reason.QUEUE_FULL, message, hint="`agentd automations history` says why they wait.")
+
+
 def _add(db: apsw.Connection, event: Event, debounce_ns: int) -> Event:
     """With `debounce_ns` it joins one of the same subject that still waits, which then waits anew, and goes with its data."""
     now = time.time_ns()
@@ -244,10 +260,6 @@ def _add(db: apsw.Connection, event: Event, debounce_ns: int) -> Event:
                 update = "UPDATE trigger_event SET due_ns = ?, body = ? WHERE seq = ?"
                 db.execute(update, (joined.due_ns, joined.body(), joined.seq))
                 return joined
-    query = f"SELECT count(*) FROM (SELECT 1 FROM trigger_event WHERE automation = ? AND {_OPEN} LIMIT ?)"  # noqa: S608
-    if int(str(db.execute(query, (event.automation, _MOST_WAITING)).get)) >= _MOST_WAITING:
-        message = f"{_MOST_WAITING} events of {event.automation} wait already; this one is not taken."
-        raise RequestError(Reason.QUEUE_FULL, message, hint="`agentd automations history` says why they wait.")
     made = replace(event, due_ns=max(event.due_ns, now + debounce_ns if debounce_ns else 0), create_ns=now)
     insert = "INSERT INTO trigger_event (automation, subject, due_ns, state, body) VALUES (?, ?, ?, ?, ?) RETURNING seq"
     seq = db.execute(insert, (made.automation, made.subject, made.due_ns, made.state.value, made.body())).get

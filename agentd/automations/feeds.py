@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from agentd.automations.watch import Watch
 
 _GATHER_S = 0.05  # after a notice: more come with it
-_AGAIN_S = 300.0  # between two looks where the kernel tells of changes, in case it could not
-_POLL_S = 10.0  # where it does not
+_POLL_S = 10.0  # between two looks where the kernel does not tell of changes
+_SHARE = 200.0  # a look that takes long is not taken again for so many times as long
 _CLOCK_S = 60.0  # so late at most a schedule notices that the clock was changed
 _LATE_S = 90.0  # what is due longer than that was missed
 _PUT_BACK = timedelta(hours=3)  # a clock put back by less fires nothing a second time (as in cron); by more it is a new time
@@ -56,6 +56,8 @@ class FolderFeed:
     watch: Watch
     wake: Callable[[], None]
     trouble: str = ""
+    again_s: float = 30.0
+    """Between two looks where the kernel tells of changes: it does not tell that the folder itself is another one now."""
     polled: str = ""
     """Why it is looked at every so many seconds instead of when something happens."""
     quiet: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -106,10 +108,11 @@ class FolderFeed:
         """For how many seconds there is nothing to look at, if nothing is heard."""
         async with self.quiet:
             order, gone = bell.take()
+            now = time.monotonic(), time.time_ns()
             try:
                 sight = await asyncio.to_thread(look, self.trigger, self._real)
                 self._listen(sight, bell)
-                wait_s = await self._take_in(settling, sight, order, gone)
+                wait_s = await self._take_in(settling, sight, now, order, gone)
             except FolderGone as e:
                 self.trouble = str(e)
                 self.watch.remove(bell)
@@ -119,11 +122,14 @@ class FolderFeed:
                 self.trouble = e.message
                 return _POLL_S
         self.trouble = ""
-        calm_s = _POLL_S if self.polled else _AGAIN_S
+        calm_s = max(_POLL_S if self.polled else self.again_s, (time.monotonic() - now[0]) * _SHARE)
         return calm_s if wait_s is None else min(wait_s, calm_s)
 
-    async def _take_in(self, settling: Settling, sight: Sight, order: dict[bytes, int], gone: set[bytes]) -> float | None:
-        ready, lost, wait_s = settling.step(sight, time.monotonic(), order, gone)
+    async def _take_in(
+        self, settling: Settling, sight: Sight, now: tuple[float, int], order: dict[bytes, int], gone: set[bytes]
+    ) -> float | None:
+        """`now` is when the look began: what came while it went on may have been missed, and is not handled before its time."""
+        ready, lost, wait_s = settling.step(sight, now, order, gone)
         if not ready and not lost:
             return wait_s
         news = [found for found in ready if self._mine.get(found.path) != found.fingerprint]
@@ -178,20 +184,23 @@ class ScheduleFeed:
                 await asyncio.sleep(_CLOCK_S)
                 continue
             if fired > now + _PUT_BACK:
-                fired = now
+                fired = await self._fire(now, [])
             due = schedule.between(fired, now)
             if due:
-                wanted = self._wanted(due, now)
-                fired = max(fired, due[-1].astimezone(UTC))
-                try:
-                    made = await self.events.fire(self.automation.name, int(fired.timestamp() * 1e9), map(self._event, wanted))
-                    self.trouble = ""
-                except AgentdError as e:  # the disk is full: it has fired, or a full disk would make it fire without end
-                    self.trouble, made = e.message, []
-                if made:
-                    self.wake()
+                fired = await self._fire(max(fired, due[-1].astimezone(UTC)), self._wanted(due, now))
             self.next_due = schedule.after(max(now, fired))
             await asyncio.sleep(max(0.05, min(_CLOCK_S, (self.next_due - self.now()).total_seconds())))
+
+    async def _fire(self, up_to: datetime, wanted: list[datetime]) -> datetime:
+        """Where the disk is full it has fired all the same: or it would do so without end."""
+        try:
+            await self.events.fire(self.automation.name, int(up_to.timestamp() * 1e9), map(self._event, wanted))
+            self.trouble = ""
+        except AgentdError as e:
+            self.trouble = e.message
+        if wanted:
+            self.wake()
+        return up_to
 
     def _wanted(self, due: list[datetime], now: datetime) -> list[datetime]:
         """Of those that have come: the late ones as is said in `missed`."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from agentd.automations.automation import FileTrigger
 
 _MOST_FILES = 100_000
+_UNSEEN = 1 << 62
+_SOON_NS = 1_000_000_000  # a file from the future by more is one of a clock that was put back
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs", "fuse.rclone", "davfs"})
 """File systems on which others' changes make no notices (inotify(7), "Limitations and caveats"); those of FUSE vary."""
 
@@ -31,7 +33,7 @@ class FolderGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A file in the folder. `ctime_ns` is when it came there, where nobody saw it come."""
+    """A file in the folder. `ctime_ns` is when it came there, or was written to last."""
 
     path: bytes
     fingerprint: Fingerprint
@@ -100,33 +102,40 @@ class Settling:
     known: dict[bytes, Fingerprint]
     _moving: dict[bytes, tuple[Fingerprint, float]] = field(default_factory=dict)
     """Files that may still be written to: as they were last seen, and since when they have been so."""
+    _order: dict[bytes, int] = field(default_factory=dict)
+    """Of those, and of what was seen to come and not yet found."""
 
     def step(
-        self, sight: Sight, now_s: float, order: Mapping[bytes, int], gone: AbstractSet[bytes]
+        self, sight: Sight, now: tuple[float, int], order: Mapping[bytes, int], gone: AbstractSet[bytes]
     ) -> tuple[list[Found], list[bytes], float | None]:
         """Files to handle in order of their arrival, paths to forget, and after how many seconds to look again at the latest.
 
-        `order` numbers the files that somebody saw come, `gone` are those that were seen to go (and may have come again).
+        `now` is the time by a steady clock in seconds, and by the clock of the files in nanoseconds. Theirs is as coarse as
+        the kernel's ticks: `order` numbers the files that were seen to come, for those of one tick. `gone` are those that
+        were seen to go (and may have come again).
         """
+        now_s, now_ns = now
         files = sight.files
         lost = [path for path in self.known if path not in files or path in gone]
         for path in lost:
             del self.known[path]
         self._moving = {path: each for path, each in self._moving.items() if path in files}
+        self._order = {path: n for path, n in self._order.items() if path in files} | dict(order)
         ready, wait_s = [], None
         for path, found in files.items():
             if not self._is_new(path, found.fingerprint):
                 continue
             seen, since = self._moving.get(path, (None, now_s))
             if seen != found.fingerprint:
-                since = now_s
-                self._moving[path] = found.fingerprint, now_s
+                # Not from now on: a look at a folder that is being filled misses some, which came before others it has seen.
+                since = now_s - min(max(now_ns - found.ctime_ns, -_SOON_NS), self.quiet_s * 1e9) / 1e9
+                self._moving[path] = found.fingerprint, since
             left = since + self.quiet_s - now_s
             if left <= 0:
                 ready.append(found)
             else:
                 wait_s = left if wait_s is None else min(wait_s, left)
-        ready.sort(key=lambda found: (found.path in order, order.get(found.path, 0), found.ctime_ns, found.path))
+        ready.sort(key=lambda found: (found.ctime_ns, self._order.get(found.path, _UNSEEN), found.path))
         return ready, lost, wait_s
 
     def _is_new(self, path: bytes, fingerprint: Fingerprint) -> bool:
@@ -140,6 +149,7 @@ class Settling:
         for each in found:
             self.known[each.path] = each.fingerprint
             self._moving.pop(each.path, None)
+            self._order.pop(each.path, None)
 
 
 def is_remote(path: str, mounts: str = "/proc/self/mountinfo") -> bool:

@@ -41,6 +41,10 @@ _LATER = frozenset({StopReason.BUDGET, StopReason.TIME_LIMIT, StopReason.QUOTA})
 """Limits that another time may not be reached; the others would be again."""
 
 
+_FOR_GOOD = frozenset({Code.INVALID_ARGUMENT, Code.PERMISSION_DENIED, Code.NOT_FOUND})
+"""Errors that another attempt would meet again: wrong arguments, what is not granted, a person's no."""
+
+
 class Runner(Protocol):
     """The part of the runs that a line uses."""
 
@@ -214,12 +218,13 @@ class Line:
         elif run.state is RunState.SUCCEEDED and run.stop_reason not in _LATER:
             await self._end(event, State.FAILED, f"it came to no end: {_words(run.stop_reason)}")
         else:
-            await self._again(event, message or _words(run.stop_reason), counts=not cut_off)
+            may_differ = run.error is None or Reason[run.error[0]].code not in _FOR_GOOD
+            await self._again(event, message or _words(run.stop_reason), counts=not cut_off, may_differ=may_differ)
 
-    async def _again(self, event: Event, why: str, *, counts: bool) -> None:
-        """What its run has done is put back; then it waits for its next attempt, if it has one."""
+    async def _again(self, event: Event, why: str, *, counts: bool, may_differ: bool = True) -> None:
+        """What its run has done is put back; then it waits for its next attempt, if it has one and that may end differently."""
         limits, failures = self.automation.limits, event.failures + counts
-        if failures > limits.retries:
+        if failures > limits.retries or not may_differ:
             await self._end(event, State.FAILED, why)
             return
         async with self.feed.quiet if self.feed else contextlib.nullcontext():

@@ -62,11 +62,12 @@ class Schedule:
     def between(self, last: datetime, now: datetime) -> list[datetime]:
         """When it was due past `last` and up to `now`: the newest ones of these, oldest first."""
         found: list[datetime] = []
-        since = last.astimezone(UTC)  # within one zone datetimes are compared as if no clock were ever put back
+        since, until = last.astimezone(UTC), now.astimezone(UTC)  # within one zone a clock that is put back would not count
         for due in self._before(now):
             if due <= since or len(found) >= MOST_MISSED:
                 break
-            found.append(due)
+            if due <= until:
+                found.append(due)
         return found[::-1]
 
     def _before(self, now: datetime) -> Iterator[datetime]:

@@ -167,15 +167,14 @@ def _show_all(found: list[pb.Automation], *, as_json: bool) -> None:
         console.print("[dim]there are none; docs/automations.md shows how to write one[/]")
         return
     table = Table(box=None, header_style="bold")
-    for title, side in (("automation", "left"), ("trigger", "left"), ("state", "left"), ("waits", "right"), ("done", "right")):
-        table.add_column(title, justify=side, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("failed", justify="right")
+    table.add_column("automation", overflow="fold", ratio=1)
+    table.add_column("state", overflow="fold", ratio=1)
+    for title in ("waits", "done", "failed"):
+        table.add_column(title, justify="right")
     for each in found:
+        name = f"[cyan]{shown(each.name.removeprefix('automations/'))}[/]\n[dim]{shown(each.trigger)}[/]"
         failed = f"[red]{each.failed}[/]" if each.failed else "0"
-        name = each.name.removeprefix("automations/")
-        table.add_row(
-            f"[cyan]{shown(name)}[/]", shown(each.trigger), _state(each), str(each.waiting), str(each.succeeded), failed
-        )
+        table.add_row(name, _state(each), str(each.waiting), str(each.succeeded), failed)
     console.print(table)
 
 

@@ -229,7 +229,7 @@ def _bar(tell: Callable[[int], None]) -> Any:
     """What the hub's client takes for a bar of tqdm: told of each piece, it tells us."""
     from tqdm import tqdm  # comes with huggingface_hub
 
-    class Bar(tqdm):  # type: ignore[type-arg,misc]
+    class Bar(tqdm):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **more: Any) -> None:
             more["disable"] = True
             more.pop("name", None)

@@ -46,7 +46,7 @@ def test_a_file_says_all_of_an_automation():
         (PROMPT, "on"),
         (PROMPT + "[on]\n", "one of file, schedule and call"),
         (PROMPT + FILE + "[on.call]\n", "one of file, schedule and call"),
-        (PROMPT + FILE + "colour = 1\n", "on.file.colour is unknown"),
+        (PROMPT + FILE + "colour = 1\n", "on.file.colour: is unknown"),
         (PROMPT + FILE + "quiet_s = -1\n", "on.file.quiet_s"),
         (PROMPT + '[on.file]\npath = ""\n', "on.file.path"),
         (PROMPT + FILE + 'on = "vanishes"\n', "on.file.on"),
@@ -70,8 +70,8 @@ def test_a_file_says_all_of_an_automation():
         (PROMPT + FILE + "[limits]\nconcurrency = 99\n", "limits.concurrency"),
         (PROMPT + FILE + '[[grants]]\ntool = "x"\nscope = "nonsense"\n', "grants.0"),
         (PROMPT + FILE + '[[grants]]\nprincipal = "unix:pi"\ntool = "x"\nscope = "*"\n', "its own"),
-        ("[[[", "Expected"),
-        ("name = 'other'\n" + PROMPT + FILE + "[on.file.deeper]\n", "unknown"),
+        ("[[[", "line 1"),
+        (PROMPT + FILE + "[on.file.deeper]\n", "unknown"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_key(text: str, said: str):

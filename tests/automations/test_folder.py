@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agentd.automations.automation import FileTrigger
 from agentd.automations.events import Fingerprint
-from agentd.automations.folder import Found, FolderGone, Settling, Sight, fits, is_remote, look
+from agentd.automations.folder import FolderGone, Found, Settling, Sight, fits, is_remote, look
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Folder:
         self, now: float, files: Mapping[str, tuple[int, int]], came: tuple[str, ...] = (), went: tuple[str, ...] = ()
     ) -> list[str]:
         order = {name.encode(): n for n, name in enumerate(came)}
-        ready, _, _ = self.settling.step(seen(files), now, order, {name.encode() for name in went})
+        ready, _, _ = self.settling.step(seen(files), (now, 0), order, {name.encode() for name in went})
         self.settling.settled(ready)
         return [each.path.decode() for each in ready]
 
@@ -74,7 +74,7 @@ def test_a_file_that_replaces_another_or_comes_again_is_new(changes: bool):
 
 def test_files_are_handled_in_the_order_of_their_arrival():
     folder = Folder(quiet_s=0)
-    assert folder.at(0, {name: (n, 1) for n, name in enumerate("abcd")}, came=("c", "a", "d")) == ["b", "c", "a", "d"]
+    assert folder.at(0, {name: (n, 1) for n, name in enumerate("abcd")}, came=("c", "a", "d")) == ["c", "a", "d", "b"]
 
 
 @given(

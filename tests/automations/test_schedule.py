@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentd.automations.automation import parsed
@@ -45,14 +45,15 @@ def test_daylight_saving_neither_loses_nor_doubles_a_time(cron: str, since: str,
     assert [each.isoformat(timespec="minutes") for each in found] == due
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["*/7 * * * *", "0 3 * * 1", "15 10 1 * *", "59 23 * * *"]),
-    st.datetimes(datetime(2020, 1, 1), datetime(2030, 1, 1)),
+    st.datetimes(datetime(2020, 1, 1), datetime(2030, 1, 1), timezones=st.just(UTC)),  # noqa: DTZ001 - bounds are to be naive
     st.integers(0, 40 * 86400),
 )
 def test_what_is_due_is_what_the_steps_forward_give(cron: str, since: datetime, span: int):
     """Backwards and forwards agree, up to the number that is kept."""
-    clock, begin = Schedule.of(cron, "", "Europe/Berlin"), since.replace(tzinfo=UTC)
+    clock, begin = Schedule.of(cron, "", "Europe/Berlin"), since
     end = begin + timedelta(seconds=span)
     forwards, due = [], clock.after(begin)
     while due <= end and len(forwards) < 10_000:
@@ -61,6 +62,7 @@ def test_what_is_due_is_what_the_steps_forward_give(cron: str, since: datetime, 
     assert clock.between(begin, end) == forwards[-MOST_MISSED:]
 
 
+@settings(deadline=None)
 @given(st.integers(10, 100_000), st.integers(0, 2_000_000_000), st.integers(0, 1_000_000))
 def test_intervals_are_counted_from_1970(every_s: int, since: int, span: int):
     clock = Schedule.of("", f"{every_s}s", "Europe/Berlin")
@@ -89,7 +91,7 @@ class Clock:
             feed = ScheduleFeed(automation, automation.on.schedule, self.events, lambda: None, lambda: self.now)
             task = asyncio.create_task(feed.run(standing))
             deadline = time.monotonic() + 10
-            while feed.next_due is None and time.monotonic() < deadline and now.timestamp() * 1e9 >= standing.since_ns:
+            while feed.next_due is None and time.monotonic() < deadline and now.timestamp() * 1e9 >= standing.since_ns:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             task.cancel()
             await asyncio.wait([task])
