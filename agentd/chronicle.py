@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from agentd.runs import Run
     from agentd.store import Store
 
-_FROM_CONFIGURATION = " (agentd.toml, grant "
+_FROM_CONFIGURATION = re.compile(r" \((agentd\.toml|automations/[a-z0-9_-]+\.toml), grant \d+\)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,12 @@ class Chronicle:
 
 def _configured(rules: object) -> list[str]:
     """Without their numbers, which move when one is put in between."""
-    told = (str(rule).rpartition(_FROM_CONFIGURATION) for rule in rules) if isinstance(rules, list) else ()
-    return [rule for rule, configured, _ in told if configured]
+    told = []
+    for rule in map(str, rules) if isinstance(rules, list) else ():
+        if found := _FROM_CONFIGURATION.search(rule):
+            where = "" if found[1] == "agentd.toml" else f" ({found[1]})"
+            told.append(rule[: found.start()] + where)
+    return told
 
 
 def _run_event(run: Run, model: dict[str, Any]) -> Event:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
-from agentd import __version__, calls, models, parts
+from agentd import __version__, automations, calls, models, parts
 from agentd.api import ApiParts, ApiServer, AuditParts
 from agentd.audit import (
     Archive,
@@ -54,7 +54,7 @@ from agentd.store import Store
 from agentd.v1 import system_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Callable, Iterable
     from pathlib import Path
 
     from agentd.budgets import Allowance, Priority
@@ -96,7 +96,13 @@ class Daemon:
         self._journal = Journal(self._store, self._audit, config.state / "objects", parts.keep(config))
         self._records = RunRecords(self._store)
         self._clock = clock = Clock(self._audit.newest_ns())
-        self._grants = Grants(parts.rules(config), self._store, self._audit, lambda: self._moment(clock), self._own)
+        self._grants = Grants(
+            self._rules(automations.rules(automations.read_all(config.automations)[0])),
+            self._store,
+            self._audit,
+            lambda: self._moment(clock),
+            self._own,
+        )
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
         self._archive = Archive(self._store, self._audit, self._checkpoints, config.state / "archive")
@@ -181,7 +187,7 @@ class Daemon:
         self._automations = Automations(
             *(config.automations, Events(self._store), self._runs, self._calls.take_back),
             unmet=lambda when: unmet(when, self._moment(self._clock), self._budgets.readings.temperature_c),
-            fix=lambda grants: self._grants.fix([*parts.rules(config), *grants]),
+            fix=self._change_rules,
         )
         self._record_boot()
         self._record_lost(lost)
@@ -272,6 +278,16 @@ class Daemon:
         engine, loaded = self._config.engine, self._engine.model
         model = {"name": loaded.name if loaded else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
         self._chronicle.run(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature})
+
+    def _rules(self, of_automations: Iterable[Grant]) -> list[Grant]:
+        return [*parts.rules(self._config), *of_automations]
+
+    def _change_rules(self, of_automations: Iterable[Grant]) -> None:
+        """What has changed is on record. Not for the event loop."""
+        former = {"grants": [str(grant) for grant in self._grants.all()]}
+        self._grants.fix(self._rules(of_automations))
+        with contextlib.suppress(AgentdError):  # a log that is closed is told of elsewhere
+            self._chronicle.changed_rules(former, self._grants)
 
     def _moment(self, clock: Clock) -> Moment:
         """What conditions of grants are held against."""

@@ -73,7 +73,7 @@ class Checked:
 
 
 class Automations:
-    """Lives on the event loop. `fix` gets the grants of all of them whenever they are read."""
+    """Lives on the event loop. `fix` gets the grants of all of them whenever they are read, on another thread."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Automations:
             found, broken = await asyncio.to_thread(read_all, self._folder)
             for each in broken:
                 _log.warning("%s", each.error)
-            self._fix([grant for automation in found.values() for grant in automation.rules()])
+            await asyncio.to_thread(self._fix, rules(found))
             stale = [name for name, loaded in self._loaded.items() if found.get(name) != loaded.automation]
             await self._end([self._loaded.pop(name) for name in stale])
             self._broken = {each.name: each for each in broken}
@@ -249,6 +249,11 @@ class Automations:
     async def event(self, name: str, seq: int) -> Event:
         """Raises RequestError (EVENT_NOT_FOUND)."""
         return await self._events.get(name, seq)
+
+
+def rules(found: Mapping[str, Automation]) -> list[Grant]:
+    """The grants of all of them."""
+    return [grant for automation in found.values() for grant in automation.rules()]
 
 
 def _require_all(automation: Automation, data: Mapping[str, str]) -> None:

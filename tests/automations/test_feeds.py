@@ -33,8 +33,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 class Feed:
     """A feed at work."""
 
-    def __init__(self, store: Store, folder: Path, more: str = "") -> None:
-        text = f'prompt = "hello"\n[on.file]\npath = "{folder}"\nquiet_s = 0.05\n{more}'
+    def __init__(self, store: Store, folder: Path, more: str = "", quiet_s: float = 0.05) -> None:
+        text = f'prompt = "hello"\n[on.file]\npath = "{folder}"\nquiet_s = {quiet_s}\n{more}'
         automation = parsed("it", text)
         assert automation.on.file
         self.events, self.watch, self.woken = Events(store), Watch(), 0
@@ -111,7 +111,7 @@ def test_ten_thousand_files_in_a_second_are_one_event_each(store: Store, tmp_pat
     async def go() -> None:
         inbox = tmp_path / "inbox"
         inbox.mkdir()
-        async with Feed(store, inbox).running() as feed:
+        async with Feed(store, inbox, quiet_s=1).running() as feed:
             await asyncio.to_thread(lambda: [(inbox / f"{n:05}").touch() for n in range(10_000)])
             while sum((await feed.events.counts()).get("it", {}).values()) < 10_000:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
