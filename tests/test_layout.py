@@ -128,5 +128,6 @@ def test_every_reason_is_documented():
         "SOCKET_TAKEN",
         "SOCKET_INVALID",
         "DAEMON_UNREACHABLE",
+        "DOWNLOAD_FAILED",
     }
     assert {name for name in Reason.__members__ if f"`{name}`" not in documented} == only_at_start
