@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
-from agentd import __version__, automations, calls, models, parts
+from agentd import __version__, automations, calls, models, parts, systemd
 from agentd.api import ApiParts, ApiServer, AuditParts
 from agentd.audit import (
     Archive,
@@ -149,8 +149,12 @@ class Daemon:
         try:
             await self.start()
             ready()
+            systemd.notify("READY=1", f"STATUS=ready on {self._config.socket}", f"MAINPID={os.getpid()}")
+            alive = asyncio.create_task(systemd.keep_telling(), name="watchdog")
             await stop.wait()
+            alive.cancel()
         finally:
+            systemd.notify("STOPPING=1")
             await self.stop()
 
     async def start(self) -> None:
@@ -195,7 +199,10 @@ class Daemon:
         self._throttle.start()
         for exporter in self._exporters:
             exporter.start()
-        self._server = ApiServer(self._parts(), config.socket, int(config.socket_mode, 8), config.state, parts.tcp(config))
+        self._server = ApiServer(
+            *(self._parts(), config.socket, int(config.socket_mode, 8), config.state),
+            *(parts.tcp(config), systemd.listener()),
+        )
         await self._server.start()
         self._runs.resume(deferred)
         await self._automations.start()

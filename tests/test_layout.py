@@ -64,7 +64,7 @@ def test_every_package_folder_is_declared():
     """A room that is not in pyproject.toml would be missing from the wheel."""
     declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "agentd").rglob("__init__.py")}
-    assert folders | {"agentd.bundled_tools", "agentd_sandbox"} == declared
+    assert folders | {"agentd.bundled_tools", "agentd.units", "agentd_sandbox"} == declared
 
 
 def test_the_sandbox_stands_alone():
@@ -83,7 +83,12 @@ def test_the_wheel_holds_our_two_packages_and_nothing_else(tmp_path: Path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"agentd", "agentd_sandbox"}
-    for name in ("agentd/bundled_tools/files/tool.toml", "agentd/models/pocket.gguf", "agentd_sandbox/profiles/aarch64.bpf"):
+    for name in (
+        "agentd/bundled_tools/files/tool.toml",
+        "agentd/models/pocket.gguf",
+        "agentd_sandbox/profiles/aarch64.bpf",
+        "agentd/units/user/agentd.service",
+    ):
         assert name in names
 
 

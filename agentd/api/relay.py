@@ -38,11 +38,13 @@ class Peer:
 
 
 class Relay:
-    """Listens at `path` with file mode `mode`; connects onward to `inner`, where nobody else gets to."""
+    """Listens at `path` with file mode `mode`, or at a socket that is `given` and listens already; connects onward to `inner`,
+    where nobody else gets to.
+    """
 
-    def __init__(self, path: Path, inner: str, mode: int) -> None:
+    def __init__(self, path: Path, inner: str, mode: int, given: socket.socket | None = None) -> None:
         self._path, self._inner, self._mode = path, inner, mode
-        self._listener: socket.socket | None = None
+        self._listener: socket.socket | None = given
         self._accepting: asyncio.Task[None] | None = None
         self._open: dict[asyncio.Task[None], int] = {}
         self._peers: dict[str, Peer] = {}
@@ -52,6 +54,13 @@ class Relay:
         return self._peers.get(name)
 
     async def start(self) -> None:
+        """Raises OSError."""
+        listener = self._listener or self._bound()
+        listener.setblocking(False)
+        self._listener = listener
+        self._accepting = asyncio.create_task(self._accept(listener), name="relay")
+
+    def _bound(self) -> socket.socket:
         """Raises OSError."""
         listener = socket.socket(socket.AF_UNIX)
         umask = os.umask(0o777 & ~self._mode)  # what it is meant to have from its first moment on
@@ -63,9 +72,7 @@ class Relay:
         finally:
             os.umask(umask)
         listener.listen(_BACKLOG)
-        listener.setblocking(False)
-        self._listener = listener
-        self._accepting = asyncio.create_task(self._accept(listener), name="relay")
+        return listener
 
     async def stop(self) -> None:
         """Take nobody new, and end every connection."""

@@ -96,19 +96,30 @@ class Tcp:
 
 
 class ApiServer:
-    """Listens at `path` with file mode `mode`, and at `tcp`. `private` is a folder that only the daemon can enter."""
+    """Listens at `path` with file mode `mode`, and at `tcp`. `private` is a folder that only the daemon can enter. With a
+    socket that is `given`, whoever gave it made it at `path`, and takes it away.
+    """
 
-    def __init__(self, parts: ApiParts, path: Path, mode: int, private: Path, tcp: Tcp | None = None) -> None:
-        self._parts, self._path, self._tcp = parts, path, tcp
+    def __init__(
+        self,
+        parts: ApiParts,
+        path: Path,
+        mode: int,
+        private: Path,
+        tcp: Tcp | None = None,
+        given: socket.socket | None = None,
+    ) -> None:
+        self._parts, self._path, self._tcp, self._given = parts, path, tcp, given
         self._private = os.open(private, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._inner = f"/proc/self/fd/{self._private}/api.sock"  # short, however long the folder's path is
-        self._relay = Relay(path, self._inner, mode)
+        self._relay = Relay(path, self._inner, mode, given)
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
         """Listen. Raises DaemonError: SOCKET_TAKEN, SOCKET_INVALID."""
-        prepare_socket(self._path)
+        if not self._given:
+            prepare_socket(self._path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink("api.sock", dir_fd=self._private)
         options = [
@@ -170,7 +181,8 @@ class ApiServer:
             await asyncio.wait([stopping], timeout=grace_s + 1)  # a client that does not read keeps it for ever
             await self._relay.stop()
             await stopping
-        self._path.unlink(missing_ok=True)
+        if not self._given:
+            self._path.unlink(missing_ok=True)
         os.close(self._private)
 
 

@@ -36,6 +36,7 @@ _COMMANDS = {
     "models": "models:models",
     "automations": "automations:automations",
     "trigger": "automations:trigger",
+    "service": "service:service",
     "doctor": "doctor:doctor",
     "demo": "demo:demo",
     "witness": "witness:witness",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -109,7 +110,7 @@ def _find(entry: Entry, mirror: str) -> Remote:
     endpoint = mirror.rstrip("/") or None
     url = hub.hf_hub_url(entry.repository, entry.file, revision=entry.revision, endpoint=endpoint)
     try:
-        told = hub.get_hf_file_metadata(url, token=_token(url), endpoint=endpoint, retry_on_errors=True)
+        told = hub.get_hf_file_metadata(url, token=_token(url), endpoint=endpoint)
     except Exception as e:  # whatever the hub's client, its transport or a proxy makes of it
         raise _failed(entry.file, url, e) from None
     if not told.size:
@@ -260,6 +261,7 @@ def _hub() -> Any:
         message = "Fetching models needs huggingface_hub, which is not installed."
         hint = "Install it: pip install 'agentd[pull]'. Or take a file you have: agentd models pull NAME --file FILE."
         raise EngineError(Reason.DOWNLOAD_FAILED, message, hint=hint) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each break is told of here, if it is not overcome
     return huggingface_hub
 
 

@@ -1,0 +1,1 @@
+"""Units of systemd, and scripts of Termux: data for `agentd service`."""
