@@ -92,6 +92,7 @@ class When(_Strict):
     network: bool = False
     hours: str = ""
     below_c: float | None = Field(default=None, ge=0, le=120)
+    above_c: float | None = Field(default=None, ge=0, le=120)
 
     @model_validator(mode="after")
     def _hours(self) -> Self:
@@ -104,13 +105,15 @@ class When(_Strict):
 
 class Limits(_Strict):
     """`concurrency` of its runs go on at a time, `debounce_s` is how long further events of the same file or caller join one
-    that waits, `deadline_s` how long a run may take. One that fails is tried again `retries` times, after `retry_s`, then twice
-    as long, and so on. An event that could not begin in `wait_s` is dropped. A person has `approval_s` to answer.
+    that waits, `deadline_s` how long a run may take, `pause_s` how long to wait after one that succeeded. One that fails is
+    tried again `retries` times, after `retry_s`, then twice as long, and so on. An event that could not begin in `wait_s` is
+    dropped. A person has `approval_s` to answer.
     """
 
     concurrency: int = Field(default=1, ge=1, le=8)
     debounce_s: float = Field(default=0, ge=0, le=_DAY_S)
     deadline_s: float = Field(default=300, gt=0, le=_DAY_S)
+    pause_s: float = Field(default=0, ge=0, le=_DAY_S)
     retries: int = Field(default=2, ge=0, le=20)
     retry_s: float = Field(default=30, ge=0.1, le=_DAY_S)
     wait_s: float = Field(default=7 * _DAY_S, gt=0, le=366 * _DAY_S)

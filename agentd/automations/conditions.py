@@ -22,6 +22,9 @@ def unmet(when: When, moment: Moment, temperature_c: float | None) -> str:
     if when.below_c is not None and (temperature_c is None or temperature_c >= when.below_c):
         now = "and nothing measures it" if temperature_c is None else f"it has {temperature_c:.0f} C"
         return f"waits until the device is below {when.below_c:g} C, {now}"
+    if when.above_c is not None and (temperature_c is None or temperature_c <= when.above_c):
+        now = "and nothing measures it" if temperature_c is None else f"it has {temperature_c:.0f} C"
+        return f"waits until the device is above {when.above_c:g} C, {now}"
     if when.network and not is_online():
         return "waits for the network"
     return ""

@@ -36,6 +36,11 @@ def common(automation: str, moment: datetime) -> dict[str, str]:
     return {"automation": automation, "time": moment.strftime("%Y-%m-%d %H:%M"), "date": moment.strftime("%Y-%m-%d")}
 
 
+def _together(every_s: float) -> float:
+    """Until the next moment at which all that look so often do: one wake-up of the processor for all."""
+    return every_s - time.monotonic() % every_s
+
+
 def of_path(path: str) -> dict[str, str]:
     """What a template may name of a file."""
     try:
@@ -122,7 +127,7 @@ class FolderFeed:
                 self.trouble = e.message
                 return _POLL_S
         self.trouble = ""
-        calm_s = max(_POLL_S if self.polled else self.again_s, (time.monotonic() - now[0]) * _SHARE)
+        calm_s = max(_together(_POLL_S if self.polled else self.again_s), (time.monotonic() - now[0]) * _SHARE)
         return calm_s if wait_s is None else min(wait_s, calm_s)
 
     async def _take_in(
@@ -189,7 +194,7 @@ class ScheduleFeed:
             if due:
                 fired = await self._fire(max(fired, due[-1].astimezone(UTC)), self._wanted(due, now))
             self.next_due = schedule.after(max(now, fired))
-            await asyncio.sleep(max(0.05, min(_CLOCK_S, (self.next_due - self.now()).total_seconds())))
+            await asyncio.sleep(max(0.05, min(_together(_CLOCK_S), (self.next_due - self.now()).total_seconds())))
 
     async def _fire(self, up_to: datetime, wanted: list[datetime]) -> datetime:
         """Where the disk is full it has fired all the same: or it would do so without end."""

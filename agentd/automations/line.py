@@ -77,6 +77,7 @@ class Line:
     under_way: dict[int, Event] = field(default_factory=dict)
     parked: set[int] = field(default_factory=set)
     """Those of them that wait for a person."""
+    _quiet_until: float = 0.0
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -118,6 +119,9 @@ class Line:
                 if reason := self.unmet():
                     self.waits = reason
                     return _LOOK_AGAIN_S
+                if (left_s := self._quiet_until - time.monotonic()) > 0:
+                    self.waits = f"pauses for {left_s:.0f} s more"
+                    return min(left_s, _LOOK_AGAIN_S)
             self._launch(event)
         return None
 
@@ -249,6 +253,8 @@ class Line:
         await self.events.keep(replace(event, state=State.WAITING, due_ns=due_ns, note=why, failures=failures))
 
     async def _end(self, event: Event, state: State, note: str) -> None:
+        if state is State.SUCCEEDED:
+            self._quiet_until = time.monotonic() + self.automation.limits.pause_s
         await self.events.keep(replace(event, state=state, end_ns=time.time_ns(), note=note))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.progress import track
 
 from agentd.client import Client
-from tests.bench import budgets, confined, engine, log, permission, undo
+from tests.bench import budgets, confined, engine, idle, log, permission, undo
 from tests.bench.figures import Figure, console, milliseconds, percentile, resident_mb, show
 from tests.e2e.conftest import DaemonProcess
 
@@ -118,6 +118,7 @@ def main() -> None:
         figures += undo.figures(folder)
         figures += log.figures(folder)
         figures += budgets.figures()
+        figures += idle.figures()
         figures += starts(folder, 5)
         figures += confined.figures(folder, args.calls)
     figures += engine.figures()
