@@ -45,6 +45,8 @@ class Hub:
     tokens: list[str | None] = field(default_factory=list)
     url: str = ""
     slow_s: float = 0.0
+    more: int = 0
+    """Bytes that come beside what it has said."""
 
     @property
     def digest(self) -> str:
@@ -71,7 +73,7 @@ def serve(hub: Hub) -> http.server.ThreadingHTTPServer:
             start = int(asked[1]) if asked and hub.ranges else 0
             hub.told.append(self.headers.get("range") or "")
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(hub.data) - start))
+            self.send_header("Content-Length", str(len(hub.data) - start + hub.more))
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(hub.data) - 1}/{len(hub.data)}")
             self.end_headers()
@@ -79,6 +81,8 @@ def serve(hub: Hub) -> http.server.ThreadingHTTPServer:
             for at in range(start, min(end, len(hub.data)), 1 << 16):
                 self.wfile.write(hub.data[at : min(at + (1 << 16), end)])
                 time.sleep(hub.slow_s)
+            for _ in range(hub.more >> 16):
+                self.wfile.write(bytes(1 << 16))
             if end < len(hub.data):
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_RDWR)
@@ -104,6 +108,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield made
     server.shutdown()
     server.server_close()
+
+
+def mine(tmp_path: Path) -> Path:
+    """Where files of `hf:` go."""
+    return tmp_path / "data" / "agentd" / "models" / REPOSITORY.replace("/", "--")
 
 
 def entry(hub: Hub, **more: Any) -> catalogue.Entry:
@@ -148,7 +157,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(hub: Hub, tmp_path: Path):
     hub.slow_s = 0.003
     command = [sys.executable, "-m", "agentd", "models", "pull", f"hf:{REPOSITORY}/model.gguf", "--mirror", hub.url]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = tmp_path / "data" / "agentd" / "models"
+    folder = mine(tmp_path)
     deadline = time.monotonic() + 60
     while not any(part.stat().st_size > 20_000_000 for part in folder.glob(".*.part")):
         assert time.monotonic() < deadline
@@ -207,6 +216,26 @@ def test_a_server_that_is_not_there_or_has_no_such_file(hub: Hub, monkeypatch: p
     assert caught.value.reason is Reason.DOWNLOAD_FAILED
 
 
+def test_a_server_that_sends_without_end_is_stopped_and_leaves_nothing(hub: Hub):
+    hub.more = 50_000_000
+    with pytest.raises(EngineError) as caught:
+        pull.pull(entry(hub), hub.url, silent, 0)
+    assert caught.value.reason is Reason.DOWNLOAD_FAILED
+    assert not list(entry(hub).path.parent.glob(".*.part"))
+
+
+def test_a_folder_that_can_not_be_written_is_a_sentence(hub: Hub, tmp_path: Path):
+    (tmp_path / "data").write_text("a file where a folder should be")
+    with pytest.raises(StoreError, match="can't be written"):
+        pull.pull(entry(hub), hub.url, silent, 0)
+
+
+@pytest.mark.parametrize("url", ["http://huggingface.co/x", "https://huggingface.co.evil.org/x", "https://cdn.example.org/x"])
+def test_a_token_is_sent_to_nobody_else(url: str):
+    assert pull._token(url) is False
+    assert pull._token("https://huggingface.co/x") is None
+
+
 def test_a_full_disk_is_said_before_anything_is_fetched(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(pull, "_SPARE", 1 << 60)
     with pytest.raises(StoreError) as caught:
@@ -231,8 +260,10 @@ def test_a_persons_token_goes_to_the_hub_only(hub: Hub, monkeypatch: pytest.Monk
 
 def test_a_file_of_ones_own_is_taken_verified_used_and_removed(hub: Hub, tmp_path: Path):
     """The commands, one after another."""
-    mine = tmp_path / "mine.gguf"
-    mine.write_bytes(hub.data)
+    own = tmp_path / "mine.gguf"
+    own.write_bytes(hub.data)
+    link = tmp_path / "link.gguf"
+    link.symlink_to("mine.gguf")
 
     def agentd(*arguments: str, ok: bool = True) -> Any:
         done = CliRunner().invoke(cli, ["models", *arguments, "--json"])
@@ -242,20 +273,26 @@ def test_a_file_of_ones_own_is_taken_verified_used_and_removed(hub: Hub, tmp_pat
     listed = agentd("list")
     assert {"e2b", "e4b", "12b", "26b-a4b", "31b"} <= {each["name"] for each in listed["models"]}
     assert listed["advice"]
-    error = agentd("pull", "e2b-2bit", "--file", str(mine), ok=False)
+    error = agentd("pull", "e2b-2bit", "--file", str(own), ok=False)
     assert "should be 0a5bbc20" in str(error)
-    taken = agentd("pull", "e2b", "--file", str(mine))
-    assert os.path.samefile(taken["path"], mine)
+    taken = agentd("pull", "e2b", "--file", str(link))
+    assert os.path.samefile(taken["path"], own)
+    assert not os.path.islink(taken["path"])
     assert agentd("verify", "e2b")["sha256"] == hub.digest
     config = tmp_path / "config" / "agentd" / "agentd.toml"
     config.parent.mkdir(parents=True)
-    config.write_text("# mine\n[engine]\ncontext = 1024  # small\n")
+    kept = tmp_path / "dotfiles.toml"
+    kept.write_text("# mine\n[engine]\ncontext = 1024  # small\n")
+    kept.chmod(0o600)
+    config.symlink_to(kept)
     agentd("use", "e2b")
+    assert config.is_symlink()
+    assert kept.stat().st_mode & 0o777 == 0o600
     assert config.read_text() == '# mine\n[engine]\ncontext = 1024  # small\nmodel = "e2b"\n'
     assert "is the model in use" in str(agentd("remove", "e2b", ok=False))
     agentd("use", "pocket")
     assert agentd("remove", "e2b")["freed_bytes"] == len(hub.data)
-    assert mine.exists()
+    assert own.exists()
     assert "no file" in str(agentd("use", "e2b", ok=False))
     assert "There is no model" in str(agentd("pull", "nonsense", ok=False))
     config.write_text("[engine]\nbroken")

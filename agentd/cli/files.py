@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +79,10 @@ def pull(model: str, mirror: str, file: Path | None, *, as_json: bool) -> None:
         print_json({"model": model, "path": str(path), "bytes": path.stat().st_size})
         return
     console.print(f"[green]here:[/] {shown(str(path))}")
+    if not entry.sha256:
+        console.print(
+            "[dim]its SHA-256 is in no catalogue: it was held against the one that the server names, if it names one[/]"
+        )
     console.print(f"[dim]agentd models use {shown(model if known.catalogue.named(model) else str(path))}[/]")
 
 
@@ -155,14 +160,25 @@ def memory_mib() -> tuple[float, float]:
 def _set_model(file: Path, value: str) -> None:
     """Raises ConfigError."""
     try:
-        text = file.read_text() if file.exists() else ""
+        real = file.resolve()  # where people keep their files elsewhere, the link to it stays
+        there = real.exists()
+        text = real.read_bytes().decode() if there else ""
         document = tomlkit.parse(text)
         document.setdefault("engine", tomlkit.table())["model"] = value
-        configuration.check(tomlkit.dumps(document), file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".{file.name}.new")
-        new.write_text(tomlkit.dumps(document))
-        new.replace(file)
+        changed = tomlkit.dumps(document)
+        configuration.check(changed, file)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        new = real.with_name(f".{real.name}.new")
+        with new.open("wb") as opened:
+            if there:
+                about = real.stat()
+                os.fchmod(opened.fileno(), about.st_mode & 0o7777)
+                if os.geteuid() == 0:
+                    os.fchown(opened.fileno(), about.st_uid, about.st_gid)
+            opened.write(changed.encode())
+            opened.flush()
+            os.fsync(opened.fileno())
+        new.replace(real)
     except (OSError, TOMLKitError, UnicodeDecodeError, TypeError) as e:
         why = getattr(e, "strerror", None) or str(e)
         hint = f'Write it yourself: model = "{value}" in [engine].'

@@ -17,7 +17,9 @@ from agentd.places import default_data
 if TYPE_CHECKING:
     from pathlib import Path
 
-_ELSEWHERE = re.compile(r"hf:(?P<repository>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w.-]{1,64}))?/(?P<file>[\w.-]+\.gguf)")
+_ELSEWHERE = re.compile(
+    r"hf:(?P<repository>[\w.-]{1,96}/[\w.-]{1,96})(?:@(?P<revision>[\w.-]{1,64}))?/(?P<file>[\w.-]{1,150}\.gguf)"
+)
 _ROOM = 1.1  # of what the engine takes: others grow, too
 
 
@@ -39,8 +41,8 @@ class Entry(BaseModel):
 
     @property
     def path(self) -> Path:
-        """Where it lies when it has been pulled."""
-        return folder() / self.file
+        """Where it lies when it has been pulled: others than those of the catalogue in a folder of their own."""
+        return (folder() if self.known_by else folder() / self.repository.replace("/", "--")) / self.file
 
 
 @dataclass(frozen=True, slots=True)

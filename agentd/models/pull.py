@@ -42,7 +42,24 @@ class Remote:
     version: str
 
 
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What the disk refuses is said in a sentence. Raises StoreError (STORE_FULL)."""
+    try:
+        yield
+    except OSError as e:
+        message = f"{e.filename or path} can't be written: {e.strerror or e}."
+        hint = "Look at the folder's owner and at the disk, or let XDG_DATA_HOME name another folder."
+        raise StoreError(Reason.STORE_FULL, message, hint=hint, metadata={"path": str(path)}) from None
+
+
 def pull(entry: Entry, mirror: str, tell: Callable[[str, int, int], None], pause_s: float = _PAUSE_S) -> Path:
+    """`_pull`, with what the disk refuses as a sentence."""
+    with _disk(entry.path):
+        return _pull(entry, mirror, tell, pause_s)
+
+
+def _pull(entry: Entry, mirror: str, tell: Callable[[str, int, int], None], pause_s: float) -> Path:
     """The file in its place. `tell(what, done, of)` tells of progress, in bytes.
 
     Raises EngineError (DOWNLOAD_FAILED, MODEL_INVALID), StoreError (STORE_FULL).
@@ -56,17 +73,31 @@ def pull(entry: Entry, mirror: str, tell: Callable[[str, int, int], None], pause
             if _digest(target, lambda _: None) in (remote.digest, entry.sha256):
                 return target
         part = target.with_name(f".{target.name}.{remote.version}.part")
+        if part.exists() and (part.stat().st_size > remote.size or not remote.version):
+            part.unlink()  # more came than there was, or nothing says of which version it is
         for other in target.parent.glob(f".{target.name}.*.part"):
             if other != part:
                 other.unlink()  # of another version
         _require_room(target.parent, remote.size - (part.stat().st_size if part.exists() else 0), target.name)
-        _fetch(remote, part, lambda done: tell("fetching", done, remote.size), pause_s)
+
+        def again() -> Remote:
+            found = _find(entry, mirror)
+            if (found.size, found.version) != (remote.size, remote.version):
+                raise _failed(entry.file, found.url, "it is another file now than when this began")
+            return found
+
+        _fetch(remote, part, lambda done: tell("fetching", done, remote.size), pause_s, again)
         _accept(part, target, remote.digest or entry.sha256, lambda done: tell("verifying", done, remote.size))
     return target
 
 
 def take(entry: Entry, file: Path, tell: Callable[[str, int, int], None]) -> Path:
     """The same with a file that is on the disk already."""
+    with _disk(entry.path):
+        return _take(entry, file, tell)
+
+
+def _take(entry: Entry, file: Path, tell: Callable[[str, int, int], None]) -> Path:
     target = entry.path
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone(target):
@@ -78,7 +109,7 @@ def take(entry: Entry, file: Path, tell: Callable[[str, int, int], None]) -> Pat
             part = target.with_name(f".{target.name}.copy.part")
             part.unlink(missing_ok=True)
             try:
-                os.link(file, part)  # on the same disk nothing is copied
+                os.link(file.resolve(), part)  # on the same disk nothing is copied
             except OSError:
                 _require_room(target.parent, size, target.name)
                 _copy(file, part, lambda done: tell("copying", done, size))
@@ -113,7 +144,7 @@ def _find(entry: Entry, mirror: str) -> Remote:
         told = hub.get_hf_file_metadata(url, token=_token(url), endpoint=endpoint)
     except Exception as e:  # whatever the hub's client, its transport or a proxy makes of it
         raise _failed(entry.file, url, e) from None
-    if not told.size:
+    if not told.size or told.size < 0:
         raise _failed(entry.file, url, "the server does not say how long the file is")
     etag = (told.etag or "").lower()
     digest = etag if len(etag) == 64 and not set(etag) - set("0123456789abcdef") else ""
@@ -121,13 +152,18 @@ def _find(entry: Entry, mirror: str) -> Remote:
         message = f"{entry.file} at {url} is another file than the one that is known: its SHA-256 is {digest}."
         hint = f"Name it hf:{entry.repository}/{entry.file} if you trust it all the same."
         raise EngineError(Reason.MODEL_INVALID, message, hint=hint, metadata={"url": url, "sha256": digest})
-    version = (digest or hashlib.sha256(f"{etag}{told.commit_hash}".encode()).hexdigest())[:16]
+    told_apart = f"{etag}{told.commit_hash or ''}"
+    version = (digest or (hashlib.sha256(told_apart.encode()).hexdigest() if told_apart else ""))[:16]
     return Remote(str(told.location), int(told.size), digest, version)
 
 
-def _fetch(remote: Remote, part: Path, tell: Callable[[int], None], pause_s: float) -> None:
-    """All of it into `part`, from where that ends. Raises EngineError (DOWNLOAD_FAILED), StoreError."""
+def _fetch(remote: Remote, part: Path, tell: Callable[[int], None], pause_s: float, again: Callable[[], Remote]) -> None:
+    """All of it into `part`, from where that ends; `again` asks the server anew.
+
+    Raises EngineError (DOWNLOAD_FAILED), StoreError.
+    """
     hub, failures = _hub(), 0
+    hub.constants.DOWNLOAD_CHUNK_SIZE = _CHUNK  # it keeps what has come in whole pieces only, of 10 MiB by itself
     while (before := part.stat().st_size if part.exists() else 0) < remote.size:
         try:
             with part.open("ab") as file:
@@ -137,9 +173,12 @@ def _fetch(remote: Remote, part: Path, tell: Callable[[int], None], pause_s: flo
                     resume_size=before,
                     headers=headers,
                     expected_size=remote.size,
-                    tqdm_class=_bar(tell),
+                    tqdm_class=_bar(tell, remote.size),
                     _nb_retries=1,
                 )
+        except _TooMuch as e:
+            part.unlink()
+            raise _failed(part.name, remote.url, e) from None
         except OSError as e:
             _require_room(part.parent, remote.size - part.stat().st_size, part.name)
             reason: Exception = e
@@ -151,9 +190,7 @@ def _fetch(remote: Remote, part: Path, tell: Callable[[int], None], pause_s: flo
         if failures >= _ATTEMPTS:
             raise _failed(part.name, remote.url, reason, part.stat().st_size)
         time.sleep(pause_s * min(16, 2**failures))
-    if part.stat().st_size > remote.size:
-        part.unlink()
-        raise _failed(part.name, remote.url, "more came than there should be")
+        remote = again()  # addresses of the servers behind it hold for a while only
 
 
 def _accept(part: Path, target: Path, sha256: str, tell: Callable[[int], None]) -> None:
@@ -226,8 +263,12 @@ def _alone(target: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _bar(tell: Callable[[int], None]) -> Any:
-    """What the hub's client takes for a bar of tqdm: told of each piece, it tells us."""
+class _TooMuch(Exception):
+    """More came than the server had said."""
+
+
+def _bar(tell: Callable[[int], None], most: int) -> Any:
+    """What the hub's client takes for a bar of tqdm: told of each piece, it tells us, and ends what has no end."""
     from tqdm import tqdm  # comes with huggingface_hub
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -239,6 +280,8 @@ def _bar(tell: Callable[[int], None]) -> Any:
 
         def update(self, n: float | None = 1) -> bool | None:
             self.done += int(n or 0)
+            if self.done > most:
+                raise _TooMuch("more came than the server had said")
             tell(self.done)
             return None
 
@@ -247,7 +290,8 @@ def _bar(tell: Callable[[int], None]) -> Any:
 
 def _token(url: str) -> bool | None:
     """A person's token is for the hub itself: no mirror, and no server that the file really lies on, gets it."""
-    return None if urlsplit(url).netloc == "huggingface.co" else False
+    split = urlsplit(url)
+    return None if (split.scheme, split.netloc) == ("https", "huggingface.co") else False
 
 
 def _hub() -> Any:
