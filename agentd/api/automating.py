@@ -83,7 +83,8 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
     ) -> list[pb.CheckAutomationResponse.Permission]:
         """As if its own grants were in force, which those of a text are not yet."""
         principal, own = automation.principal, automation.rules()
-        supposed = [grant for grant in self._grants.all() if grant.principal != principal or grant.id] + own
+        supposed = [grant for grant in self._grants.all() if not grant.where.startswith(f"automations/{automation.name}.")]
+        supposed += own
         found = []
         for tool in tools:
             rules = [str(grant) for grant in supposed if grant.concerns((principal,), tool)]
@@ -128,7 +129,7 @@ def _name(full: str) -> str:
 def _automation(told: Told) -> pb.Automation:
     automation, counts = told.automation, told.counts
     message = pb.Automation(
-        name=f"automations/{told.name}",
+        name=convert.valid(f"automations/{told.name}"),
         description=automation.description if automation else "",
         trigger=convert.valid(trigger_words(automation)) if automation else "",
         action=convert.valid(action_words(automation)) if automation else "",

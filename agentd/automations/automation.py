@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
+import stat
 import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -22,10 +25,13 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _LARGEST_FILE = 256 << 10
 _DAY_S = 86400.0
 _FILE_FIELDS = frozenset({"path", "name", "folder", "size"})
-_COMMON_FIELDS = frozenset({"automation", "time", "date"})
+COMMON_FIELDS = frozenset({"automation", "time", "date"})
 
 
 def absolute(text: str) -> str:
+    """Raises ValueError."""
+    if "\0" in text:
+        raise ValueError("a path has no NUL character")
     return os.path.abspath(os.path.expanduser(text))
 
 
@@ -126,6 +132,14 @@ class DirectCall(_Strict):
     tool: str
     arguments: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _is_json(self) -> Self:
+        try:
+            json.dumps(self.arguments, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("its arguments have what JSON has not, such as a date without quotes") from None
+        return self
+
 
 class Automation(_Strict):
     """`prompt` is a template over what the trigger knows; `call` instead of it needs no model. `tools` empty: all."""
@@ -150,8 +164,8 @@ class Automation(_Strict):
     def fields(self) -> frozenset[str]:
         """What templates may name."""
         if self.on.file:
-            return _FILE_FIELDS | _COMMON_FIELDS
-        return _COMMON_FIELDS | frozenset(self.on.call.data if self.on.call else ())
+            return _FILE_FIELDS | COMMON_FIELDS
+        return COMMON_FIELDS | frozenset(self.on.call.data if self.on.call else ())
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
@@ -211,20 +225,28 @@ def parsed(name: str, text: str) -> Automation:
     except ValidationError as e:
         where, what = first_mistake(e)
         raise invalid(name, f"{where}: {what}" if where else what) from None
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # also of numbers that are too long for Python
         raise invalid(name, str(e)) from None
     made.rules()
     return made
 
 
 def read(file: Path) -> Automation:
-    """Raises ConfigError (AUTOMATION_INVALID)."""
+    """No link: a tool could write where it leads, and with that what it is allowed. Raises ConfigError (AUTOMATION_INVALID)."""
     try:
-        if file.stat().st_size > _LARGEST_FILE:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as opened:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise invalid(file.stem, "it is no file")
+            text = opened.read(_LARGEST_FILE + 1)
+        if len(text) > _LARGEST_FILE:
             raise invalid(file.stem, f"it is larger than {_LARGEST_FILE >> 10} KiB")
-        return parsed(file.stem, file.read_text())
-    except (OSError, UnicodeDecodeError) as e:
-        raise invalid(file.stem, getattr(e, "strerror", None) or "it is not UTF-8") from None
+        return parsed(file.stem, text.decode())
+    except OSError as e:
+        why = "it is a link, and tools might write where it leads" if e.errno == errno.ELOOP else e.strerror or str(e)
+        raise invalid(file.stem, why) from None
+    except UnicodeDecodeError:
+        raise invalid(file.stem, "it is not UTF-8") from None
 
 
 def read_all(folder: Path) -> tuple[dict[str, Automation], list[Broken]]:

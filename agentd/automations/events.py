@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _KEPT = 1000  # ended ones of each automation
 _MOST_WAITING = 100_000  # of each automation: what comes beyond that is not taken
+_BETWEEN_PRUNES = 64
 _OPEN = "state IN ('waiting', 'running')"
+_PRUNE = f"""DELETE FROM trigger_event WHERE automation = ?1 AND NOT {_OPEN} AND seq <= (
+    SELECT seq FROM trigger_event WHERE automation = ?1 ORDER BY seq DESC LIMIT 1 OFFSET {_KEPT})"""  # noqa: S608 - constants
 
 
 class State(Enum):
@@ -87,6 +90,10 @@ class Standing:
     since_ns: int
     paused: bool
     fired_ns: int
+    accepted: bool
+    """Whether what its folder held when the automation was new is known."""
+    mounted: bool
+    """Whether its folder lay on a disk of its own."""
 
 
 class Events:
@@ -94,12 +101,16 @@ class Events:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._ended: dict[str, int] = {}
 
-    async def meet(self, automation: str, now_ns: int) -> Standing:
-        """What is known of an automation, from now on if nothing was."""
+    async def meet(self, automation: str, now_ns: int, trigger: str = "") -> Standing:
+        """What is known of an automation, from now on if nothing was. Where its trigger is another now, it has fired so far."""
 
         def meet(db: apsw.Connection) -> Standing:
-            db.execute("INSERT OR IGNORE INTO automation VALUES (?, ?, 0, ?)", (automation, now_ns, now_ns))
+            insert = "INSERT OR IGNORE INTO automation (name, since_ns, fired_ns, trigger) VALUES (?, ?, ?, ?)"
+            db.execute(insert, (automation, now_ns, now_ns, trigger))
+            changed = "UPDATE automation SET fired_ns = ?, trigger = ? WHERE name = ? AND trigger != ?"
+            db.execute(changed, (now_ns, trigger, automation, trigger))
             return _standing(db, automation)
 
         return await self._write(meet)
@@ -125,6 +136,8 @@ class Events:
                 _keep(db, ended)
             db.execute(f"DELETE FROM watched WHERE automation {others}", (kept,))  # noqa: S608
             db.execute(f"DELETE FROM automation WHERE name {others}", (kept,))  # noqa: S608
+            for (name,) in list(db.execute("SELECT DISTINCT automation FROM trigger_event")):
+                db.execute(_PRUNE, (name,))
 
         await self._write(forget)
 
@@ -137,12 +150,21 @@ class Events:
 
         return await self._write(add)
 
-    async def fire(self, automation: str, fired_ns: int, events: Iterable[Event]) -> list[Event]:
-        """Times of a schedule that have come, and that it has fired up to there."""
+    async def fire(self, automation: str, fired_ns: int, events: Iterable[Event], *, join: bool) -> list[Event]:
+        """Times of a schedule that have come, and that it has fired up to there. With `join` they join one that still waits."""
+        made = list(events)
 
         def fire(db: apsw.Connection) -> list[Event]:
             db.execute("UPDATE automation SET fired_ns = ? WHERE name = ?", (fired_ns, automation))
-            return [_add(db, event, 0) for event in events]
+            if join and made:
+                query = "SELECT * FROM trigger_event WHERE automation = ? AND state = 'waiting' ORDER BY seq LIMIT 1"
+                for row in list(db.execute(query, (automation,))):
+                    known = _event(row)
+                    if not known.attempt:
+                        _keep(db, replace(known, data=made[-1].data, joined=known.joined + len(made)))
+                        return []
+            _require_room(db, automation, len(made))
+            return [_add(db, event, 0) for event in made]
 
         return await self._write(fire)
 
@@ -159,6 +181,8 @@ class Events:
         gone: Iterable[bytes],
         events: Iterable[Event],
         debounce_ns: int,
+        *,
+        mounted: bool = False,
     ) -> None:
         """What a look at the folder has shown: files to be known from now on, or no longer, and the events they make. In one
         transaction, so that a kill can't make two of one. Not for the event loop.
@@ -168,6 +192,8 @@ class Events:
 
         def arrive(db: apsw.Connection) -> None:
             _require_room(db, automation, len(made))
+            update = "UPDATE automation SET accepted = 1, mounted = ? WHERE name = ?"
+            db.execute(update, (mounted, automation))
             db.executemany("DELETE FROM watched WHERE automation = ? AND path = ?", [(automation, path) for path in gone])
             rows = [(automation, path, each.inode, each.mtime_ns, each.size) for path, each in known.items()]
             db.executemany("INSERT OR REPLACE INTO watched VALUES (?, ?, ?, ?, ?)", rows)
@@ -175,11 +201,6 @@ class Events:
                 _add(db, event, debounce_ns)
 
         self._store.write(arrive)
-
-    def forget_file(self, automation: str, path: bytes) -> None:
-        """It is not there any more: the next one of that name is new. Not for the event loop."""
-        delete = "DELETE FROM watched WHERE automation = ? AND path = ?"
-        self._store.write(lambda db: db.execute(delete, (automation, path)).get)
 
     async def due(self, automation: str, now_ns: int, besides: Iterable[int] = ()) -> Event | None:
         """The first that waits and is due, but for those under way in this daemon."""
@@ -199,11 +220,10 @@ class Events:
 
         def keep(db: apsw.Connection) -> Event:
             _keep(db, event)
-            if event.ended:
-                prune = f"""DELETE FROM trigger_event WHERE automation = ?1 AND NOT {_OPEN} AND seq <= (
-                    SELECT seq FROM trigger_event WHERE automation = ?1 ORDER BY seq DESC LIMIT 1 OFFSET {_KEPT})"""  # noqa: S608
-                if event.seq % 64 == 0:
-                    db.execute(prune, (event.automation,))
+            self._ended[event.automation] = self._ended.get(event.automation, 0) + event.ended
+            if self._ended[event.automation] >= _BETWEEN_PRUNES:
+                self._ended[event.automation] = 0
+                db.execute(_PRUNE, (event.automation,))
             return event
 
         return await self._write(keep)
@@ -272,9 +292,9 @@ def _keep(db: apsw.Connection, event: Event) -> None:
 
 
 def _standing(db: apsw.Connection, automation: str) -> Standing:
-    query = "SELECT since_ns, paused, fired_ns FROM automation WHERE name = ?"
-    since, paused, fired = next(iter(db.execute(query, (automation,))))
-    return Standing(int(since), bool(paused), int(fired))
+    query = "SELECT since_ns, paused, fired_ns, accepted, mounted FROM automation WHERE name = ?"
+    since, paused, fired, accepted, mounted = next(iter(db.execute(query, (automation,))))
+    return Standing(int(since), bool(paused), int(fired), bool(accepted), bool(mounted))
 
 
 def _event(row: tuple[Any, ...]) -> Event:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     from agentd.automations.events import Events, Standing
     from agentd.automations.watch import Watch
 
+_log = logging.getLogger(__name__)
 _GATHER_S = 0.05  # after a notice: more come with it
 _POLL_S = 10.0  # between two looks where the kernel does not tell of changes
 _SHARE = 200.0  # a look that takes long is not taken again for so many times as long
 _CLOCK_S = 60.0  # so late at most a schedule notices that the clock was changed
 _LATE_S = 90.0  # what is due longer than that was missed
+CLOCK_SET = datetime(2024, 1, 1, tzinfo=UTC)
+"""Before that it is not the time that a clock shows."""
 _PUT_BACK = timedelta(hours=3)  # a clock put back by less fires nothing a second time (as in cron); by more it is a new time
 
 
@@ -70,44 +74,44 @@ class FolderFeed:
     _mine: dict[bytes, Fingerprint] = field(default_factory=dict)
     """What the automation's own runs have written there: it does not trigger itself."""
     _real: str = ""
+    _accepted: bool = False
+    _mounted: bool = False
     _rung: asyncio.Event = field(default_factory=asyncio.Event)
     _watched: tuple[int, int] | None = None
 
-    async def run(self, standing: Standing, *, is_new: bool) -> None:
-        """Until cancelled. `is_new`: the automation was not known before."""
+    async def run(self, standing: Standing) -> None:
+        """Until cancelled."""
         loop = asyncio.get_running_loop()
         self._real = await asyncio.to_thread(os.path.realpath, self.trigger.path)
+        self._accepted = standing.accepted or self.trigger.existing
+        self._mounted = standing.mounted
         bell = Bell(functools.partial(loop.call_soon_threadsafe, self._rung.set))
-        known = await asyncio.to_thread(self.events.known, self.automation.name)
-        settling = Settling(self.trigger.on == "changes", self.trigger.quiet_s, known)
         self._rung.set()
         try:
-            if is_new and not self.trigger.existing:
-                await self._accept(settling)
-            wait_s = 0.0
             while True:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._rung.wait(), wait_s)
-                    await asyncio.sleep(_GATHER_S)
-                self._rung.clear()
-                wait_s = await self._look(settling, bell)
+                try:
+                    await self._follow(bell)
+                except Exception as e:  # a bug of ours, or a disk that fails: said, and tried again
+                    _log.exception("%s", self.automation.name)
+                    self.trouble = f"it can't be watched: {e}"
+                    await asyncio.sleep(_POLL_S)
         finally:
-            self.watch.remove(bell)
+            await asyncio.to_thread(self.watch.remove, bell)
 
-    def wrote(self, paths: Iterable[str]) -> None:
+    async def _follow(self, bell: Bell) -> None:
+        known = await asyncio.to_thread(self.events.known, self.automation.name)
+        settling = Settling(self.trigger.on == "changes", self.trigger.quiet_s, known)
+        wait_s = 0.0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._rung.wait(), wait_s)
+                await asyncio.sleep(_GATHER_S)
+            self._rung.clear()
+            wait_s = await self._look(settling, bell)
+
+    async def wrote(self, paths: Iterable[str]) -> None:
         """Files that a run of this automation has written."""
-        for path in map(os.fsencode, paths):
-            with contextlib.suppress(OSError):
-                about = os.lstat(path)
-                self._mine[path] = Fingerprint(about.st_ino, about.st_mtime_ns, about.st_size)
-
-    async def _accept(self, settling: Settling) -> None:
-        """What lies there already is no news."""
-        with contextlib.suppress(FolderGone):
-            sight = await asyncio.to_thread(look, self.trigger, self._real)
-            found = list(sight.files.values())
-            await asyncio.to_thread(self._record, found, [], [])
-            settling.settled(found)
+        self._mine |= await asyncio.to_thread(_fingerprints, list(paths))
 
     async def _look(self, settling: Settling, bell: Bell) -> float:
         """For how many seconds there is nothing to look at, if nothing is heard."""
@@ -115,16 +119,21 @@ class FolderFeed:
             order, gone = bell.take()
             now = time.monotonic(), time.time_ns()
             try:
-                sight = await asyncio.to_thread(look, self.trigger, self._real)
-                self._listen(sight, bell)
+                sight = await asyncio.to_thread(look, self.trigger, self._real, was_mounted=self._mounted)
+                if self._watched != sight.identity:
+                    await asyncio.to_thread(self._listen, sight, bell)
+                    self._rung.set()  # what came between the look and now
+                settling.local = not self.polled
                 wait_s = await self._take_in(settling, sight, now, order, gone)
             except FolderGone as e:
                 self.trouble = str(e)
-                self.watch.remove(bell)
+                await asyncio.to_thread(self.watch.remove, bell)
                 self._watched = None
                 return _POLL_S
             except AgentdError as e:  # the disk is full, or too many events wait: what is there stays there
                 self.trouble = e.message
+                bell.went |= gone
+                settling.known = await asyncio.to_thread(self.events.known, self.automation.name)
                 return _POLL_S
         self.trouble = ""
         calm_s = max(_together(_POLL_S if self.polled else self.again_s), (time.monotonic() - now[0]) * _SHARE)
@@ -135,38 +144,59 @@ class FolderFeed:
     ) -> float | None:
         """`now` is when the look began: what came while it went on may have been missed, and is not handled before its time."""
         ready, lost, wait_s = settling.step(sight, now, order, gone)
-        if not ready and not lost:
+        if not self._accepted:  # what lies there when the automation is new is no news
+            ready, wait_s, news = list(sight.files.values()), None, list[Found]()
+        else:
+            news = [found for found in ready if self._mine.get(found.path) != found.fingerprint]
+        if not ready and not lost and self._accepted:
             return wait_s
-        news = [found for found in ready if self._mine.get(found.path) != found.fingerprint]
-        await asyncio.to_thread(self._record, ready, lost, news)
+        # To its end, even if this is cancelled meanwhile: what is half on its way would be found, and made, once more.
+        recording = asyncio.create_task(asyncio.to_thread(self._record, ready, lost, news, sight.mounted))
+        try:
+            await asyncio.shield(recording)
+        except asyncio.CancelledError:
+            await asyncio.wait([recording])
+            raise
+        self._accepted, self._mounted = True, sight.mounted
         settling.settled(ready)
-        self._mine = {path: each for path, each in self._mine.items() if path in sight.files}
+        for path in (*lost, *(found.path for found in ready)):
+            self._mine.pop(path, None)
         if news:
             self.wake()
         return wait_s
 
-    def _record(self, known: list[Found], lost: list[bytes], news: list[Found]) -> None:
+    def _record(self, known: list[Found], lost: list[bytes], news: list[Found], mounted: bool) -> None:  # noqa: FBT001
         name = self.automation.name
         debounce_ns = int(self.automation.limits.debounce_s * 1e9)
         prints = {found.path: found.fingerprint for found in known}
-        self.events.arrived(name, prints, lost, map(self._event, news), debounce_ns)
+        self.events.arrived(name, prints, lost, map(self._event, news), debounce_ns, mounted=mounted)
 
     def _event(self, found: Found) -> Event:
-        data = common(self.automation.name, datetime.now().astimezone()) | of_path(os.fsdecode(found.path))
-        return Event(0, self.automation.name, data["path"], State.WAITING, 0, data, by="file")
+        path = os.fsdecode(found.path)
+        data = common(self.automation.name, datetime.now().astimezone()) | of_path(path)
+        event = Event(0, self.automation.name, data["path"], State.WAITING, 0, data, by="file")
+        if data["path"] == path:
+            return event
+        return replace(event, state=State.FAILED, end_ns=time.time_ns(), note="its name is no text (UTF-8)")
 
     def _listen(self, sight: Sight, bell: Bell) -> None:
-        """Where the folder is another one now, its notices are those of the other."""
-        if self._watched == sight.identity:
-            return
+        """Where the folder is another one now, its notices are those of the other. Not for the event loop."""
         self.watch.remove(bell)
         self.polled = "it lies on a network" if is_remote(self._real) else ""
         try:
             self.watch.add(self._real, bell, recursive=self.trigger.recursive)
             self._watched = sight.identity
-            self._rung.set()  # what came between the look and now
         except OSError as e:
             self.polled = f"the kernel has no watches left ({e.strerror or e}); see /proc/sys/fs/inotify"
+
+
+def _fingerprints(paths: list[str]) -> dict[bytes, Fingerprint]:
+    found = {}
+    for path in map(os.fsencode, paths):
+        with contextlib.suppress(OSError, ValueError):
+            about = os.lstat(path)
+            found[path] = Fingerprint(about.st_ino, about.st_mtime_ns, about.st_size)
+    return found
 
 
 @dataclass(slots=True)
@@ -185,7 +215,7 @@ class ScheduleFeed:
         fired = datetime.fromtimestamp(standing.fired_ns / 1e9, UTC)
         while True:
             now = self.now()
-            if now.timestamp() * 1e9 < standing.since_ns:  # a board without a battery for its clock, not yet told the time
+            if now < CLOCK_SET:  # a board without a battery for its clock, not yet told the time
                 await asyncio.sleep(_CLOCK_S)
                 continue
             if fired > now + _PUT_BACK:
@@ -199,7 +229,8 @@ class ScheduleFeed:
     async def _fire(self, up_to: datetime, wanted: list[datetime]) -> datetime:
         """Where the disk is full it has fired all the same: or it would do so without end."""
         try:
-            await self.events.fire(self.automation.name, int(up_to.timestamp() * 1e9), map(self._event, wanted))
+            join = self.trigger.missed != "all"
+            await self.events.fire(self.automation.name, int(up_to.timestamp() * 1e9), map(self._event, wanted), join=join)
             self.trouble = ""
         except AgentdError as e:
             self.trouble = e.message

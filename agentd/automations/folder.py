@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from agentd.automations.automation import FileTrigger
 
 _MOST_FILES = 100_000
+_DEEPEST = 64
 _UNSEEN = 1 << 62
 _SOON_NS = 1_000_000_000  # a file from the future by more is one of a clock that was put back
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "glusterfs", "fuse.sshfs", "fuse.rclone", "davfs"})
@@ -46,10 +47,13 @@ class Sight:
 
     identity: tuple[int, int]
     files: Mapping[bytes, Found]
+    mounted: bool = False
+    """Whether it lies on another disk than the root folder."""
 
 
-def look(trigger: FileTrigger, real: str) -> Sight:
-    """All files that fit, by path. `real` is where the folder was when the automation was loaded.
+def look(trigger: FileTrigger, real: str, *, was_mounted: bool = False) -> Sight:
+    """All files that fit, by path. `real` is where the folder was when the automation was loaded. One that `was_mounted` is
+    not the empty folder that is left when its disk is gone.
 
     Raises FolderGone.
     """
@@ -60,6 +64,9 @@ def look(trigger: FileTrigger, real: str) -> Sight:
         if not os.path.isdir(real):
             raise FolderGone(f"{trigger.path} is {'not a folder' if os.path.exists(real) else 'not there'}")
         own = os.stat(real)
+        mounted = own.st_dev != os.stat("/").st_dev
+        if was_mounted and not mounted:
+            raise FolderGone(f"{trigger.path} lay on a disk of its own, which is not mounted now")
         files: dict[bytes, Found] = {}
         for found in _walk(os.fsencode(real), trigger):
             files[found.path] = found
@@ -67,25 +74,35 @@ def look(trigger: FileTrigger, real: str) -> Sight:
                 raise FolderGone(f"{trigger.path} holds more than {_MOST_FILES:,} files that fit")
     except OSError as e:
         raise FolderGone(f"{trigger.path} can't be read: {e.strerror}") from None
-    return Sight((own.st_dev, own.st_ino), files)
+    return Sight((own.st_dev, own.st_ino), files, mounted)
 
 
-def _walk(folder: bytes, trigger: FileTrigger) -> Iterator[Found]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
+def _walk(top: bytes, trigger: FileTrigger) -> Iterator[Found]:
+    """What can't be looked at below the folder is left out. Raises OSError for the folder itself."""
+    folders = [(top, 0)]
+    while folders:
+        folder, depth = folders.pop()
+        try:
+            with os.scandir(folder) as entries:
+                listed = list(entries)
+        except OSError:
+            if folder == top:
+                raise
+            continue
+        for entry in listed:
             try:
                 if entry.is_dir(follow_symlinks=False):
-                    if trigger.recursive and not entry.name.startswith(b"."):
-                        yield from _walk(entry.path, trigger)
+                    if trigger.recursive and depth < _DEEPEST and not entry.name.startswith(b"."):
+                        folders.append((entry.path, depth + 1))
                     continue
                 if not fits(os.fsdecode(entry.name), trigger.pattern):
                     continue
                 about = entry.stat(follow_symlinks=False)
-            except (FileNotFoundError, PermissionError):
-                continue  # it went meanwhile, or a folder in it is not ours to read
+            except OSError:
+                continue  # it went meanwhile
             if stat.S_ISREG(about.st_mode):
-                print_ = Fingerprint(about.st_ino, about.st_mtime_ns, about.st_size)
-                yield Found(entry.path, print_, about.st_ctime_ns)
+                fingerprint = Fingerprint(about.st_ino, about.st_mtime_ns, about.st_size)
+                yield Found(entry.path, fingerprint, about.st_ctime_ns)
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -100,6 +117,8 @@ class Settling:
     changes: bool
     quiet_s: float
     known: dict[bytes, Fingerprint]
+    local: bool = True
+    """Whether the times of files are those of this device's clock."""
     _moving: dict[bytes, tuple[Fingerprint, float]] = field(default_factory=dict)
     """Files that may still be written to: as they were last seen, and since when they have been so."""
     _order: dict[bytes, int] = field(default_factory=dict)
@@ -127,8 +146,10 @@ class Settling:
                 continue
             seen, since = self._moving.get(path, (None, now_s))
             if seen != found.fingerprint:
-                # Not from now on: a look at a folder that is being filled misses some, which came before others it has seen.
-                since = now_s - min(max(now_ns - found.ctime_ns, -_SOON_NS), self.quiet_s * 1e9) / 1e9
+                since = now_s
+                if seen is None and self.local:
+                    # A look at a folder that is being filled misses some, which came before others it has seen.
+                    since -= min(max(now_ns - found.ctime_ns, -_SOON_NS), self.quiet_s * 1e9) / 1e9
                 self._moving[path] = found.fingerprint, since
             left = since + self.quiet_s - now_s
             if left <= 0:
@@ -142,7 +163,11 @@ class Settling:
         known = self.known.get(path)
         if known is None:
             return True
-        return known != fingerprint if self.changes else known.inode != fingerprint.inode
+        if (known.mtime_ns, known.size) == (fingerprint.mtime_ns, fingerprint.size):
+            # What the journal puts back is another inode with the same times: it is the file that it was.
+            self.known[path] = fingerprint
+            return False
+        return self.changes or known.inode != fingerprint.inode
 
     def settled(self, found: list[Found]) -> None:
         """These are on record now."""

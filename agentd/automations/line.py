@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from agentd.automations import template
 from agentd.automations.events import Event, State
+from agentd.automations.feeds import CLOCK_SET
 from agentd.budgets import Priority, Usage
 from agentd.errors import AgentdError, Code, Reason
 from agentd.grants import Labels
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0  # at conditions that do not hold: power, heat, the network
 _MOST_ATTEMPTS = 20  # of an event, kills included: one that takes the daemon with it is not tried for ever
+_LEAST_WAIT_NS, _LONGEST_WAIT_NS = 600 * 10**9, 365 * 86400 * 10**9
+_CLOCK_SET_NS = int(CLOCK_SET.timestamp() * 1e9)
 _MOST_PARKED = 16  # runs that wait for a person beside those that go on
 _WHOLE = frozenset({StopReason.ANSWERED})
 _LATER = frozenset({StopReason.BUDGET, StopReason.TIME_LIMIT, StopReason.QUOTA})
@@ -77,6 +80,10 @@ class Line:
     under_way: dict[int, Event] = field(default_factory=dict)
     parked: set[int] = field(default_factory=set)
     """Those of them that wait for a person."""
+    paused: bool = False
+    """What goes on goes on, and nothing begins."""
+    _held: tuple[float, str] = (0.0, "")
+    """Until when nothing begins, and why: the disk is full, the model's queue is."""
     _quiet_until: float = 0.0
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -104,26 +111,36 @@ class Line:
     async def _begin_all(self) -> float | None:
         """As many as may; then after how many seconds to look again, if nothing wakes it before."""
         self.waits = ""
+        if self.paused:
+            return None
+        if (left_s := self._held[0] - time.monotonic()) > 0:
+            self.waits = self._held[1]
+            return left_s
         while len(self.under_way) - len(self.parked) < self.automation.limits.concurrency and len(self.parked) < _MOST_PARKED:
             now = time.time_ns()
             event = await self.events.due(self.automation.name, now, self.under_way)
             if event is None:
                 later = await self.events.next_due_ns(self.automation.name)
-                return None if later is None else max(0.05, (later - now) / 1e9)
+                return None if later is None else min(_LOOK_AGAIN_S, max(0.05, (later - now) / 1e9))
             if event.state is State.WAITING:
-                if now - event.create_ns > self.automation.limits.wait_s * 1e9:
-                    await self._end(
-                        event, State.DROPPED, f"it could not begin in time: {event.note or 'others were before it'}"
-                    )
+                event = _timed(event, now)
+                reason, wait_s = await self._not_yet()
+                if not event.attempt and now - event.create_ns > self.automation.limits.wait_s * 1e9:
+                    why = event.note or reason or "others were before it"
+                    await self._end(event, State.DROPPED, f"it could not begin in time: {why}")
                     continue
-                if reason := self.unmet():
+                if reason:
                     self.waits = reason
-                    return _LOOK_AGAIN_S
-                if (left_s := self._quiet_until - time.monotonic()) > 0:
-                    self.waits = f"pauses for {left_s:.0f} s more"
-                    return min(left_s, _LOOK_AGAIN_S)
+                    return wait_s
             self._launch(event)
         return None
+
+    async def _not_yet(self) -> tuple[str, float]:
+        """Why nothing may begin now, and after how many seconds to look again."""
+        if reason := await asyncio.to_thread(self.unmet):
+            return reason, _LOOK_AGAIN_S
+        left_s = self._quiet_until - time.monotonic()
+        return (f"pauses for {left_s:.0f} s more", min(left_s, _LOOK_AGAIN_S)) if left_s > 0 else ("", 0.0)
 
     def _launch(self, event: Event) -> None:
         self.under_way[event.seq] = event
@@ -136,7 +153,8 @@ class Line:
             await self._handle(event)
         except AgentdError as e:
             if e.reason is not Reason.DAEMON_STOPPING:  # else the next daemon goes on with it
-                _log.warning("%s: %s", event.request_id, e)
+                _log.warning("%s, event %d: %s", self.automation.name, event.seq, e)
+                self._hold(_LOOK_AGAIN_S, e.message)
         except Exception:  # a bug of ours ends this event only, and is found in the log
             _log.exception("event %d of %s", event.seq, self.automation.name)
             with contextlib.suppress(AgentdError):
@@ -153,7 +171,7 @@ class Line:
                 await self._follow(event, known, was_ended=known.ended)
                 return
         else:
-            if reason := self._obsolete(event):
+            if reason := await self._obsolete(event):
                 await self._end(event, State.DROPPED, reason)
                 return
             event = replace(event, state=State.RUNNING, attempt=event.attempt + 1, begin_ns=time.time_ns(), note="")
@@ -167,8 +185,8 @@ class Line:
             return
         await self._follow(event, run, was_ended=False)
 
-    def _obsolete(self, event: Event) -> str:
-        if self.feed and not os.path.lexists(event.subject):
+    async def _obsolete(self, event: Event) -> str:
+        if self.feed and not await asyncio.to_thread(os.path.lexists, event.subject):
             return "the file is not there any more"
         return "" if event.attempt < _MOST_ATTEMPTS else f"it was tried {event.attempt} times"
 
@@ -186,6 +204,7 @@ class Line:
             request_id=event.request_id,
             labels=Labels(untrusted=(f"trigger:{automation.name}",)),
             priority=Priority[automation.priority.upper()],
+            start_by_ns=self._begins_by_ns(event),
             budget=Usage(seconds=automation.limits.deadline_s),
             tools=automation.tools,
             direct=direct,
@@ -200,7 +219,7 @@ class Line:
             if told.kind == "approval":
                 self._park(event, told)
             elif told.kind == "call" and self.feed:
-                self.feed.wrote(told.body.get("changed", ()))
+                await self.feed.wrote(told.body.get("changed", ()))
         run = await self.runs.get(run.id)
         lost = run.error is not None and run.error[0] == Reason.DAEMON_STOPPING.name
         await self._settle(event, run, cut_off=lost or (was_ended and run.state is RunState.CANCELLED))
@@ -234,7 +253,7 @@ class Line:
         async with self.feed.quiet if self.feed else contextlib.nullcontext():
             paths, blocked = await self.take_back(event.run, self.automation.principal)
             if self.feed:
-                self.feed.wrote(paths)
+                await self.feed.wrote(paths)
         if blocked:
             await self._end(event, State.FAILED, f"{why} It is not begun again: {blocked}.")
             return
@@ -244,9 +263,20 @@ class Line:
     async def _refused(self, event: Event, error: AgentdError) -> None:
         """There is no run. What may be possible later is waited for."""
         if error.reason.code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
-            await self._wait(event, max(1.0, error.retry_s), error.message, event.failures)
+            # The line waits, and not this event alone: others would be refused as well, and are not to get before it.
+            self._hold(max(1.0, error.retry_s), error.message)
+            await self._wait(replace(event, attempt=event.attempt - 1), 0.0, error.message, event.failures)
         else:
             await self._end(event, State.FAILED, str(error))
+
+    def _hold(self, seconds: float, why: str) -> None:
+        self._held = time.monotonic() + seconds, why
+
+    def _begins_by_ns(self, event: Event) -> int:
+        """A run may wait for the model as long as its event may; never shorter than the model takes to be loaded."""
+        now = time.time_ns()
+        until = event.create_ns + int(self.automation.limits.wait_s * 1e9)
+        return min(max(until, now + _LEAST_WAIT_NS), now + _LONGEST_WAIT_NS)
 
     async def _wait(self, event: Event, wait_s: float, why: str, failures: int) -> None:
         due_ns = time.time_ns() + int(wait_s * 1e9)
@@ -256,6 +286,11 @@ class Line:
         if state is State.SUCCEEDED:
             self._quiet_until = time.monotonic() + self.automation.limits.pause_s
         await self.events.keep(replace(event, state=state, end_ns=time.time_ns(), note=note))
+
+
+def _timed(event: Event, now_ns: int) -> Event:
+    """One that came while the clock was not set has come now."""
+    return replace(event, create_ns=now_ns) if event.create_ns < _CLOCK_SET_NS <= now_ns else event
 
 
 def _words(stop: StopReason | None) -> str:

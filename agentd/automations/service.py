@@ -12,16 +12,16 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from agentd.automations import template
-from agentd.automations.automation import Automation, Broken, absolute, parsed, read_all
+from agentd.automations.automation import COMMON_FIELDS, Automation, Broken, absolute, parsed, read_all
 from agentd.automations.events import Event, State
 from agentd.automations.feeds import FolderFeed, ScheduleFeed, common, of_path
 from agentd.automations.folder import FolderGone, look
 from agentd.automations.line import Line
 from agentd.automations.watch import Watch
-from agentd.errors import Reason, RequestError
+from agentd.errors import AgentdError, Reason, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
     from pathlib import Path
 
     from agentd.automations.automation import When
@@ -41,8 +41,8 @@ class _Loaded:
     automation: Automation
     line: Line
     feed: FolderFeed | ScheduleFeed | None
-    paused: bool
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    feeding: asyncio.Task[None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,62 +90,88 @@ class Automations:
         self._loaded: dict[str, _Loaded] = {}
         self._broken: dict[str, Broken] = {}
         self._changing = asyncio.Lock()
+        self._started = self._stopped = self._reloading = False
 
     async def start(self) -> None:
         """Read the files, and go on with what is there. A file that is broken is told of, and keeps nothing from working."""
         await self.reload()
+        self._started = True
 
     async def stop(self) -> None:
         """What is under way is left as it is on disk; the next start goes on with it."""
-        await self._end(list(self._loaded.values()))
+        async with self._changing:
+            self._stopped = True
+            await self._end(list(self._loaded.values()))
         await asyncio.to_thread(self._watch.stop)
 
     def knows(self, principal: str) -> bool:
-        """Whether this is an automation that may have runs."""
-        return any(loaded.automation.principal == principal for loaded in self._loaded.values())
+        """Whether this is an automation that may have runs: also one whose file is broken at the moment, or not read yet."""
+        name = principal.removeprefix("automation:")
+        there = name in self._loaded or name in self._broken or self._reloading or not self._started
+        return principal != name and there
 
     async def reload(self) -> None:
-        """Read all files again. What has not changed goes on undisturbed. Raises StoreError."""
+        """Read all files again. What has not changed goes on undisturbed. Raises StoreError.
+
+        To its end, even if whoever asked for it is gone meanwhile.
+        """
+        reloading = asyncio.create_task(self._reload(), name="reload automations")
+        try:
+            await asyncio.shield(reloading)
+        except asyncio.CancelledError:
+            await asyncio.wait([reloading])
+            raise
+
+    async def _reload(self) -> None:
         async with self._changing:
-            found, broken = await asyncio.to_thread(read_all, self._folder)
-            for each in broken:
-                _log.warning("%s", each.error)
-            await asyncio.to_thread(self._fix, rules(found))
-            stale = [name for name, loaded in self._loaded.items() if found.get(name) != loaded.automation]
-            await self._end([self._loaded.pop(name) for name in stale])
-            self._broken = {each.name: each for each in broken}
-            await self._events.forget_others({*found, *self._broken})
-            for name, automation in found.items():
+            if self._stopped:
+                return
+            self._reloading = True
+            try:
+                await self._read()
+            finally:
+                self._reloading = False
+
+    async def _read(self) -> None:
+        found, broken = await asyncio.to_thread(read_all, self._folder)
+        for each in broken:
+            _log.warning("%s", each.error)
+        await asyncio.to_thread(self._fix, rules(found))
+        stale = [name for name, loaded in self._loaded.items() if found.get(name) != loaded.automation]
+        await self._end([self._loaded.pop(name) for name in stale])
+        self._broken = {each.name: each for each in broken}
+        failed: AgentdError | None = None
+        for name, automation in found.items():
+            try:
                 if name not in self._loaded:
                     self._loaded[name] = await self._load(automation)
+            except AgentdError as e:  # the disk is full, say: the others are not to suffer
+                failed = e
+        await self._events.forget_others({*found, *self._broken})
+        if failed:
+            raise failed
 
     async def _load(self, automation: Automation) -> _Loaded:
-        now_ns = time.time_ns()
-        standing = await self._events.meet(automation.name, now_ns)
+        standing = await self._events.meet(automation.name, time.time_ns(), automation.on.model_dump_json())
         feed: FolderFeed | ScheduleFeed | None = None
         line = Line(automation, self._events, self._runs, self._take_back, lambda: self._unmet(automation.when))
+        line.paused = standing.paused
         if automation.on.file:
             feed = line.feed = FolderFeed(automation, automation.on.file, self._events, self._watch, line.wake)
         elif automation.on.schedule:
             feed = ScheduleFeed(automation, automation.on.schedule, self._events, line.wake)
-        loaded = _Loaded(automation, line, feed, standing.paused)
+        loaded = _Loaded(automation, line, feed)
+        loaded.tasks = [_task(automation.name, line.run())]
         if not standing.paused:
-            self._begin(loaded, standing, is_new=standing.since_ns == now_ns)
+            self._feed(loaded, standing)
         return loaded
 
-    def _begin(self, loaded: _Loaded, standing: Standing, *, is_new: bool) -> None:
-        name = loaded.automation.name
-        work = [loaded.line.run()]
-        if isinstance(loaded.feed, FolderFeed):
-            work.append(loaded.feed.run(standing, is_new=is_new))
-        elif loaded.feed:
-            work.append(loaded.feed.run(standing))
-        loaded.tasks = [asyncio.create_task(each, name=f"automation {name}") for each in work]
-        for task in loaded.tasks:
-            task.add_done_callback(_say_why)
+    def _feed(self, loaded: _Loaded, standing: Standing) -> None:
+        if loaded.feed:
+            loaded.feeding = _task(loaded.automation.name, loaded.feed.run(standing))
 
     async def _end(self, all_loaded: list[_Loaded]) -> None:
-        tasks = [task for loaded in all_loaded for task in loaded.tasks]
+        tasks = [task for loaded in all_loaded for task in (*loaded.tasks, loaded.feeding) if task]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -170,32 +196,39 @@ class Automations:
         """Put an event into its line. Raises what `_get` raises; RequestError: AUTOMATION_PAUSED, BAD_FIELD, QUEUE_FULL."""
         loaded = self._get(name)
         automation = loaded.automation
-        if loaded.paused:
+        if loaded.line.paused:
             message = f"The automation {name} is paused."
             hint = f"`agentd automations resume {name}` lets it go on."
             raise RequestError(Reason.AUTOMATION_PAUSED, message, hint=hint, metadata={"automation": name})
         given = dict(data)
         if automation.on.file and "path" in given:
-            given = await asyncio.to_thread(of_path, absolute(given["path"]))
-        full = common(name, datetime.now().astimezone()) | given
-        _require_all(automation, full)
+            try:
+                path = absolute(given["path"])
+            except ValueError as e:
+                raise RequestError(Reason.BAD_FIELD, f"data.path: {e}.", field="data") from None
+            given = await asyncio.to_thread(of_path, path)
+        _require_all(automation, given)
+        full = given | common(name, datetime.now().astimezone())
         template.require_fit(full)
         subject = full["path"] if automation.on.file else by
         event = Event(0, name, subject, State.WAITING, 0, full, by=by)
         made = await self._events.add(event, int(automation.limits.debounce_s * 1e9))
-        loaded.line.wake()
+        self._loaded.get(name, loaded).line.wake()  # it may be another one by now
         return made
 
     async def pause(self, name: str, *, paused: bool) -> Told:
         """Raises what `_get` raises."""
         async with self._changing:
             loaded = self._get(name)
-            if loaded.paused != paused:
+            if loaded.line.paused != paused and not self._stopped:
                 standing = await self._events.pause(name, time.time_ns(), paused=paused)
-                loaded.paused = paused
-                await self._end([loaded])
-                if not paused:
-                    self._begin(loaded, standing, is_new=False)
+                loaded.line.paused = paused
+                if paused and loaded.feeding:
+                    loaded.feeding.cancel()
+                    await asyncio.wait([loaded.feeding])
+                elif not paused:
+                    self._feed(loaded, standing)
+                loaded.line.wake()
         return await self.told(name)
 
     async def told(self, name: str) -> Told:
@@ -217,12 +250,12 @@ class Automations:
         return Told(
             loaded.automation.name,
             loaded.automation,
-            paused=loaded.paused,
+            paused=line.paused,
             trouble=feed.trouble if feed else "",
             polled=feed.polled if isinstance(feed, FolderFeed) else "",
-            waits_for="" if loaded.paused else line.waits,
+            waits_for=line.waits,
             parked=len(line.parked),
-            next_due=feed.next_due if isinstance(feed, ScheduleFeed) and not loaded.paused else None,
+            next_due=feed.next_due if isinstance(feed, ScheduleFeed) and not line.paused else None,
             counts=counts,
         )
 
@@ -244,11 +277,17 @@ class Automations:
 
     async def history(self, name: str, before: int, limit: int) -> list[Event]:
         """Newest first; of one automation, or of all."""
-        return await self._events.page(name, before, limit)
+        return [self._as_it_is(event) for event in await self._events.page(name, before, limit)]
 
     async def event(self, name: str, seq: int) -> Event:
         """Raises RequestError (EVENT_NOT_FOUND)."""
-        return await self._events.get(name, seq)
+        return self._as_it_is(await self._events.get(name, seq))
+
+    def _as_it_is(self, event: Event) -> Event:
+        """With its run, which is on disk only when it has ended."""
+        loaded = self._loaded.get(event.automation)
+        live = loaded.line.under_way.get(event.seq) if loaded else None
+        return replace(event, run=live.run) if live and not event.ended else event
 
 
 def rules(found: Mapping[str, Automation]) -> list[Grant]:
@@ -258,12 +297,13 @@ def rules(found: Mapping[str, Automation]) -> list[Grant]:
 
 def _require_all(automation: Automation, data: Mapping[str, str]) -> None:
     """Raises RequestError (BAD_FIELD) unless the templates can be filled, and nothing is left."""
-    missing, unknown = sorted(automation.fields - set(data)), sorted(set(data) - automation.fields)
+    wanted = automation.fields - COMMON_FIELDS
+    missing, unknown = sorted(wanted - set(data)), sorted(set(data) - wanted)
     if not missing and not unknown:
         return
     what = f"needs {', '.join(missing)}" if missing else f"knows no {', '.join(unknown)}"
     example = "path" if automation.on.file else next(iter(missing), "")
-    hint = f"Give it as {example}=VALUE." if example else f"It knows {', '.join(sorted(automation.fields))}."
+    hint = f"Give it as {example}=VALUE." if example else f"It wants {', '.join(sorted(wanted)) or 'none'}."
     message = f"The automation {automation.name} {what}."
     raise RequestError(Reason.BAD_FIELD, message, field="data", hint=hint, metadata={"automation": automation.name})
 
@@ -289,6 +329,12 @@ def _sample(automation: Automation, matches: list[str]) -> dict[str, str]:
     if automation.on.file:
         data |= of_path(matches[0] if matches else os.path.join(automation.on.file.path, "file"))
     return data
+
+
+def _task(name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    task = asyncio.create_task(work, name=f"automation {name}")
+    task.add_done_callback(_say_why)
+    return task
 
 
 def _say_why(task: asyncio.Task[None]) -> None:

@@ -7,6 +7,7 @@ engine reads it as text, never as its own markup.
 from __future__ import annotations
 
 import string
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 from agentd.errors import Reason, ToolError
@@ -33,7 +34,11 @@ def check(text: str, fields: frozenset[str]) -> None:
 
 
 def filled(text: str, data: Mapping[str, str]) -> str:
-    """A template that was checked, with what the trigger knows."""
+    """A template that was checked, with what the trigger knows. Raises ToolError (BAD_FIELD) for what it did not know then."""
+    missing = {name for _, name, _, _ in _FORMATTER.parse(text) if name is not None} - set(data)
+    if missing:
+        message = f"The automation was changed since this came: it had no {{{min(missing)}}} then."
+        raise ToolError(Reason.BAD_FIELD, message, field="data")
     return "".join(literal + (data[name] if name is not None else "") for literal, name, _, _ in _FORMATTER.parse(text))
 
 
@@ -67,14 +72,19 @@ def require_fit(data: Mapping[str, str]) -> None:
     for name, value in data.items():
         if len(value) > LONGEST_VALUE:
             why = f"has {len(value)} characters; {LONGEST_VALUE} are the most"
-        elif any(not character.isprintable() and character not in "\n\t" for character in value):
+        elif any(not _harmless(character) and character not in "\n\t" for character in value):
             why = "has characters that can't be printed"
-        elif name in ("path", "name", "folder") and not value.isprintable():
+        elif name in ("path", "name", "folder") and not all(map(_harmless, value)):
             why = "is a file name of several lines"
         else:
             continue
         shown = ascii(_short(value))
         raise ToolError(Reason.BAD_FIELD, f"What the trigger says of {name!r} {why}: {shown}.", field=name)
+
+
+def _harmless(character: str) -> bool:
+    """Also the spaces that Python does not print, as in the names that macOS gives to pictures of a screen."""
+    return character.isprintable() or unicodedata.category(character) == "Zs"
 
 
 def _short(text: str) -> str:

@@ -72,29 +72,32 @@ class Bell(FileSystemEventHandler):
 
 
 class Watch:
-    """All folders that are watched. From the event loop."""
+    """All folders that are watched. Not for the event loop: a watch of a whole tree takes its time."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._observer: BaseObserver | None = None
         self._watches: dict[Bell, ObservedWatch] = {}
 
     def add(self, folder: str, bell: Bell, *, recursive: bool) -> None:
         """Raises OSError where the kernel has no more watches (inotify(7), /proc/sys/fs/inotify)."""
-        if self._observer is None:
-            self._observer = Observer()
-            self._observer.start()
-        self._watches[bell] = self._observer.schedule(bell, folder, recursive=recursive, event_filter=_WANTED)
+        with self._lock:
+            if self._observer is None:
+                self._observer = Observer()
+                self._observer.start()
+            self._watches[bell] = self._observer.schedule(bell, folder, recursive=recursive, event_filter=_WANTED)
 
     def remove(self, bell: Bell) -> None:
-        watch = self._watches.pop(bell, None)
-        if watch is None or self._observer is None:
-            return
-        self._observer.remove_handler_for_watch(bell, watch)
-        if watch not in self._watches.values():
-            self._observer.unschedule(watch)
+        with self._lock:
+            watch = self._watches.pop(bell, None)
+            if watch is None or self._observer is None:
+                return
+            self._observer.remove_handler_for_watch(bell, watch)
+            if watch not in self._watches.values():
+                self._observer.unschedule(watch)
 
     def stop(self) -> None:
-        """Not for the event loop: waits for the threads."""
+        """Waits for the threads."""
         if self._observer is not None:
             self._observer.stop()
             self._observer.join(5)

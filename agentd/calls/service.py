@@ -227,16 +227,28 @@ class Calls:
             intents = [entry.body for entry in entries if entry.body.get("kind") == "call.intent"]
             if outside := next((body["tool"]["name"] for body in intents if _reaches_outside(body)), ""):
                 return [], f"{outside} has reached outside, which can't be taken back"
+            for rehearsal in self._journal.rollbacks.rehearsals(principal):
+                if rehearsal.run == run:
+                    self._journal.rollbacks.drop(rehearsal.call, principal)
             plan = self._journal.rollbacks.plan(Selection(run=run), Ways())
             if not any(planned.does or planned.blocks for planned in plan.paths):
                 return [], ""
             return [file.path for file in self._journal.rollbacks.apply(plan, principal).files], ""
 
-        async with self._changing:
-            try:
-                return await asyncio.to_thread(take_back)
-            except AgentdError as e:
-                return [], e.message.rstrip(".")
+        async def alone() -> tuple[list[str], str]:
+            async with self._changing:
+                try:
+                    return await asyncio.to_thread(take_back)
+                except AgentdError as e:
+                    return [], e.message.rstrip(".")
+
+        # To its end, even if whoever wants it gives up: nothing else may change files meanwhile.
+        working = asyncio.create_task(alone(), name=f"take back run {run}")
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait([working])
+            raise
 
     async def rehearsals(self, principal: str) -> list[Rehearsal]:
         """Calls that wait to be applied or dropped, oldest first; of one principal, or of all."""

@@ -151,7 +151,9 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         """
         -- Since when each is known, whether a person has paused it, and up to when its schedule has fired.
         CREATE TABLE automation (
-            name TEXT PRIMARY KEY, since_ns INTEGER NOT NULL, paused INTEGER NOT NULL DEFAULT 0, fired_ns INTEGER NOT NULL
+            name TEXT PRIMARY KEY, since_ns INTEGER NOT NULL, paused INTEGER NOT NULL DEFAULT 0, fired_ns INTEGER NOT NULL,
+            -- Its trigger, as JSON; whether what its folder held at first is known; whether that lay on a disk of its own.
+            trigger TEXT NOT NULL, accepted INTEGER NOT NULL DEFAULT 0, mounted INTEGER NOT NULL DEFAULT 0
         ) STRICT, WITHOUT ROWID;
 
         -- What triggered them, in order: each has one run, which is there or not, whatever was killed meanwhile.
@@ -160,6 +162,7 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
             state TEXT NOT NULL CHECK (state IN ('waiting', 'running', 'succeeded', 'failed', 'dropped')), body TEXT NOT NULL
         ) STRICT;
         CREATE INDEX trigger_event_open ON trigger_event (automation, seq) WHERE state IN ('waiting', 'running');
+        CREATE INDEX trigger_event_waiting ON trigger_event (automation, subject) WHERE state = 'waiting';
         CREATE INDEX trigger_event_by_automation ON trigger_event (automation, seq);
 
         -- The files that a watched folder is known to hold: written with the events that they made.

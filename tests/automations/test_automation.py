@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import string
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,10 @@ def test_a_file_says_all_of_an_automation():
         (PROMPT + FILE + '[[grants]]\ntool = "x"\nscope = "nonsense"\n', "grants.0"),
         (PROMPT + FILE + '[[grants]]\nprincipal = "unix:pi"\ntool = "x"\nscope = "*"\n', "its own"),
         ("[[[", "line 1"),
+        (FILE + "[call]\ntool = 'x.y'\narguments = { day = 2024-01-01 }\n", "JSON"),
+        (FILE + "[call]\ntool = 'x.y'\narguments = { n = nan }\n", "JSON"),
+        (PROMPT + "[limits]\nretries = " + "9" * 5000 + "\n" + FILE, "digits"),
+        (PROMPT + '[on.file]\npath = "/tmp/a\\u0000b"\n', "NUL"),
         (PROMPT + FILE + "[on.file.deeper]\n", "unknown"),
     ],
 )
@@ -95,9 +100,11 @@ def test_a_broken_file_keeps_no_other_from_being_read(tmp_path: Path):
     (tmp_path / "huge.toml").write_text("# " + "x" * (1 << 20))
     (tmp_path / "folder.toml").mkdir()
     (tmp_path / "gone.toml").symlink_to("nowhere")
+    (tmp_path / "linked.toml").symlink_to("good.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
     found, broken = read_all(tmp_path)
     assert list(found) == ["good"]
-    assert {each.name for each in broken} == {"bad", "binary", "huge", "folder", "gone"}
+    assert {each.name for each in broken} == {"bad", "binary", "huge", "folder", "gone", "linked", "pipe"}
 
 
 def test_without_a_folder_there_are_none(tmp_path: Path):
@@ -123,6 +130,11 @@ def test_templates_reach_into_lists_and_tables():
     arguments = {"a": ["{x}", {"b": "{x}{x}", "c": 1}], "d": None}
     assert list(template.texts(arguments)) == ["{x}", "{x}{x}"]
     assert template.filled_all(arguments, {"x": "y"}) == {"a": ["y", {"b": "yy", "c": 1}], "d": None}
+
+
+@pytest.mark.parametrize("value", ["Screenshot at 9.41\u202fPM.png", "a\u00a0b", "grüße 日本"])
+def test_names_as_people_have_them_are_fine(value: str):
+    template.require_fit({"name": value})
 
 
 @pytest.mark.parametrize("value", ["a\x1b[2J", "a\0", "a\u202eb", "x" * 5000, "line\nline"])

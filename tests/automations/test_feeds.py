@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agentd.automations.automation import parsed
-from agentd.automations.events import Events
+from agentd.automations.events import Events, State
 from agentd.automations.feeds import FolderFeed
 from agentd.automations.watch import Watch
+from agentd.errors import Reason, StoreError
 from agentd.store import Store
 
 if TYPE_CHECKING:
@@ -45,9 +46,8 @@ class Feed:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Feed]:
-        now_ns = time.time_ns()
-        standing = await self.events.meet("it", now_ns)
-        task = asyncio.create_task(self.feed.run(standing, is_new=standing.since_ns == now_ns))
+        standing = await self.events.meet("it", time.time_ns())
+        task = asyncio.create_task(self.feed.run(standing))
         try:
             yield self
         finally:
@@ -100,7 +100,7 @@ def test_what_lies_there_counts_or_does_not(store: Store, tmp_path: Path):
         inbox.mkdir()
         (inbox / "old").touch()
         async with Feed(store, inbox, "existing = false\n").running() as feed:
-            await feed.until_true(lambda _: feed.feed._watched is not None)
+            await feed.until_true(lambda _: feed.feed._accepted)
             (inbox / "new").touch()
             await feed.until("new")
 
@@ -160,6 +160,76 @@ def test_without_watches_the_folder_is_looked_at_all_the_same(store: Store, tmp_
             (inbox / "a").touch()
             await feed.until("a")
             assert "no watches left" in feed.feed.polled
+
+    asyncio.run(go())
+
+
+def test_what_is_put_back_as_it_was_is_no_new_file(store: Store, tmp_path: Path):
+    """The journal makes another inode of the same content and times. What really replaces a file is new."""
+
+    async def go() -> None:
+        inbox = tmp_path / "inbox"
+        inbox.mkdir()
+        async with Feed(store, inbox).running() as feed:
+            (inbox / "a").write_text("one")
+            await feed.until("a")
+            for text, same in (("one", True), ("another", False)):
+                about = (inbox / "a").stat()
+                (tmp_path / "new").write_text(text)
+                if same:
+                    os.utime(tmp_path / "new", ns=(about.st_atime_ns, about.st_mtime_ns))
+                (tmp_path / "new").rename(inbox / "a")
+                await asyncio.sleep(0.5)
+                assert await feed.names() == (["a"] if same else ["a", "a"])
+
+    asyncio.run(go())
+
+
+def test_a_store_that_fails_for_a_while_loses_nothing(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The disk is full when the first file comes: the edge at which the store is replaced here."""
+
+    async def go() -> None:
+        inbox = tmp_path / "inbox"
+        inbox.mkdir()
+        monkeypatch.setattr("agentd.automations.feeds._POLL_S", 0.1)
+        feed, arrived = Feed(store, inbox), Events.arrived
+
+        def full(*_arguments: object, **_more: object) -> None:
+            raise StoreError(Reason.STORE_FULL, "The disk is full.")
+
+        monkeypatch.setattr(Events, "arrived", full)
+        async with feed.running():
+            (inbox / "a").touch()
+            await feed.until_true(lambda _: "full" in feed.feed.trouble)
+            monkeypatch.setattr(Events, "arrived", arrived)
+            await feed.until("a")
+            await feed.until_true(lambda _: not feed.feed.trouble)
+
+    asyncio.run(go())
+
+
+def test_names_that_are_no_text_are_told_of_and_not_tried(store: Store, tmp_path: Path):
+    async def go() -> None:
+        inbox = tmp_path / "inbox"
+        inbox.mkdir()
+        async with Feed(store, inbox).running() as feed:
+            open(os.fsencode(inbox) + b"/\xff", "w").close()  # noqa: ASYNC230
+            await feed.until_true(lambda names: len(names) == 1)
+            (event,) = await feed.events.page("it", 0, 10)
+            assert (event.state, event.note) == (State.FAILED, "its name is no text (UTF-8)")
+
+    asyncio.run(go())
+
+
+def test_a_tree_that_is_too_deep_is_watched_as_far_as_it_goes(store: Store, tmp_path: Path):
+    async def go() -> None:
+        inbox = tmp_path / "inbox"
+        deep = inbox / "/".join("d" * 100)
+        deep.mkdir(parents=True)
+        async with Feed(store, inbox, "recursive = true\n").running() as feed:
+            (inbox / "d" / "a").touch()
+            (deep / "b").touch()
+            await feed.until("a")
 
     asyncio.run(go())
 

@@ -66,10 +66,11 @@ def test_a_changed_file_counts_where_that_is_wanted():
 def test_a_file_that_replaces_another_or_comes_again_is_new(changes: bool):
     folder = Folder(changes=changes, quiet_s=0)
     assert folder.at(0, {"a": (1, 10)}) == ["a"]
-    assert folder.at(1, {"a": (2, 10)}) == ["a"]
-    assert folder.at(2, {}) == []
-    assert folder.at(3, {"a": (2, 10)}) == ["a"]
-    assert folder.at(4, {"a": (2, 10)}, went=("a",)) == ["a"]  # it went and came again before anybody looked
+    assert folder.at(1, {"a": (2, 11)}) == ["a"]
+    assert folder.at(2, {"a": (3, 11)}) == []  # put back as it was
+    assert folder.at(3, {}) == []
+    assert folder.at(4, {"a": (2, 10)}) == ["a"]
+    assert folder.at(5, {"a": (2, 10)}, went=("a",)) == ["a"]  # it went and came again before anybody looked
 
 
 def test_files_are_handled_in_the_order_of_their_arrival():
@@ -92,7 +93,7 @@ def test_every_state_that_lasts_is_told_exactly_once(looks: list[dict[str, tuple
         expected = {
             name
             for name, each in files.items()
-            if name not in told or (told[name] != each if changes else told[name][0] != each[0])
+            if name not in told or (told[name][1] != each[1] and (changes or told[name][0] != each[0]))
         }
         assert set(folder.at(n, files)) == expected
         told |= {name: files[name] for name in expected}

@@ -144,7 +144,29 @@ def test_a_clock_that_was_far_ahead_does_not_silence_a_schedule(store: Store):
     text = '[on.schedule]\nevery = "10m"\nzone = "UTC"\n'
     ahead = datetime(2040, 1, 1, 0, 0, 1, tzinfo=UTC)
     times = [START, ahead, START + timedelta(minutes=1), START + timedelta(minutes=10)]
-    assert len(Clock(store, START).go(text, lambda _: iter(times))) == 2
+    clock = Clock(store, START)
+    assert len(clock.go(text, lambda _: iter(times))) == 1
+    (event,) = asyncio.run(clock.events.page("clock", 0, 10))
+    assert event.joined == 1
+
+
+def test_another_schedule_begins_when_it_is_read(store: Store):
+    """What the old one had fired, or missed, is not the new one's."""
+
+    async def go() -> None:
+        events = Events(store)
+        assert (await events.meet("clock", 5, "old")).fired_ns == 5
+        assert (await events.meet("clock", 7, "old")).fired_ns == 5
+        assert (await events.meet("clock", 9, "new")).fired_ns == 9
+
+    asyncio.run(go())
+
+
+def test_what_is_due_joins_what_still_waits(store: Store):
+    """Unless all are wanted: a condition that does not hold for days does not pile up runs."""
+    times = [START, *(START + timedelta(minutes=10 * n, seconds=1) for n in range(1, 5))]
+    text = '[on.schedule]\nevery = "10m"\nzone = "UTC"\n'
+    assert len(Clock(store, START).go(text, lambda _: iter(times))) == 1
 
 
 def test_a_board_that_does_not_know_the_time_yet_fires_nothing(store: Store):
