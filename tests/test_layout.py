@@ -82,7 +82,8 @@ def test_the_wheel_holds_our_two_packages_and_nothing_else(tmp_path: Path):
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"agentd", "agentd_sandbox"}
+    beside = [name for name in names if ".dist-info" not in name and name.split("/")[0] not in ("agentd", "agentd_sandbox")]
+    assert [name.split(".data/")[-1] for name in beside] == ["data/share/man/man1/agentd.1"]
     for name in (
         "agentd/bundled_tools/files/tool.toml",
         "agentd/models/pocket.gguf",

@@ -38,6 +38,7 @@ _COMMANDS = {
     "trigger": "automations:trigger",
     "service": "service:service",
     "doctor": "doctor:doctor",
+    "completion": "completion:completion",
     "demo": "demo:demo",
     "witness": "witness:witness",
 }
@@ -67,7 +68,7 @@ def cli(context: click.Context, socket: Path | None) -> None:
 def main() -> None:
     """Errors people see are one or two lines; `--json` anywhere makes them JSON."""
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="agentd", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as e:
