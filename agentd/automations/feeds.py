@@ -37,7 +37,7 @@ _PUT_BACK = timedelta(hours=3)  # a clock put back by less fires nothing a secon
 
 def common(automation: str, moment: datetime) -> dict[str, str]:
     """What every template may name."""
-    return {"automation": automation, "time": moment.strftime("%Y-%m-%d %H:%M"), "date": moment.strftime("%Y-%m-%d")}
+    return {"automation": automation, "time": moment.strftime("%H:%M"), "date": moment.strftime("%Y-%m-%d")}
 
 
 def _together(every_s: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from agentd import config as configuration
 from agentd import models as known
+from agentd.cli.files import memory_mib
 from agentd.cli.lazy import Lazy
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.errors import EngineError, Reason
@@ -68,7 +68,7 @@ def inspect(model: str, context: int | None, *, as_json: bool) -> None:
         },
         "context": tokens,
         "memory_mib": _memory(path, header, tokens, engine.batch, engine.parallel),
-        "available_mib": _available_mib(),
+        "available_mib": memory_mib()[1],
     }
     if as_json:
         print_json(found)
@@ -91,13 +91,6 @@ def _memory(path: Path, header: gguf.Header, context: int, batch: int, parallel:
     entries = counts.get("tokenizer.ggml.tokens", 0) * _OF_A_TOKEN + counts.get("tokenizer.ggml.merges", 0) * _OF_A_MERGE
     parts = {"mapped": header.hot / _MIB, "cache": said["mib"], "vocabulary": entries / _MIB, "program": _PYTHON_MIB}
     return {**parts, "anonymous": sum(parts.values()) - parts["mapped"], "resident": sum(parts.values())}
-
-
-def _available_mib() -> float:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) / 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _MIB
 
 
 def _show(found: dict[str, Any]) -> None:
