@@ -81,6 +81,13 @@ class Inbox:
             return None
 
     def _read(self) -> None:
+        """Until the daemon is gone: then nothing here is worth keeping. Whatever else ends this ends the process, too."""
+        try:
+            self._follow()
+        finally:
+            os._exit(1)
+
+    def _follow(self) -> None:
         while True:
             (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
             if length > LARGEST:
@@ -99,9 +106,12 @@ class Inbox:
     def _exactly(self, n: int) -> bytes:
         data = bytearray()
         while len(data) < n:
-            chunk = self._link.recv(n - len(data))
+            try:
+                chunk = self._link.recv(n - len(data))
+            except ConnectionError:  # a daemon that was killed had not read all that we have told it (unix(7))
+                chunk = b""
             if not chunk:
-                os._exit(0)  # the daemon is gone, and nothing here is worth keeping
+                os._exit(0)
             data += chunk
         return bytes(data)
 
