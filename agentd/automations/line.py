@@ -100,6 +100,9 @@ class Line:
                     wait_s = await self._begin_all()
                 except AgentdError as e:  # the disk is full, say
                     self.waits, wait_s = e.message, _LOOK_AGAIN_S
+                except Exception as e:  # a bug of ours is found in the log, and silences nothing for good
+                    _log.exception("%s", self.automation.name)
+                    self.waits, wait_s = f"a bug in agentd: {e}", _LOOK_AGAIN_S
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._woken.wait(), wait_s)
         finally:
