@@ -57,7 +57,7 @@ def synthetic(folder: Path, *kinds: str) -> Path:
 
 
 def specs() -> tuple[ToolSpec, ...]:
-    tools = load([resources.files("agentd.bundled_tools")]).tools.values()
+    tools = load([], resources.files("agentd.bundled_tools"), ("files", "http", "shell", "system")).tools.values()
     return tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in tools)
 
 

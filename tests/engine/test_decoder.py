@@ -49,7 +49,7 @@ ENDLESS = "write a poem " + "red " * 100
 
 @functools.cache
 def specs() -> tuple[ToolSpec, ...]:
-    tools = load([resources.files("agentd.bundled_tools")]).tools.values()
+    tools = load([], resources.files("agentd.bundled_tools"), ("files", "http", "shell", "system")).tools.values()
     return tuple(ToolSpec(tool.name, tool.manifest.description, tool.schema()) for tool in tools)
 
 
