@@ -199,13 +199,14 @@ class Daemon:
         self._throttle.start()
         for exporter in self._exporters:
             exporter.start()
-        self._runs.resume(deferred)
-        await self._automations.start()  # before anybody can ask what they are
+        await self._automations.reload()  # before anybody can ask what they are
         self._server = ApiServer(
             *(self._parts(), config.socket, int(config.socket_mode, 8), config.state),
             *(parts.tcp(config), systemd.listener()),
         )
         await self._server.start()
+        self._runs.resume(deferred)
+        await self._automations.start()
         if config.approvals.notify:
             self._notifier.start()
         self._preload = asyncio.create_task(self._load_model(), name="load model")

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ from agentd.engine import automaton
 from agentd.engine.prompt import ToolSpec
 from agentd.engine.settings import EngineSettings, Room
 from agentd.errors import ConfigError, Reason, RequestError, SandboxError
-from agentd.grants import Conditions, Grant, parse
+from agentd.grants import Grant
 from agentd.journal import Keep
 from agentd.runs import Limits, ModelSettings
 
@@ -57,13 +56,10 @@ def rules(config: Config) -> list[Grant]:
     for number, grant in enumerate(config.grants, 1):
         where = f"agentd.toml, grant {number}"
         try:
-            conditions = Conditions(grant.charging, grant.hours, grant.nominal)
-            made = Grant(grant.principal, grant.tool, parse(grant.scope), grant.decision, "config", where, grant.scope)
+            made_all.append(Grant.configured(where, **grant.model_dump()))
         except RequestError as e:
             hint = "docs/grants.md shows scopes of every kind."
             raise ConfigError(Reason.CONFIG_INVALID, f"In {where}: {e.message}", hint=hint, metadata=e.metadata) from None
-        expire = int(grant.expires.timestamp() * 1e9) if grant.expires else 0
-        made_all.append(replace(made, conditions=conditions, expire_ns=expire, rehearse=grant.rehearse))
     return made_all
 
 

@@ -15,19 +15,20 @@ ROOT = Path(__file__).parent.parent
 BELOW: dict[str, set[str]] = {
     "errors": set(),
     "places": set(),
+    "tasks": set(),
     "config": {"errors", "places"},
     "store": {"errors"},
     "budgets": {"store", "errors"},
-    "engine": {"budgets", "errors"},
+    "engine": {"budgets", "errors", "tasks"},
     "metrics": {"budgets", "engine", "errors"},
-    "models": {"errors", "places"},
+    "models": {"store", "errors", "places"},
     "audit": {"store", "errors"},
     "journal": {"store", "audit", "errors"},
     "grants": {"store", "audit", "errors"},
     "principals": {"grants", "store", "audit", "errors"},
-    "calls": {"grants", "journal", "audit", "store", "errors", "config"},
+    "calls": {"grants", "journal", "audit", "store", "errors", "config", "tasks"},
     "runs": {"engine", "budgets", "calls", "grants", "store", "errors"},
-    "automations": {"runs", "budgets", "grants", "store", "config", "errors"},
+    "automations": {"runs", "budgets", "grants", "store", "config", "errors", "tasks"},
     "api": {
         "automations",
         "runs",
@@ -43,7 +44,7 @@ BELOW: dict[str, set[str]] = {
         "errors",
     },
     "client": {"v1", "errors", "places"},
-    "cli": {"client", "v1", "errors", "config", "places", "models", "daemon", "audit"},
+    "cli": {"client", "v1", "errors", "config", "places", "models", "store", "daemon", "audit"},
 }
 """For each room, the rooms it may import. `daemon` is the composition root and may import all."""
 

@@ -131,8 +131,8 @@ def _automation(told: Told) -> pb.Automation:
     message = pb.Automation(
         name=convert.valid(f"automations/{told.name}"),
         description=automation.description if automation else "",
-        trigger=convert.valid(trigger_words(automation)) if automation else "",
-        action=convert.valid(action_words(automation)) if automation else "",
+        trigger=convert.valid(_trigger(automation)) if automation else "",
+        action=convert.valid(_action(automation)) if automation else "",
         paused=told.paused,
         error=convert.valid(told.error),
         trouble=convert.valid(told.trouble),
@@ -150,7 +150,7 @@ def _automation(told: Told) -> pb.Automation:
     return message
 
 
-def trigger_words(automation: Automation) -> str:
+def _trigger(automation: Automation) -> str:
     on = automation.on
     if on.file:
         word = "appears" if on.file.on == "appears" else "appears or changes"
@@ -161,7 +161,7 @@ def trigger_words(automation: Automation) -> str:
     return "a call" + (f" with {', '.join(on.call.data)}" if on.call and on.call.data else "")
 
 
-def action_words(automation: Automation) -> str:
+def _action(automation: Automation) -> str:
     if call := automation.call:
         return f"{call.tool}({json.dumps(call.arguments, ensure_ascii=False)})"
     return automation.prompt.strip()

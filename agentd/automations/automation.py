@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from agentd.automations import schedule, template
 from agentd.config import GrantConfig
 from agentd.errors import ConfigError, Reason, RequestError, first_mistake
-from agentd.grants import Conditions, Grant, parse
+from agentd.grants import Conditions, Grant
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -187,16 +187,7 @@ class Automation(_Strict):
         for number, grant in enumerate(self.grants, 1):
             where = f"automations/{self.name}.toml, grant {number}"
             try:
-                conditions = Conditions(grant.charging, grant.hours, grant.nominal)
-                scope = parse(grant.scope)
-                made.append(
-                    Grant(
-                        *(self.principal, grant.tool, scope, grant.decision, "config", where, grant.scope),
-                        conditions=conditions,
-                        expire_ns=int(grant.expires.timestamp() * 1e9) if grant.expires else 0,
-                        rehearse=grant.rehearse,
-                    )
-                )
+                made.append(Grant.configured(where, **grant.model_dump() | {"principal": self.principal}))
             except RequestError as e:
                 raise invalid(self.name, f"grants.{number - 1}: {e.message}") from None
         return made

@@ -13,9 +13,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from agentd.automations.events import Event, Fingerprint, State
-from agentd.automations.folder import FolderGone, Found, Settling, Sight, is_remote, look
+from agentd.automations.folder import FolderGone, Found, Settling, Sight, fits, is_remote, look
 from agentd.automations.watch import Bell
 from agentd.errors import AgentdError
+from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -110,8 +111,14 @@ class FolderFeed:
             wait_s = await self._look(settling, bell)
 
     async def wrote(self, paths: Iterable[str]) -> None:
-        """Files that a run of this automation has written."""
-        self._mine |= await asyncio.to_thread(_fingerprints, list(paths))
+        """Files that a run of this automation has written: those that a look would find, or this would grow without end."""
+        mine = [path for path in paths if self._watches(path)]
+        self._mine |= await asyncio.to_thread(_fingerprints, mine)
+
+    def _watches(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        inside = folder == self._real or (self.trigger.recursive and folder.startswith(f"{self._real}/"))
+        return inside and fits(name, self.trigger.pattern)
 
     async def _look(self, settling: Settling, bell: Bell) -> float:
         """For how many seconds there is nothing to look at, if nothing is heard."""
@@ -150,13 +157,8 @@ class FolderFeed:
             news = [found for found in ready if self._mine.get(found.path) != found.fingerprint]
         if not ready and not lost and self._accepted:
             return wait_s
-        # To its end, even if this is cancelled meanwhile: what is half on its way would be found, and made, once more.
-        recording = asyncio.create_task(asyncio.to_thread(self._record, ready, lost, news, sight.mounted))
-        try:
-            await asyncio.shield(recording)
-        except asyncio.CancelledError:
-            await asyncio.wait([recording])
-            raise
+        # What is half on its way when this is cancelled would be found, and made, once more.
+        await to_its_end(asyncio.to_thread(self._record, ready, lost, news, sight.mounted))
         self._accepted, self._mounted = True, sight.mounted
         settling.settled(ready)
         for path in (*lost, *(found.path for found in ready)):

@@ -19,6 +19,7 @@ from agentd.automations.folder import FolderGone, look
 from agentd.automations.line import Line
 from agentd.automations.watch import Watch
 from agentd.errors import AgentdError, Reason, RequestError
+from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -41,6 +42,7 @@ class _Loaded:
     automation: Automation
     line: Line
     feed: FolderFeed | ScheduleFeed | None
+    standing: Standing
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     feeding: asyncio.Task[None] | None = None
 
@@ -93,9 +95,11 @@ class Automations:
         self._started = self._stopped = self._reloading = False
 
     async def start(self) -> None:
-        """Read the files, and go on with what is there. A file that is broken is told of, and keeps nothing from working."""
-        await self.reload()
-        self._started = True
+        """Go on with what is there. `reload` before it: what is not begun yet can be asked about already."""
+        async with self._changing:
+            self._started = True
+            for loaded in self._loaded.values():
+                self._begin(loaded)
 
     async def stop(self) -> None:
         """What is under way is left as it is on disk; the next start goes on with it."""
@@ -111,16 +115,12 @@ class Automations:
         return principal != name and there
 
     async def reload(self) -> None:
-        """Read all files again. What has not changed goes on undisturbed. Raises StoreError.
+        """Read all files again. What has not changed goes on undisturbed; a file that is broken is told of, and keeps nothing
+        from working. Raises StoreError.
 
         To its end, even if whoever asked for it is gone meanwhile.
         """
-        reloading = asyncio.create_task(self._reload(), name="reload automations")
-        try:
-            await asyncio.shield(reloading)
-        except asyncio.CancelledError:
-            await asyncio.wait([reloading])
-            raise
+        await to_its_end(self._reload())
 
     async def _reload(self) -> None:
         async with self._changing:
@@ -160,15 +160,18 @@ class Automations:
             feed = line.feed = FolderFeed(automation, automation.on.file, self._events, self._watch, line.wake)
         elif automation.on.schedule:
             feed = ScheduleFeed(automation, automation.on.schedule, self._events, line.wake)
-        loaded = _Loaded(automation, line, feed)
-        loaded.tasks = [_task(automation.name, line.run())]
-        if not standing.paused:
-            self._feed(loaded, standing)
+        loaded = _Loaded(automation, line, feed, standing)
+        if self._started:
+            self._begin(loaded)
         return loaded
 
-    def _feed(self, loaded: _Loaded, standing: Standing) -> None:
-        if loaded.feed:
-            loaded.feeding = _task(loaded.automation.name, loaded.feed.run(standing))
+    def _begin(self, loaded: _Loaded) -> None:
+        loaded.tasks = [_task(loaded.automation.name, loaded.line.run())]
+        self._feed(loaded)
+
+    def _feed(self, loaded: _Loaded) -> None:
+        if loaded.feed and not loaded.line.paused:
+            loaded.feeding = _task(loaded.automation.name, loaded.feed.run(loaded.standing))
 
     async def _end(self, all_loaded: list[_Loaded]) -> None:
         tasks = [task for loaded in all_loaded for task in (*loaded.tasks, loaded.feeding) if task]
@@ -221,13 +224,13 @@ class Automations:
         async with self._changing:
             loaded = self._get(name)
             if loaded.line.paused != paused and not self._stopped:
-                standing = await self._events.pause(name, time.time_ns(), paused=paused)
+                loaded.standing = await self._events.pause(name, time.time_ns(), paused=paused)
                 loaded.line.paused = paused
                 if paused and loaded.feeding:
                     loaded.feeding.cancel()
                     await asyncio.wait([loaded.feeding])
-                elif not paused:
-                    self._feed(loaded, standing)
+                elif self._started:
+                    self._feed(loaded)
                 loaded.line.wake()
         return await self.told(name)
 
@@ -273,7 +276,8 @@ class Automations:
         data = _sample(automation, matches)
         call = automation.call
         direct = (call.tool, template.filled_all(call.arguments, data)) if call else None
-        return Checked(told, tuple(matches[:_SHOWN]), len(matches), self._unmet(automation.when), direct)
+        unmet = await asyncio.to_thread(self._unmet, automation.when)
+        return Checked(told, tuple(matches[:_SHOWN]), len(matches), unmet, direct)
 
     async def history(self, name: str, before: int, limit: int) -> list[Event]:
         """Newest first; of one automation, or of all."""

@@ -35,6 +35,7 @@ from agentd.errors import AgentdError, JournalError, Reason, RequestError, Sandb
 from agentd.grants import PATH_KINDS, Request
 from agentd.journal import Selection, Ways
 from agentd.store import new_id
+from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -242,13 +243,7 @@ class Calls:
                 except AgentdError as e:
                     return [], e.message.rstrip(".")
 
-        # To its end, even if whoever wants it gives up: nothing else may change files meanwhile.
-        working = asyncio.create_task(alone(), name=f"take back run {run}")
-        try:
-            return await asyncio.shield(working)
-        except asyncio.CancelledError:
-            await asyncio.wait([working])
-            raise
+        return await to_its_end(alone())  # nothing else may change files meanwhile, whether or not anybody waits for it
 
     async def rehearsals(self, principal: str) -> list[Rehearsal]:
         """Calls that wait to be applied or dropped, oldest first; of one principal, or of all."""

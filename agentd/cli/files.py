@@ -20,6 +20,7 @@ from agentd.cli.output import console, json_option, print_json, shown
 from agentd.errors import ConfigError, EngineError, Reason
 from agentd.models import catalogue
 from agentd.models import pull as transfer
+from agentd.store.durable import arriving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -168,17 +169,13 @@ def _set_model(file: Path, value: str) -> None:
         changed = tomlkit.dumps(document)
         configuration.check(changed, file)
         real.parent.mkdir(parents=True, exist_ok=True)
-        new = real.with_name(f".{real.name}.new")
-        with new.open("wb") as opened:
+        with arriving(real) as new:
             if there:
                 about = real.stat()
-                os.fchmod(opened.fileno(), about.st_mode & 0o7777)
+                os.fchmod(new.fileno(), about.st_mode & 0o7777)
                 if os.geteuid() == 0:
-                    os.fchown(opened.fileno(), about.st_uid, about.st_gid)
-            opened.write(changed.encode())
-            opened.flush()
-            os.fsync(opened.fileno())
-        new.replace(real)
+                    os.fchown(new.fileno(), about.st_uid, about.st_gid)
+            new.write(changed.encode())
     except (OSError, TOMLKitError, UnicodeDecodeError, TypeError) as e:
         why = getattr(e, "strerror", None) or str(e)
         hint = f'Write it yourself: model = "{value}" in [engine].'

@@ -18,6 +18,7 @@ from agentd.cli.lazy import Lazy
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.errors import EngineError, Reason
 from agentd.models import gguf
+from agentd.models.pull import ARCHITECTURE
 
 _MIB = 1 << 20
 _TIMEOUT_S = 120
@@ -123,6 +124,6 @@ def _show(found: dict[str, Any]) -> None:
     verdict = "[green]it fits[/]" if enough else "[yellow]it would have to be read again and again[/]"
     if found["available_mib"] < memory["anonymous"]:
         verdict = "[red]it does not fit[/]"
-    if found["architecture"] != "gemma4":
+    if found["architecture"] != ARCHITECTURE:
         verdict = f"[red]agentd runs models of the architecture gemma4, not {shown(found['architecture'])}[/]"
     console.print(f"  {memory['resident']:8,.0f} MiB in all; {found['available_mib']:,.0f} MiB are available now: {verdict}")

@@ -18,6 +18,7 @@ from agentd.engine.prompt import Conversation, render_prefix, render_turns
 from agentd.engine.selftest import repack_is_usable
 from agentd.engine.settings import SESSION, EngineSettings, Room, remember, remembered
 from agentd.errors import EngineError, Reason
+from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -262,23 +263,11 @@ async def _exchange(process: Process, request: Generate, spent: Callable[[Done],
         try:
             if not ended:  # our reader went away in the middle
                 giving_up = asyncio.create_task(process.give_up(request.id, outputs), name="cancel a generation")
-                await _to_its_end(giving_up)
+                await to_its_end(giving_up)
         finally:
             process.forget(request.id)
             if giving_up and (done := giving_up.result()):
                 spent(done)
-
-
-async def _to_its_end(task: asyncio.Task[Done | None]) -> None:
-    """Whatever cancels come meanwhile: what was used is to be counted."""
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
 
 
 def _least_mib(process: Process) -> float:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from fnmatch import translate
 from functools import lru_cache
 from re import compile as compile_expression
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from agentd.errors import Reason, RequestError
 from agentd.grants.conditions import Conditions
@@ -48,6 +48,29 @@ class Grant:
     created_by: str = ""
     rehearse: bool = False
     """Calls that it allows are rehearsed: what they change is put back and kept for a person to look at."""
+
+    @classmethod
+    def configured(
+        cls,
+        where: str,
+        *,
+        principal: str,
+        tool: str,
+        scope: str,
+        decision: Verdict,
+        expires: datetime | None,
+        charging: bool,
+        hours: str,
+        nominal: bool,
+        rehearse: bool,
+    ) -> Self:
+        """A rule as it stands in a file. Raises RequestError (GRANT_INVALID)."""
+        return cls(
+            *(principal, tool, parse(scope), decision, "config", where, scope),
+            expire_ns=int(expires.timestamp() * 1e9) if expires else 0,
+            conditions=Conditions(charging, hours, nominal),
+            rehearse=rehearse,
+        )
 
     def __post_init__(self) -> None:
         for name, value in (("principal", self.principal), ("tool", self.tool)):

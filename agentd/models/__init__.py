@@ -57,26 +57,42 @@ def _identity(model: Path) -> list[object]:
     return [str(model), status.st_size, status.st_mtime_ns, status.st_ino]
 
 
+class _GivenUp(Exception):
+    """Nobody wants to know any more."""
+
+
+def sha256_of(file: Path, tell: Callable[[int], None]) -> str:
+    """Hexadecimal; `tell` gets how many bytes were read so far. Raises OSError.
+
+    Reading takes a minute for gigabytes on a card; what was read leaves the page cache at once, as the model needs the memory.
+    """
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            found.update(chunk)
+            # Of this piece only: from the beginning each time, it took a whole core for minutes, with 2.6 GB.
+            os.posix_fadvise(opened.fileno(), opened.tell() - len(chunk), len(chunk), os.POSIX_FADV_DONTNEED)
+            tell(opened.tell())
+    return found.hexdigest()
+
+
 def digest(model: Path, known: Path, stop: Callable[[], bool] = lambda: False) -> str:
     """SHA-256 of a model file, hexadecimal; empty if it can't be read. Kept in `known`: large files are read once.
 
-    Reading takes a minute for gigabytes on a card; what was read leaves the page cache at once, as the model needs the memory.
     `stop` is asked between two pieces; what was given up is empty.
     """
     if before := known_digest(model, known):
         return before
+
+    def go_on(_: int) -> None:
+        if stop():
+            raise _GivenUp
+
     try:
         name = _identity(model)
-        found = hashlib.sha256()
-        with model.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                if stop():
-                    return ""
-                found.update(chunk)
-                # Of this piece only: from the beginning each time, it took a whole core for minutes, with 2.6 GB.
-                os.posix_fadvise(file.fileno(), file.tell() - len(chunk), len(chunk), os.POSIX_FADV_DONTNEED)
-    except OSError:
+        found = sha256_of(model, go_on)
+    except (OSError, _GivenUp):
         return ""
     with contextlib.suppress(OSError):
-        known.write_text(json.dumps({"file": name, "sha256": found.hexdigest()}))
-    return found.hexdigest()
+        known.write_text(json.dumps({"file": name, "sha256": found}))
+    return found

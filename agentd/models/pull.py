@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from agentd.errors import EngineError, Reason, StoreError
-from agentd.models import gguf
+from agentd.models import gguf, sha256_of
+from agentd.store.durable import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def _pull(entry: Entry, mirror: str, tell: Callable[[str, int, int], None], paus
         remote = _find(entry, mirror)
         if target.exists() and target.stat().st_size == remote.size:
             tell("verifying", 0, remote.size)
-            if _digest(target, lambda _: None) in (remote.digest, entry.sha256):
+            if sha256_of(target, lambda _: None) in (remote.digest, entry.sha256):
                 return target
         part = target.with_name(f".{target.name}.{remote.version}.part")
         if part.exists() and (part.stat().st_size > remote.size or not remote.version):
@@ -146,6 +147,8 @@ def _find(entry: Entry, mirror: str) -> Remote:
         raise _failed(entry.file, url, e) from None
     if not told.size or told.size < 0:
         raise _failed(entry.file, url, "the server does not say how long the file is")
+    if entry.exact and told.size != entry.bytes:
+        raise _failed(entry.file, url, f"it has {told.size} bytes, and the one that is known has {entry.bytes}")
     etag = (told.etag or "").lower()
     digest = etag if len(etag) == 64 and not set(etag) - set("0123456789abcdef") else ""
     if entry.sha256 and digest and digest != entry.sha256:
@@ -203,32 +206,18 @@ def _accept(part: Path, target: Path, sha256: str, tell: Callable[[int], None]) 
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(target.parent)
 
 
 def _require_right(path: Path, sha256: str, tell: Callable[[int], None], name: str = "") -> str:
     """Its digest. Raises EngineError (MODEL_INVALID) if it is another, or the file is none that agentd can use."""
     name = name or str(path)
     require_family(path, name)
-    found = _digest(path, tell)
+    found = sha256_of(path, tell)
     if sha256 and found != sha256:
         message = f"{name} is damaged, or another file: its SHA-256 is {found}, and should be {sha256}."
         raise EngineError(Reason.MODEL_INVALID, message, hint="Pull it again.", metadata={"sha256": found})
     return found
-
-
-def _digest(path: Path, tell: Callable[[int], None]) -> str:
-    found, done = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-            done += len(chunk)
-            tell(done)
-    return found.hexdigest()
 
 
 def _copy(source: Path, target: Path, tell: Callable[[int], None]) -> None:
