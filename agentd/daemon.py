@@ -37,6 +37,7 @@ from agentd.budgets.policy import calibrated
 from agentd.calls import Calls, Permission, Places
 from agentd.chronicle import Chronicle
 from agentd.config import DEVICES
+from agentd.devices import Devices, Screen
 from agentd.engine.calibrate import Calibrator, Progress
 from agentd.engine.client import Engine
 from agentd.engine.throttle import Throttle
@@ -104,7 +105,8 @@ class Daemon:
             self._own,
         )
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
-        self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket)
+        self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket, Screen())
+        self._devices = Devices(config.state)
         self._archive = Archive(self._store, self._audit, self._checkpoints, config.state / "archive")
         self._checkpoints.rows = self._archive.rows
         self._upkeep = Upkeep(
@@ -240,6 +242,7 @@ class Daemon:
                 await asyncio.to_thread(shipper.stop)
         if hasattr(self, "_sandbox"):
             self._sandbox.stop()
+        self._devices.close()
         self._index.close()
         self._store.close()
 
@@ -397,6 +400,7 @@ class Daemon:
             self._level,
             self._credentials,
             SandboxLimits(config.sandbox.processes, memory_mib=config.sandbox.memory_mib),
+            operate=self._devices.operate,
             keep_open=(self._store.lock_descriptor,),
         )
         if self._level.confines:

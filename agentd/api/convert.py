@@ -226,4 +226,5 @@ def tool_message(tool: Tool) -> tool_pb2.Tool:
         version=tool.version,
         digest=tool.digest,
         needs=[f"{kind}:{template}" for kind, template in tool.manifest.needs.templates()],
+        asks=tool.manifest.asks,
     )

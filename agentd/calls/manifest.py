@@ -68,7 +68,7 @@ class Needs(_Strict):
     """What a call touches, as templates over its arguments.
 
     `connect` takes host:port or the name of a parameter that is an address; `exec` programs; `use` names of credentials,
-    `device` of devices.
+    `device` of devices: NAME for nodes that the tool opens itself, KIND/NAME for what the daemon operates for it.
     """
 
     read: tuple[str, ...] = ()
@@ -88,11 +88,23 @@ class ToolManifest(_Strict):
     description: str = Field(min_length=1, max_length=400)
     parameters: Parameters = Parameters()
     needs: Needs = Needs()
-    effect: Literal["none", "files", "external"]
+    effect: Literal["none", "files", "external", "physical"]
     untrusted: bool = False
     """Whether what it gives back may be others' words, wherever it has them from."""
+    private: bool = False
+    """Whether what it gives back is private, wherever it has it from."""
+    ask: bool = False
+    """Whether a person is asked unless a grant names this very tool; what is physical is always asked for."""
     deadline_s: float = Field(default=10, gt=0, le=600)
     output_bytes: int = Field(default=16384, ge=256, le=1 << 20)
+
+    @property
+    def asks(self) -> bool:
+        return self.ask or self.effect == "physical"
+
+    @property
+    def reaches_outside(self) -> bool:
+        return self.effect in ("external", "physical")
 
     @model_validator(mode="after")
     def _needs_are_known(self) -> Self:
@@ -104,8 +116,8 @@ class ToolManifest(_Strict):
                     raise ValueError(f"need {template!r} names {name!r}, which is no parameter")
         if self.needs.write and self.effect == "none":
             raise ValueError('needs write, so its effect is not "none"')
-        if self.needs.connect and self.effect != "external":
-            raise ValueError('needs connect, so its effect is "external"')
+        if self.needs.connect and not self.reaches_outside:
+            raise ValueError('needs connect, so its effect is "external" or "physical"')
         return self
 
 

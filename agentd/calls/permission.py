@@ -59,7 +59,8 @@ class Permission:
         self._may_send: set[tuple[str, str, str]] = set()
 
     def gives(self, tool: Tool, scopes: tuple[Scope, ...]) -> Labels:
-        return self._taint.labels(tool.name, scopes, untrusted=tool.manifest.untrusted)
+        manifest = tool.manifest
+        return self._taint.labels(tool.name, scopes, untrusted=manifest.untrusted, private=manifest.private)
 
     async def obtain(self, wanted: Wanted, again: Callable[[], tuple[Scope, ...]]) -> Prepared:
         """`again` says what the scopes are now: a link may have been changed while a person was thinking.
@@ -158,6 +159,8 @@ class Permission:
         )
 
     def _not_undoable(self, wanted: Wanted) -> str:
+        if wanted.tool.manifest.effect == "physical":
+            return "it does something in the world, which can't be taken back"
         if wanted.tool.manifest.effect == "external":
             return "it reaches outside: what is sent can't be taken back"
         return self._journal.foresee(os.fsencode(scope.value) for scope in wanted.scopes if scope.kind == "write")

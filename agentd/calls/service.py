@@ -30,9 +30,9 @@ from agentd_sandbox.network import split_authority
 
 from agentd.audit import Event, FileTouched, Payload, Peer, SandboxUse
 from agentd.calls.arguments import Arguments
-from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, event, who
+from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, asked, event, who
 from agentd.errors import AgentdError, JournalError, Reason, RequestError, SandboxError, ToolError
-from agentd.grants import PATH_KINDS, Request
+from agentd.grants import PATH_KINDS
 from agentd.journal import Selection, Ways
 from agentd.store import new_id
 from agentd.tasks import to_its_end
@@ -124,7 +124,7 @@ class Calls:
     async def _require_rehearsable(self, wanted: Wanted) -> None:
         """Raises JournalError (NOT_UNDOABLE), with that on record, for what nobody could put back."""
         outside = [str(scope) for scope in wanted.scopes if scope.kind in ("connect", "device")]
-        if outside or wanted.tool.manifest.effect == "external":
+        if outside or wanted.tool.manifest.reaches_outside:
             reaches = f" ({outside[0]})" if outside else ""
             error = JournalError(
                 Reason.NOT_UNDOABLE,
@@ -142,8 +142,8 @@ class Calls:
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS).
         """
         tool, arguments = self._checked(request)
-        asked = Request(request.principal, tool.name, self._scopes(tool, arguments), request.run, request.within)
-        return asked.wanted, self._permission.grants.decide(asked, supposed)
+        wanted = asked(request, tool, self._scopes(tool, arguments))
+        return wanted.wanted, self._permission.grants.decide(wanted, supposed)
 
     async def execute(self, prepared: Prepared) -> CallResult:
         """Run a prepared call to its end. Cancelling the task kills the worker and puts its changes back.
@@ -365,8 +365,9 @@ class Calls:
         used = frozenset(scope.value for scope in scopes if scope.kind == "use")
         named = (self._places.devices.get(scope.value, ()) for scope in scopes if scope.kind == "device")
         nodes = tuple(PathRule(os.fsencode(node), glob=True) for nodes in named for node in nodes)
+        operated = frozenset(scope.value for scope in scopes if scope.kind == "device" and "/" in scope.value)
         own = tuple(PathRule(os.fsencode(path)) for path in self._places.own)
-        return Access(rules["read"], rules["write"], peers, rules["exec"], used, nodes, own)
+        return Access(rules["read"], rules["write"], peers, rules["exec"], used, nodes, operated, own)
 
     def _conclude(self, prepared: Prepared, transaction: Transaction, outcome: Outcome) -> CallResult:
         output = outcome.result if outcome.error is None else {"error": outcome.error}
@@ -415,7 +416,8 @@ class Calls:
 
 def _reaches_outside(body: Mapping[str, Any]) -> bool:
     scopes = body.get("scopes") or ()
-    return body["tool"].get("effect") == "external" or any(scope.startswith(("connect:", "device:")) for scope in scopes)
+    by_scope = any(scope.startswith(("connect:", "device:")) for scope in scopes)
+    return by_scope or body["tool"].get("effect") in ("external", "physical")
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:

@@ -44,6 +44,11 @@ class CallRequest:
     """How long a question about it waits for an answer, even while nobody is there; 0 for the daemon's own time."""
 
 
+def asked(request: CallRequest, tool: Tool, scopes: tuple[Scope, ...]) -> Request:
+    """What the grants decide on."""
+    return Request(request.principal, tool.name, scopes, request.run, request.within, tool.manifest.asks)
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A valid call before anything has been decided. `gives` are the labels that its result brings with it."""
@@ -56,7 +61,7 @@ class Wanted:
     gives: Labels
 
     def asked(self) -> Request:
-        return Request(self.request.principal, self.tool.name, self.scopes, self.request.run, self.request.within)
+        return asked(self.request, self.tool, self.scopes)
 
 
 @dataclass(frozen=True, slots=True)

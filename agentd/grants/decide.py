@@ -54,6 +54,8 @@ class Request:
     run: str = ""
     within: tuple[Pattern, ...] = ()
     """The most that this principal's calls may touch, whatever the grants say; no such limit if there is none."""
+    asks: bool = False
+    """Whether only a grant that names this very tool, and more than everything, lets it go unasked."""
 
     @property
     def principals(self) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ class Book:
                 used.append(rule)
             elif rule := self._first(self.ask.covering(scope), request, moment):
                 asking.append((scope, rule))
-            elif rule := self._first(chain(self.rehearsed.covering(scope), self.allow.covering(scope)), request, moment):
+            elif rule := self._first(self._allowing(scope, request), request, moment):
                 used.append(rule)
             else:
                 unmet.append(scope)
@@ -122,6 +124,10 @@ class Book:
         rules = tuple(dict.fromkeys(str(rule) for _, rule in asking))
         return Decision("ask", reason, rules, str(scope), self.near(request, scope, moment), open_ones)
 
+    def _allowing(self, scope: Scope, request: Request) -> Iterable[Grant]:
+        found = chain(self.rehearsed.covering(scope), self.allow.covering(scope))
+        return (grant for grant in found if grant.is_specific) if request.asks else found
+
     def _first(self, grants: Iterable[Grant], request: Request, moment: Moment) -> Grant | None:
         for grant in grants:
             if grant.concerns(request.principals, request.tool) and not grant.asleep(moment, self.used.get(grant.id, 0)):
@@ -135,7 +141,10 @@ class Book:
             for looked_at, grant in enumerate(index.covering(scope)):
                 if looked_at >= _LOOKED_AT:
                     break
-                if why := grant.idle(request.principals, request.tool, moment, self.used.get(grant.id, 0)):
+                why = grant.idle(request.principals, request.tool, moment, self.used.get(grant.id, 0))
+                if not why and request.asks and not grant.is_specific:
+                    why = f"{request.tool} asks unless a grant names it"
+                if why:
                     found[f"{grant}: {why}"] = None
         for grant in self.allow.near(scope):
             if len(found) >= _NEAR:

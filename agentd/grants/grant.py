@@ -97,6 +97,11 @@ class Grant:
         """Whether a person made it as an answer: it is stronger than a rule that wants one asked."""
         return self.source == "approval" and self.decision == "allow"
 
+    @property
+    def is_specific(self) -> bool:
+        """Whether somebody who wrote it has meant one tool, and not whatever there is."""
+        return "*" not in self.tool and bool(self.pattern.kind)
+
     def concerns(self, principals: tuple[str, ...], tool: str) -> bool:
         return any(_fits(name, self.principal) for name in principals) and _fits(tool, self.tool)
 

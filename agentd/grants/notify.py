@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shlex
-import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from agentd.devices import Screen
     from agentd.grants.approvals import Approval, Approvals
 
 _log = logging.getLogger(__name__)
@@ -33,17 +32,16 @@ _ONCE, _NO = "once", "deny"
 class Notifier:
     """Shows each question for as long as it is open. What is chosen there is `owner`'s answer; `socket` is the daemon's."""
 
-    def __init__(self, approvals: Approvals, owner: str, socket: Path) -> None:
+    def __init__(self, approvals: Approvals, owner: str, socket: Path, screen: Screen) -> None:
         self._approvals, self._owner, self._socket = approvals, owner, socket
         self._shown: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
-        self._termux = shutil.which("termux-notification")
-        self._desktop = shutil.which("notify-send")
+        self._screen = screen
+        self._termux, self._desktop = screen.termux, screen.desktop
 
     @property
     def there(self) -> bool:
-        """Whether there is a screen to show anything on."""
-        return bool(self._termux or (self._desktop and _has_session()))
+        return self._screen.there
 
     def start(self) -> None:
         if self._termux or self._desktop:
@@ -90,10 +88,6 @@ def _text(approval: Approval) -> str:
     scopes = ", ".join(str(scope) for scope in approval.unmet or approval.scopes)
     text = f"{scopes}\n{approval.principal} asks; {approval.reason}; {undo}"
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)[:_LONGEST]
-
-
-def _has_session() -> bool:
-    return bool(os.environ.get("DBUS_SESSION_BUS_ADDRESS"))
 
 
 async def _run(command: Sequence[str], *, wait: bool = False) -> str:

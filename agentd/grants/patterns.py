@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,7 @@ class Pattern:
             host = host.strip("[]")
             within = host == self.root if self.glob is None else self.glob.fullmatch(host) is not None
             return within and self.port in ("*", port)
-        return fnmatchcase(scope.value, self.value)
+        return scope.value == self.root if self.glob is None else self.glob.fullmatch(scope.value) is not None
 
     def _covers_path(self, scope: Scope) -> bool:
         value = scope.folded
@@ -104,7 +103,7 @@ def parse(text: str, *, resolved: bool = False) -> Pattern:
         return _path(kind, value, text, resolved=resolved)
     if kind == "connect":
         return _peer(value, text)
-    return Pattern(f"{kind}:{value}", kind, value)
+    return Pattern(text, kind, value, glob=_expression(value) if "*" in value else None)
 
 
 def literally(scope: Scope) -> Pattern:

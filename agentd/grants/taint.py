@@ -46,9 +46,9 @@ class Taint:
         self._trusted = tuple(parse(f"read:{path}") for path in trusted)
         self._private = tuple(parse(f"read:{path}") for path in private)
 
-    def labels(self, tool: str, scopes: Iterable[Scope], *, untrusted: bool) -> Labels:
-        """What the output of such a call makes of a run. `untrusted` is what the tool's manifest says of it."""
-        found = Labels((f"call:{tool}",) if untrusted else ())
+    def labels(self, tool: str, scopes: Iterable[Scope], *, untrusted: bool, private: bool = False) -> Labels:
+        """What the output of such a call makes of a run. `untrusted` and `private` are what the tool's manifest says of it."""
+        found = Labels((f"call:{tool}",) if untrusted else (), (f"call:{tool}",) if private else ())
         for scope in scopes:
             if scope.kind == "connect":
                 found |= Labels(untrusted=(str(scope),))

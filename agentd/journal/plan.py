@@ -167,7 +167,7 @@ class Planner:
         if selection.rehearsed:
             paths = tuple(replace(planned, why=_REHEARSED.get(planned.verdict, planned.why)) for planned in paths)
         touched = {call for planned in paths for call in planned.calls}
-        outside = tuple(call for call, _, effect in rows if effect == "external")
+        outside = tuple(call for call, _, effect in rows if effect in ("external", "physical"))
         return Plan(selection, ways, tuple(call for call in calls if call in touched), paths, outside)
 
     def _selected(self, selection: Selection) -> list[tuple[str, int, str]]:

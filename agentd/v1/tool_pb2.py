@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61gentd/v1/tool.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x8e\x02\n\x04Tool\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12+\n\nparameters\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12&\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x16.agentd.v1.Tool.Effect\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\r\n\x05needs\x18\x07 \x03(\t\"X\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45\x46\x46\x45\x43T_NONE\x10\x01\x12\x10\n\x0c\x45\x46\x46\x45\x43T_FILES\x10\x02\x12\x13\n\x0f\x45\x46\x46\x45\x43T_EXTERNAL\x10\x03\"\x9f\x03\n\x08ToolCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12.\n\x08\x64\x65\x63ision\x18\x05 \x01(\x0e\x32\x1c.agentd.v1.ToolCall.Decision\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x13\n\x0boutput_json\x18\x07 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x08 \x01(\x08\x12\x15\n\rchanged_paths\x18\t \x03(\t\x12\x10\n\x08undoable\x18\n \x01(\x08\x12\x15\n\rsandbox_level\x18\x0b \x01(\t\x12\x17\n\x0f\x64\x65nied_syscalls\x18\x0c \x01(\x05\x12\x0f\n\x07wall_us\x18\r \x01(\x03\x12\x0e\n\x06labels\x18\x0e \x03(\t\x12\x11\n\trehearsed\x18\x0f \x01(\x08\"]\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x45\x43ISION_ALLOW\x10\x01\x12\x10\n\x0c\x44\x45\x43ISION_ASK\x10\x02\x12\x11\n\rDECISION_DENY\x10\x03\"9\n\x10ListToolsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x11ListToolsResponse\x12\x1e\n\x05tools\x18\x01 \x03(\x0b\x32\x0f.agentd.v1.Tool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"c\n\x0f\x43\x61llToolRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12*\n\targuments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x10\n\x08rehearse\x18\x03 \x01(\x08\x32\x92\x01\n\x0bToolService\x12\x46\n\tListTools\x12\x1b.agentd.v1.ListToolsRequest\x1a\x1c.agentd.v1.ListToolsResponse\x12;\n\x08\x43\x61llTool\x12\x1a.agentd.v1.CallToolRequest\x1a\x13.agentd.v1.ToolCallb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x61gentd/v1/tool.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xb1\x02\n\x04Tool\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12+\n\nparameters\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12&\n\x06\x65\x66\x66\x65\x63t\x18\x04 \x01(\x0e\x32\x16.agentd.v1.Tool.Effect\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0e\n\x06\x64igest\x18\x06 \x01(\t\x12\r\n\x05needs\x18\x07 \x03(\t\x12\x0c\n\x04\x61sks\x18\x08 \x01(\x08\"m\n\x06\x45\x66\x66\x65\x63t\x12\x16\n\x12\x45\x46\x46\x45\x43T_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x45\x46\x46\x45\x43T_NONE\x10\x01\x12\x10\n\x0c\x45\x46\x46\x45\x43T_FILES\x10\x02\x12\x13\n\x0f\x45\x46\x46\x45\x43T_EXTERNAL\x10\x03\x12\x13\n\x0f\x45\x46\x46\x45\x43T_PHYSICAL\x10\x04\"\x9f\x03\n\x08ToolCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12.\n\x08\x64\x65\x63ision\x18\x05 \x01(\x0e\x32\x1c.agentd.v1.ToolCall.Decision\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x13\n\x0boutput_json\x18\x07 \x01(\t\x12\x0e\n\x06\x66\x61iled\x18\x08 \x01(\x08\x12\x15\n\rchanged_paths\x18\t \x03(\t\x12\x10\n\x08undoable\x18\n \x01(\x08\x12\x15\n\rsandbox_level\x18\x0b \x01(\t\x12\x17\n\x0f\x64\x65nied_syscalls\x18\x0c \x01(\x05\x12\x0f\n\x07wall_us\x18\r \x01(\x03\x12\x0e\n\x06labels\x18\x0e \x03(\t\x12\x11\n\trehearsed\x18\x0f \x01(\x08\"]\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x45\x43ISION_ALLOW\x10\x01\x12\x10\n\x0c\x44\x45\x43ISION_ASK\x10\x02\x12\x11\n\rDECISION_DENY\x10\x03\"9\n\x10ListToolsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"L\n\x11ListToolsResponse\x12\x1e\n\x05tools\x18\x01 \x03(\x0b\x32\x0f.agentd.v1.Tool\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"c\n\x0f\x43\x61llToolRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12*\n\targuments\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x10\n\x08rehearse\x18\x03 \x01(\x08\x32\x92\x01\n\x0bToolService\x12\x46\n\tListTools\x12\x1b.agentd.v1.ListToolsRequest\x1a\x1c.agentd.v1.ListToolsResponse\x12;\n\x08\x43\x61llTool\x12\x1a.agentd.v1.CallToolRequest\x1a\x13.agentd.v1.ToolCallb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,19 +38,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CALLTOOLREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_CALLTOOLREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
   _globals['_TOOL']._serialized_start=99
-  _globals['_TOOL']._serialized_end=369
-  _globals['_TOOL_EFFECT']._serialized_start=281
-  _globals['_TOOL_EFFECT']._serialized_end=369
-  _globals['_TOOLCALL']._serialized_start=372
-  _globals['_TOOLCALL']._serialized_end=787
-  _globals['_TOOLCALL_DECISION']._serialized_start=694
-  _globals['_TOOLCALL_DECISION']._serialized_end=787
-  _globals['_LISTTOOLSREQUEST']._serialized_start=789
-  _globals['_LISTTOOLSREQUEST']._serialized_end=846
-  _globals['_LISTTOOLSRESPONSE']._serialized_start=848
-  _globals['_LISTTOOLSRESPONSE']._serialized_end=924
-  _globals['_CALLTOOLREQUEST']._serialized_start=926
-  _globals['_CALLTOOLREQUEST']._serialized_end=1025
-  _globals['_TOOLSERVICE']._serialized_start=1028
-  _globals['_TOOLSERVICE']._serialized_end=1174
+  _globals['_TOOL']._serialized_end=404
+  _globals['_TOOL_EFFECT']._serialized_start=295
+  _globals['_TOOL_EFFECT']._serialized_end=404
+  _globals['_TOOLCALL']._serialized_start=407
+  _globals['_TOOLCALL']._serialized_end=822
+  _globals['_TOOLCALL_DECISION']._serialized_start=729
+  _globals['_TOOLCALL_DECISION']._serialized_end=822
+  _globals['_LISTTOOLSREQUEST']._serialized_start=824
+  _globals['_LISTTOOLSREQUEST']._serialized_end=881
+  _globals['_LISTTOOLSRESPONSE']._serialized_start=883
+  _globals['_LISTTOOLSRESPONSE']._serialized_end=959
+  _globals['_CALLTOOLREQUEST']._serialized_start=961
+  _globals['_CALLTOOLREQUEST']._serialized_end=1060
+  _globals['_TOOLSERVICE']._serialized_start=1063
+  _globals['_TOOLSERVICE']._serialized_end=1209
 # @@protoc_insertion_point(module_scope)

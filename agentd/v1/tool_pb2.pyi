@@ -40,6 +40,8 @@ class Tool(_message.Message):
         """It changes files; that can be undone."""
         EFFECT_EXTERNAL: Tool._Effect.ValueType  # 3
         """It reaches outside; that can't be undone."""
+        EFFECT_PHYSICAL: Tool._Effect.ValueType  # 4
+        """It moves or switches something in the world; that can't be undone."""
 
     class Effect(_Effect, metaclass=_EffectEnumTypeWrapper):
         """What it may have done when it is through."""
@@ -52,6 +54,8 @@ class Tool(_message.Message):
     """It changes files; that can be undone."""
     EFFECT_EXTERNAL: Tool.Effect.ValueType  # 3
     """It reaches outside; that can't be undone."""
+    EFFECT_PHYSICAL: Tool.Effect.ValueType  # 4
+    """It moves or switches something in the world; that can't be undone."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
@@ -60,6 +64,7 @@ class Tool(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     NEEDS_FIELD_NUMBER: _builtins.int
+    ASKS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tools/{tool}`, such as `tools/files.read`."""
     description: _builtins.str
@@ -70,6 +75,8 @@ class Tool(_message.Message):
     """Version of its bundle."""
     digest: _builtins.str
     """SHA-256 of its manifest and program, hexadecimal."""
+    asks: _builtins.bool
+    """Whether a person is asked unless a grant names this very tool and more than `*`."""
     @_builtins.property
     def parameters(self) -> _struct_pb2.Struct:
         """Its parameters as JSON Schema."""
@@ -88,10 +95,11 @@ class Tool(_message.Message):
         version: _builtins.str = ...,
         digest: _builtins.str = ...,
         needs: _abc.Iterable[_builtins.str] | None = ...,
+        asks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parameters", b"parameters"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "digest", b"digest", "effect", b"effect", "name", b"name", "needs", b"needs", "parameters", b"parameters", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asks", b"asks", "description", b"description", "digest", b"digest", "effect", b"effect", "name", b"name", "needs", b"needs", "parameters", b"parameters", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ Stands alone: standard library only, imports nothing of agentd. Linux on x86_64,
 from agentd_sandbox.access import Access, PathRule
 from agentd_sandbox.errors import (
     BrokerStuck,
+    DeviceFailure,
     OutputTooLarge,
     SandboxFailure,
     Unsupported,
@@ -29,6 +30,7 @@ __all__ = [
     "Contact",
     "Credential",
     "Denial",
+    "DeviceFailure",
     "Job",
     "Level",
     "Limits",

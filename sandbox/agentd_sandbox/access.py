@@ -94,7 +94,8 @@ class Access:
     `connect` holds (host, port): a host is a literal address, or a name that the broker resolves to public addresses.
     `execute` names the programs that may be started; with any, what programs need to run at all may be read.
     `use` names the credentials that the broker may add to requests of this call. `devices` are nodes that may be opened
-    to read and to write; what is done to them can't be undone. What is `hidden` does not exist, whatever the other rules say.
+    to read and to write, `operate` names those that the broker itself has operated for the call; what is done to either
+    can't be undone. What is `hidden` does not exist, whatever the other rules say.
     """
 
     read: tuple[PathRule, ...] = ()
@@ -103,6 +104,7 @@ class Access:
     execute: tuple[PathRule, ...] = ()
     use: frozenset[str] = field(default_factory=frozenset)
     devices: tuple[PathRule, ...] = ()
+    operate: frozenset[str] = field(default_factory=frozenset)
     hidden: tuple[PathRule, ...] = ()
 
     @cached_property

@@ -40,7 +40,7 @@ class Connections:
         if not 2 <= size <= network.ADDRESS_BYTES:
             raise OSError(errno.EINVAL, "address")
         host, port = self.network.meant(*network.peer(self.processes.read(call.thread, address, size)))
-        if (host, port) not in self.network.granted and not ((host, port) == network.PROXY and self.network.granted):
+        if (host, port) not in self.network.granted and not ((host, port) == network.PROXY and self.network.has_proxy):
             self.deny(f"{host}:{port}", "no scope to connect to it")
             raise OSError(errno.EACCES, "peer")
         own = self.processes.take(call.thread, descriptor)

@@ -129,7 +129,7 @@ class Desk:
 
     def _connect(self, host: str, port: int) -> int:
         peer = (network.canonical_host(host) or host, port)
-        if peer == network.PROXY and self.network.granted:
+        if peer == network.PROXY and self.network.has_proxy:
             ours, theirs = network.loopback_pair()
             threading.Thread(target=self.proxy.serve, args=(theirs,), name="proxy", daemon=True).start()
             return ours.detach()

@@ -24,6 +24,10 @@ class Unsupported(SandboxFailure):
         self.errno = errno
 
 
+class DeviceFailure(Exception):
+    """A device could not be operated; the message says why, to the tool that asked and to people."""
+
+
 class WorkerDied(SandboxFailure):
     """The worker ended without an answer: killed by the filter, by a limit, or by itself."""
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from agentd_sandbox.access import Access, PathRule
+    from agentd_sandbox.proxy import Operate
     from agentd_sandbox.recorder import Recorder
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from agentd_sandbox.zygote import main; main(int(sys.argv[2]))"
@@ -66,7 +67,8 @@ class Sandbox:
 
     `folder` is the workers' working folder. `level` says which layers there are; left out, it is probed. `keep_open` are
     descriptors that the zygote holds until nothing of any worker is left, such as the lock of the daemon's state.
-    `run` may be called from several threads at once.
+    `operate` is given the name of a device of the call's scopes and what a tool asks of it; it answers, or raises
+    DeviceFailure. It and `run` may be called from several threads at once.
     """
 
     programs: Mapping[str, bytes]
@@ -76,6 +78,7 @@ class Sandbox:
     limits: Limits = field(default_factory=Limits)
     resolve: Callable[[str], list[str]] = network.look_up
     trust: ssl.SSLContext | None = None
+    operate: Operate | None = None
     keep_open: tuple[int, ...] = ()
     _zygote: subprocess.Popen[bytes] | None = None
     _control: socket.socket | None = None
@@ -144,13 +147,13 @@ class Sandbox:
         self, worker: Waiting, access: Access, recorder: Recorder, deadline: float, revoked: threading.Event
     ) -> Broker | Desk:
         stopped = threading.Event()
-        peers = network.Network(access.connect, deadline, stopped, self.resolve)
+        peers = network.Network(access.connect, deadline, stopped, self.resolve, access.operate)
         rules = self._python + (program_rules() if access.execute else ())
         reach = replace(access, read=access.read + rules)
         made_up = peers.made_up_files() if access.connect else {}
         files = Files(reach, recorder, made_up, appends=not worker.questions, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
-        proxy = Proxy(peers, credentials, files.deny, stopped, self.trust)
+        proxy = Proxy(peers, credentials, files.deny, stopped, self.trust, self.operate)
         folder = os.fsencode(os.path.realpath(self.folder))
         if worker.questions:
             return Desk(worker.questions, worker.processes, files, peers, proxy, folder, self.limits)

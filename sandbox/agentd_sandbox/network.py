@@ -159,9 +159,15 @@ class Network:
     """monotonic(3) time past which nothing waits any more"""
     stopped: threading.Event
     resolve: Callable[[str], list[str]] = look_up
+    devices: frozenset[str] = frozenset()
+    """Those that are operated through the proxy."""
     traffic: Traffic = field(default_factory=Traffic)
     _pinned: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def has_proxy(self) -> bool:
+        return bool(self.granted or self.devices)
 
     @property
     def made_up_addresses(self) -> dict[str, str]:

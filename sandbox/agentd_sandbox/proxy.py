@@ -3,7 +3,8 @@
 It speaks to one worker over a connection that nobody else has. `CONNECT host:port` gives a tunnel; a request for
 `http://host/path` or `https://host/path` is made by the broker itself, which is the only place where `cred://NAME` in a
 header becomes the secret. Hosts are read in one strict way (RFC 9112, RFC 3986 without userinfo); the form that is
-decided on is the one that is dialled and the one that Host must name.
+decided on is the one that is dialled and the one that Host must name. `POST device:NAME` with a JSON object as its body has
+a device of the call's scopes operated: what that does, whoever holds the devices knows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import base64
 import contextlib
 import errno
 import http.client
+import json
 import re
 import select
 import socket
@@ -20,14 +22,20 @@ import urllib.parse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agentd_sandbox.errors import DeviceFailure
 from agentd_sandbox.network import DEFAULT_PORTS, Network, split_authority, split_url
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Mapping
+    from typing import Any
 
+    Operate = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+DEVICE = "device:"
 _HEAD_BYTES = 32 << 10
 _BODY_BYTES = 16 << 20
+_REQUEST_BYTES = 64 << 10  # to a device
 _CHUNK = 64 << 10
 _TICK_S = 0.2
 _TIMEOUT_S = 30.0
@@ -88,6 +96,7 @@ class Proxy:
     deny: Callable[[str, str], None]
     stopped: threading.Event
     trust: ssl.SSLContext | None = None
+    operate: Operate | None = None
     _open: list[socket.socket] = field(default_factory=list)
 
     def stop(self) -> None:
@@ -105,6 +114,8 @@ class Proxy:
                 request = _read_request(worker)
                 if request.method == "CONNECT":
                     self._tunnel(worker, request)
+                elif request.target.startswith(DEVICE):
+                    self._have_operated(worker, request)
                 else:
                     self._forward(worker, request)
             except _Bad as e:
@@ -156,6 +167,27 @@ class Proxy:
                         ended.add(end)
                         with contextlib.suppress(OSError):
                             peer.shutdown(socket.SHUT_WR)
+
+    # -- a device
+
+    def _have_operated(self, worker: socket.socket, request: _Request) -> None:
+        name = urllib.parse.unquote(request.target.removeprefix(DEVICE))
+        if self.operate is None or name not in self.network.devices:
+            self.deny("proxy", f"no scope for the device {name[:100]}")
+            raise _Bad(403, f"this call has no scope for the device {name[:100]}")
+        if request.method != "POST":
+            raise _Bad(405, "a device is operated by POST")
+        body = _read_body(worker, request)
+        try:
+            asked = json.loads(body[:_REQUEST_BYTES])
+        except RecursionError:
+            asked = None
+        if not isinstance(asked, dict):
+            raise _Bad(400, "the body is no JSON object")
+        try:
+            _reply(worker, 200, "application/json", json.dumps(self.operate(name, asked)).encode())
+        except DeviceFailure as e:
+            raise _Bad(502, str(e)) from None
 
     # -- a request in the broker's own name
 
@@ -306,8 +338,11 @@ def _send(remote: socket.socket, data: bytes) -> None:
 
 
 def _refuse(worker: socket.socket, status: int, why: str) -> None:
-    body = f"agentd: {why}\n".encode("utf-8", "replace")
+    _reply(worker, status, "text/plain", f"agentd: {why}\n".encode("utf-8", "replace"))
+
+
+def _reply(worker: socket.socket, status: int, kind: str, body: bytes) -> None:
     reason = http.client.responses.get(status, "Error")
-    head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: text/plain\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    head = f"HTTP/1.1 {status} {reason}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     with contextlib.suppress(OSError):
         worker.sendall(head.encode() + body)

@@ -1,4 +1,4 @@
-"""What a tool program needs: register functions, refuse with a sentence, read the call's variables.
+"""What a tool program needs: register functions, refuse with a sentence, read the call's variables, have a device operated.
 
     from agentd_sandbox.sdk import ToolFailure, tool, variables
 
@@ -15,7 +15,10 @@ everything else does not exist for it.
 from __future__ import annotations
 
 import errno
+import http.client
+import json
 import os
+import urllib.parse
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -40,6 +43,27 @@ def tool(name: str) -> Callable[[F], F]:
         return function
 
     return register
+
+
+def operate(device: str, **request: Any) -> dict[str, Any]:
+    """Have the daemon operate a device of this call's scopes, such as `gpio/17`. What it takes and gives back is the device's.
+
+    Raises ToolFailure with what the daemon says of it.
+    """
+    proxy = urllib.parse.urlsplit(os.environ["http_proxy"])
+    connection = http.client.HTTPConnection(proxy.hostname or "", proxy.port)  # the call's deadline ends the waiting
+    try:
+        connection.request("POST", "device:" + urllib.parse.quote(device), json.dumps(request).encode())
+        response = connection.getresponse()
+        said = response.read()
+    except (OSError, http.client.HTTPException):
+        raise ToolFailure(f"the device {device} can't be reached by this call") from None
+    finally:
+        connection.close()
+    if response.status != http.client.OK:
+        raise ToolFailure(said.decode("utf-8", "replace").removeprefix("agentd: ").strip())
+    answer: dict[str, Any] = json.loads(said)
+    return answer
 
 
 def explain(error: OSError) -> str:

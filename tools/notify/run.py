@@ -1,4 +1,4 @@
-"""The bundle `notify`: ntfy's protocol, a POST with the text as its body. The daemon's proxy makes the request."""
+"""The bundle `notify`: ntfy's protocol, a POST made by the daemon's proxy; or this device's own screen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import urllib.parse
 from typing import Any
 
-from agentd_sandbox.sdk import ToolFailure, tool
+from agentd_sandbox.sdk import ToolFailure, operate, tool
 
 _LONGEST_TEXT, _LONGEST_TITLE = 4000, 200
 """ntfy makes an attachment of a longer text."""
@@ -39,3 +39,11 @@ def send(
     if response.status >= 300:
         raise ToolFailure(f"the server answered {response.status}: {said[:200]}")
     return {"sent": True, "status": response.status}
+
+
+@tool("show")
+def show(text: str, title: str | None = None, priority: str | None = None) -> dict[str, Any]:
+    if not text.strip():
+        raise ToolFailure("the message is empty")
+    text, title = text[:_LONGEST_TEXT], (title or "")[:_LONGEST_TITLE]
+    return operate("screen/message", text=text, title=title, priority=priority or "default")

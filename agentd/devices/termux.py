@@ -1,0 +1,121 @@
+"""An Android phone by the programs of Termux:API (https://wiki.termux.com/wiki/Termux:API)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from typing import TYPE_CHECKING, Any, Literal
+
+from agentd_sandbox import DeviceFailure
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentd.devices.program import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_NUMBER = re.compile(r"\+?[0-9]{3,15}")  # E.164; commas would be several people
+_SMS = "sms/"
+_LOCATION_S = 60.0  # a first fix of GPS takes that long
+_MISSING = "install the app Termux:API and `pkg install termux-api`"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Look(_Strict):
+    """Nothing to say."""
+
+
+class Text(_Strict):
+    text: str = Field(min_length=1, max_length=4000)
+
+
+class Clipboard(_Strict):
+    """Without `text` it is read."""
+
+    text: str | None = Field(default=None, max_length=100_000)
+
+
+class Switch(_Strict):
+    on: bool
+
+
+class Where(_Strict):
+    provider: Literal["gps", "network", "passive"] = "network"
+
+
+class Phone:
+    """battery, clipboard, location, torch, voice and sms/NUMBER of this phone."""
+
+    def __init__(self) -> None:
+        self._does: dict[str, tuple[type[BaseModel], Callable[[Any], dict[str, Any]]]] = {
+            "battery": (Look, _battery),
+            "clipboard": (Clipboard, _clipboard),
+            "location": (Where, _location),
+            "torch": (Switch, lambda asked: _done(_termux("torch", "on" if asked.on else "off"))),
+            "voice": (Text, lambda asked: _done(_termux("tts-speak", text=asked.text, patience_s=_LOCATION_S))),
+        }
+
+    def request(self, name: str) -> type[BaseModel]:
+        if name.startswith(_SMS):
+            if not _NUMBER.fullmatch(name.removeprefix(_SMS)):
+                raise DeviceFailure(f"{name.removeprefix(_SMS)!r} is no telephone number: write it as +491701234567")
+            return Text
+        if name not in self._does:
+            raise DeviceFailure(f"a phone has no {name!r}; it has {', '.join(self._does)} and sms/NUMBER")
+        return self._does[name][0]
+
+    def operate(self, name: str, request: Any) -> dict[str, Any]:
+        if name.startswith(_SMS):
+            return _done(_termux("sms-send", "-n", name.removeprefix(_SMS), text=request.text))
+        return self._does[name][1](request)
+
+
+def _termux(name: str, *arguments: str, text: str = "", patience_s: float = 15.0) -> str:
+    program = shutil.which(f"termux-{name}")
+    if program is None:
+        raise DeviceFailure(f"there is no termux-{name}: {_MISSING}")
+    return run([program, *arguments], text, patience_s)
+
+
+def _done(_: str) -> dict[str, Any]:
+    return {"done": True}
+
+
+def _object(program: str, said: str) -> dict[str, Any]:
+    """What the programs print is JSON; where Android refuses, an object with `error`."""
+    try:
+        found = json.loads(said)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DeviceFailure(f"termux-{program} did not answer as it should; has Termux:API the permission in Android?")
+    if "error" in found or "API_ERROR" in found:
+        raise DeviceFailure(f"termux-{program}: {str(found.get('error') or found.get('API_ERROR'))[:200]}")
+    return found
+
+
+def _battery(_: Look) -> dict[str, Any]:
+    found = _object("battery-status", _termux("battery-status"))
+    named = {"percentage": "percent", "status": "status", "plugged": "plugged", "temperature": "celsius"}
+    return {ours: _plain(found[theirs]) for theirs, ours in named.items() if theirs in found}
+
+
+def _clipboard(asked: Clipboard) -> dict[str, Any]:
+    if asked.text is None:
+        return {"text": _termux("clipboard-get")}
+    return _done(_termux("clipboard-set", text=asked.text))
+
+
+def _location(asked: Where) -> dict[str, Any]:
+    found = _object("location", _termux("location", "-p", asked.provider, "-r", "once", patience_s=_LOCATION_S))
+    return {name: _plain(found[name]) for name in ("latitude", "longitude", "accuracy") if name in found}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    return value.lower() if isinstance(value, str) else value
