@@ -73,7 +73,7 @@ class ToolsConfig(_Strict):
     """
 
     folder: Folder = Field(default=Path("~"), validate_default=True)
-    bundled: tuple[Literal["files", "system", "http", "shell", "notify", "time"], ...] = ("files", "system")
+    bundled: tuple[Literal["files", "system", "http", "shell", "notify", "time", "gpio", "termux"], ...] = ("files", "system")
     bundles: tuple[Folder, ...] = ()
     sysfs: str = "/sys"
     proc: str = "/proc"

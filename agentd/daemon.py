@@ -192,7 +192,7 @@ class Daemon:
         )
         self._automations = Automations(
             *(config.automations, Events(self._store), self._runs, self._calls.take_back),
-            unmet=lambda when: unmet(when, self._moment(self._clock), self._budgets.readings.temperature_c),
+            unmet=lambda when: unmet(when, self._moment(self._clock), self._budgets.readings),
             fix=self._change_rules,
         )
         self._record_boot()

@@ -92,13 +92,17 @@ class Trigger(_Strict):
 
 
 class When(_Strict):
-    """All of it must hold before a run begins. Where nothing measures it, it does not hold."""
+    """All of it must hold before a run begins: `_c` of the device's heat, `_pct` of its battery. Where nothing measures it, it
+    does not hold.
+    """
 
     charging: bool = False
     network: bool = False
     hours: str = ""
     below_c: float | None = Field(default=None, ge=0, le=120)
     above_c: float | None = Field(default=None, ge=0, le=120)
+    below_pct: float | None = Field(default=None, ge=0, le=100)
+    above_pct: float | None = Field(default=None, ge=0, le=100)
 
     @model_validator(mode="after")
     def _hours(self) -> Self:

@@ -10,23 +10,31 @@ from agentd.grants import Conditions
 
 if TYPE_CHECKING:
     from agentd.automations.automation import When
+    from agentd.budgets import Readings
     from agentd.grants import Moment
 
 
-def unmet(when: When, moment: Moment, temperature_c: float | None) -> str:
+def unmet(when: When, moment: Moment, readings: Readings) -> str:
     """The first of its conditions that does not hold; empty if all do. What nothing measures does not hold."""
     if when.charging and not moment.charging:
         return "waits until the device is charging" + (", and nothing here says so" if moment.charging is None else "")
     if Conditions(hours=when.hours).unmet(moment):
         return f"waits for the hours {when.hours}"
-    if when.below_c is not None and (temperature_c is None or temperature_c >= when.below_c):
-        now = "and nothing measures it" if temperature_c is None else f"it has {temperature_c:.0f} C"
-        return f"waits until the device is below {when.below_c:g} C, {now}"
-    if when.above_c is not None and (temperature_c is None or temperature_c <= when.above_c):
-        now = "and nothing measures it" if temperature_c is None else f"it has {temperature_c:.0f} C"
-        return f"waits until the device is above {when.above_c:g} C, {now}"
+    if why := _beyond("device", "C", readings.temperature_c, when.below_c, when.above_c):
+        return why
+    if why := _beyond("battery", "%", readings.battery_pct, when.below_pct, when.above_pct):
+        return why
     if when.network and not is_online():
         return "waits for the network"
+    return ""
+
+
+def _beyond(what: str, unit: str, measured: float | None, below: float | None, above: float | None) -> str:
+    now = "and nothing measures it" if measured is None else f"it has {measured:.0f} {unit}"
+    if below is not None and (measured is None or measured >= below):
+        return f"waits until the {what} is below {below:g} {unit}, {now}"
+    if above is not None and (measured is None or measured <= above):
+        return f"waits until the {what} is above {above:g} {unit}, {now}"
     return ""
 
 

@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 from agentd_sandbox import DeviceFailure
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +24,8 @@ _NUMBER = re.compile(r"0|[1-9][0-9]?")
 
 class Request(BaseModel):
     """`on` is 3.3 V. A `pulse` sets the line, waits, and sets it back. Reading an output tells what it was set to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     do: Literal["read", "set", "pulse"]
     on: bool = True
@@ -47,8 +49,15 @@ class Lines:
         return Request
 
     def operate(self, name: str, request: Request) -> dict[str, Any]:
-        gpiozero = self._library()
-        line = int(name)
+        os.environ.setdefault("LG_WD", str(self._folder))  # lgpio makes pipes in the working folder, which may be `/`
+        try:
+            import gpiozero  # noqa: PLC0415 - an extra, and half a second on a Pi
+
+            return self._do(gpiozero, int(name), request)
+        except ImportError as e:
+            raise DeviceFailure(f"{e.name} is not installed: `pip install 'agentd[gpio]'`, then restart agentd") from None
+
+    def _do(self, gpiozero: Any, line: int, request: Request) -> dict[str, Any]:
         try:
             match request.do:
                 case "read":
@@ -69,14 +78,6 @@ class Lines:
             for output in self._outputs.values():
                 output.close()
             self._outputs.clear()
-
-    def _library(self) -> Any:
-        os.environ.setdefault("LG_WD", str(self._folder))  # lgpio makes pipes in the working folder, which may be `/`
-        try:
-            import gpiozero  # noqa: PLC0415 - an extra, and half a second on a Pi
-        except ImportError:
-            raise DeviceFailure("gpiozero is not installed: `pip install 'agentd[gpio]'`, then restart agentd") from None
-        return gpiozero
 
     def _read(self, gpiozero: Any, line: int, pull: str) -> bool:
         with self._lock:

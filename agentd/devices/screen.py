@@ -7,7 +7,7 @@ import shutil
 from typing import Any, Literal
 
 from agentd_sandbox import DeviceFailure
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from agentd.devices.program import run
 
@@ -16,6 +16,8 @@ _URGENCY = {"low": "low", "default": "normal", "high": "critical"}
 
 
 class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
     text: str = Field(min_length=1, max_length=_LONGEST_TEXT)
     title: str = Field(default="", max_length=_LONGEST_TITLE)
     priority: Literal["low", "default", "high"] = "default"

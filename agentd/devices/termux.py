@@ -101,7 +101,7 @@ def _object(program: str, said: str) -> dict[str, Any]:
 def _battery(_: Look) -> dict[str, Any]:
     found = _object("battery-status", _termux("battery-status"))
     named = {"percentage": "percent", "status": "status", "plugged": "plugged", "temperature": "celsius"}
-    return {ours: _plain(found[theirs]) for theirs, ours in named.items() if theirs in found}
+    return {ours: _plain(found[theirs], 1) for theirs, ours in named.items() if theirs in found}
 
 
 def _clipboard(asked: Clipboard) -> dict[str, Any]:
@@ -112,10 +112,10 @@ def _clipboard(asked: Clipboard) -> dict[str, Any]:
 
 def _location(asked: Where) -> dict[str, Any]:
     found = _object("location", _termux("location", "-p", asked.provider, "-r", "once", patience_s=_LOCATION_S))
-    return {name: _plain(found[name]) for name in ("latitude", "longitude", "accuracy") if name in found}
+    return {name: _plain(found[name], 6) for name in ("latitude", "longitude", "accuracy") if name in found}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, digits: int) -> Any:
     if isinstance(value, float):
-        return round(value, 6)
+        return round(value, digits)
     return value.lower() if isinstance(value, str) else value

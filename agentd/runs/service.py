@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from agentd.budgets import Admission, Allowance, Priority, Usage
+from agentd.budgets import Admission, Allowance, Priority, Ticket, Usage
 from agentd.budgets.policy import AdmissionPolicy
 from agentd.errors import AgentdError, DaemonError, Reason, RequestError
 from agentd.grants import parse
@@ -89,8 +89,7 @@ class Runs:
             return self._the_same(known, asked)
         if self._quotas:
             self._quotas.require(asked.principal)
-        self._admission.require_time(asked.start_by_ns / 1e9 - time.time() if asked.start_by_ns else math.inf)
-        ticket = self._admission.admit(asked.priority, key=self._key(asked.principal))
+        ticket = self._admitted(asked)
         live = Live(self._new(asked), ticket)
         try:
             kept = await self._records.insert(live.run, asked.request_id or None)
@@ -108,6 +107,13 @@ class Runs:
         if not self._stopping:  # what can wait is in the store, for the next start
             self._launch(live, loop)
         return live.run
+
+    def _admitted(self, asked: RunRequest) -> Ticket:
+        """One call without the model waits for nobody: what the budgets hold up is the model, and it may be to tell of that."""
+        if asked.direct:
+            return Ticket(asked.priority, 0, begun=True)
+        self._admission.require_time(asked.start_by_ns / 1e9 - time.time() if asked.start_by_ns else math.inf)
+        return self._admission.admit(asked.priority, key=self._key(asked.principal))
 
     def _the_same(self, known: Run, asked: RunRequest) -> Run:
         """Raises RequestError (REQUEST_ID_REUSED) if another run was asked for under this id."""

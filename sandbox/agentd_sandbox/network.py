@@ -261,5 +261,6 @@ def loopback_pair() -> tuple[socket.socket, socket.socket]:
         while True:
             theirs, address = server.accept()
             if address == ours.getsockname():
+                ours.setblocking(True)  # its time-out has made it non-blocking, for whoever gets the descriptor too
                 return ours, theirs
             theirs.close()  # somebody else on this machine was quicker

@@ -53,12 +53,22 @@ def device(tmp_path: Path, address: str) -> Iterator[Device]:
     folder = tmp_path / "automations"
     folder.mkdir()
     (tmp_path / "home" / "Inbox").mkdir(parents=True)
-    for name in ("journal", "hot", "doorbell"):
+    for name in ("journal", "hot", "doorbell", "watering", "charge"):
         text = (EXAMPLES / f"{name}.toml").read_text().replace("~/", f"{tmp_path}/home/").replace('"~', f'"{tmp_path}/home')
         text = text.replace("https://ntfy.sh", f"http://{address}").replace("ntfy.sh:443", address).replace('"5m"', '"10s"')
+        text = (
+            text.replace("seconds = 20", "seconds = 0.1")
+            .replace('cron = "0 7 * * *"', 'every = "10s"')
+            .replace('"10m"', '"10s"')
+        )
         (folder / f"{name}.toml").write_text(text)
     made.made()
-    made.tools += 'bundled = ["files", "system", "notify", "time"]\n'
+    made.tools += 'bundled = ["files", "system", "notify", "time", "gpio"]\n'
+    program = tmp_path / "bin" / "termux-notification"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/shown\ncat >> {tmp_path}/shown\n')
+    program.chmod(0o755)
+    made.environment = {"GPIOZERO_PIN_FACTORY": "mock", "PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
     made.extra += f'[[grants]]\ntool = "notify.send"\nscope = "connect:{address}"\n'
     with made.running() as running:
         yield running
@@ -87,6 +97,11 @@ def test_those_without_a_model_do_what_they_say(device: Device):
         assert "It is hot" in TOLD[1][1]
         assert TOLD[1][2]["Priority"] == "high"
         until(lambda: client.automations.get("hot").succeeded == 1, DEADLINE_S)
+        until(lambda: client.automations.get("watering").succeeded >= 1, DEADLINE_S)
+        assert client.automations.get("charge").succeeded == 0
+        device.charge(19, "Discharging")
+        until(lambda: client.automations.get("charge").succeeded == 1, DEADLINE_S)
+        assert (device.root / "shown").read_text().startswith("--title Battery --priority high\n")
 
 
 def output(client: Client, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,51 @@ def test_a_grant_applies_to_whom_what_and_when_it_says(
 
 
 @pytest.mark.parametrize(
+    ("grants", "verdict"),
+    [
+        ([grant("allow", "*")], "ask"),
+        ([grant("allow", "device:gpio/17")], "ask"),
+        ([grant("allow", "device:**", tool="gpio.*")], "ask"),
+        ([grant("allow", "*", tool="gpio.set")], "ask"),
+        ([grant("allow", "device:gpio/17", tool="gpio.set")], "allow"),
+        ([grant("allow", "device:gpio/*", tool="gpio.set")], "allow"),
+        ([grant("allow", "*", rehearse=True), grant("allow", "device:gpio/17", tool="gpio.set")], "allow"),
+        ([grant("allow", "device:gpio/17", source="approval")], "allow"),
+        ([grant("allow", "device:gpio/18", tool="gpio.set")], "ask"),
+        ([grant("allow", "device:gpio/17", tool="gpio.set"), grant("ask", "*")], "ask"),
+        ([grant("allow", "device:gpio/17", tool="gpio.set"), grant("deny", "*")], "deny"),
+    ],
+)
+def test_what_asks_is_allowed_by_name_only(grants: list[Grant], verdict: str):
+    """What moves something in the world is not among whatever there is: a grant for that does not mean it, and it is said."""
+    for order in itertools.permutations(grants):
+        decision = decide(order, "device:gpio/17", tool="gpio.set", asks=True)
+        assert decision.verdict == verdict
+        if len(grants) == 1 and verdict == "ask" and grants[0].pattern.text != "device:gpio/18":
+            assert decision.near == (f"{grants[0]}: gpio.set asks unless a grant names it",)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value", "covers"),
+    [
+        ("gpio/17", "gpio/17", True),
+        ("gpio/17", "gpio/170", False),
+        ("gpio/*", "gpio/17", True),
+        ("gpio/*", "gpio/1/7", False),
+        ("*", "gpio", True),
+        ("*", "gpio/17", False),
+        ("**", "gpio/17", True),
+        ("termux/sms/+4917????", "termux/sms/+49170000", False),
+        ("termux/sms/[0-9]", "termux/sms/1", False),
+        ("gpio", "gpio/17", False),
+    ],
+)
+def test_a_name_has_no_wildcard_but_the_star(pattern: str, value: str, *, covers: bool):
+    """A model may write any other character, and a person say yes to it for always."""
+    assert (decide([grant("allow", f"device:{pattern}")], f"device:{value}").verdict == "allow") is covers
+
+
+@pytest.mark.parametrize(
     ("moment", "applies"),
     [(Moment(1, 0, charging=True), True), (Moment(1, 0, charging=None), False), (Moment(1, 0, charging=False), False)],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from agentd_sandbox import Access, Job, Outcome, PathRule, Sandbox, Unsupported, kernel, no_level, probe
+from agentd_sandbox import Access, DeviceFailure, Job, Outcome, PathRule, Sandbox, Unsupported, kernel, no_level, probe
 from agentd_sandbox.filters import profile
 from agentd_sandbox.levels import WITHOUT
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 PROGRAM = b'''
 import os, shutil, socket, subprocess, time
 from pathlib import Path
-from agentd_sandbox.sdk import tool
+from agentd_sandbox.sdk import operate, tool
 
 @tool("everything")
 def everything(folder):
@@ -66,6 +66,16 @@ def connect(port):
         made.sendall(b"hello")
     return {}
 
+@tool("operate")
+def have_operated(device, **request):
+    return operate(device, **request)
+
+@tool("ask")
+def ask(head, body):
+    with socket.create_connection(("198.19.255.254", 3128), 5) as made:
+        made.sendall(f"{head} HTTP/1.1\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n{body}".encode())
+        return {"said": made.makefile().readline().strip()}
+
 @tool("start")
 def start():
     return {"output": subprocess.run(["/bin/echo", "hi"], stdout=subprocess.PIPE, check=True).stdout.decode()}
@@ -84,6 +94,13 @@ def signalled(folder, count):
     signal.setitimer(signal.ITIMER_REAL, 0)
     return {"held": len(os.listdir(folder))}
 '''
+
+
+def lamp(name: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What devices there are."""
+    if name != "lamp/1 ü":
+        raise DeviceFailure(f"there is no {name}")
+    return {"lamp": asked}
 
 
 class Silent:
@@ -117,7 +134,7 @@ def sandbox(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     level = level_without(LEVELS[request.param])
     if level.name != request.param[:2]:
         pytest.skip(f"this kernel reaches {level.name}: {'; '.join(level.missing)}")
-    made = Sandbox({"tool": PROGRAM}, tmp_path_factory.mktemp("work"), level)
+    made = Sandbox({"tool": PROGRAM}, tmp_path_factory.mktemp("work"), level, operate=lamp)
     made.start()
     yield made
     made.stop()
@@ -176,6 +193,44 @@ def test_a_granted_peer_can_be_connected_to(sandbox: Sandbox):
         connection, _ = server.accept()
         assert connection.recv(16) == b"hello"
         connection.close()
+
+
+def test_a_device_of_the_scopes_is_operated_for_the_call(sandbox: Sandbox):
+    """It answers, or says why not; a device without a scope is refused before anybody is asked, and counted."""
+    granted = Access(operate=frozenset({"lamp/1 ü", "lamp/2"}))
+    assert run(sandbox, "operate", granted, device="lamp/1 ü", on=True, text="ü\n").result == {
+        "lamp": {"on": True, "text": "ü\n"}
+    }
+    assert run(sandbox, "operate", granted, device="lamp/2").error == "there is no lamp/2"
+    for device in ("lamp/3", "lamp/1", "", "lamp/1 ü\r\nX: y"):
+        outcome = run(sandbox, "operate", granted, device=device)
+        assert "has no scope for the device" in (outcome.error or "")
+        assert [denial.target for denial in outcome.denials] == ["proxy"]
+    outcome = run(sandbox, "operate", Access(), device="lamp/1 ü")
+    assert "can't be reached by this call" in (outcome.error or "")
+    assert outcome.denied
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "status"),
+    [
+        ("GET device:lamp/2", "{}", "405"),
+        ("POST device:lamp/2", "[]", "400"),
+        ("POST device:lamp/2", "", "400"),
+        ("POST device:lamp/2", "[" * 60_000, "400"),
+        ("POST device:lamp/2", '{"a":"' + "x" * 70_000 + '"}', "400"),
+        ("POST device:lamp/2", '{"a": 1}', "502"),
+        ("POST device:lamp/%32", "{}", "502"),
+        ("CONNECT lamp/2:80", "", "400"),
+        ("POST http://lamp/2", "{}", "403"),
+    ],
+)
+def test_a_device_takes_one_json_object(sandbox: Sandbox, head: str, body: str, status: str):
+    """Whatever else a tool sends is answered with what is wrong with it. (502: the device said no.)"""
+    granted = Access(operate=frozenset({"lamp/2"}))
+    outcome = run(sandbox, "ask", granted, head=head, body=body)
+    assert outcome.error is None
+    assert (outcome.result or {})["said"].split(" ")[1] == status
 
 
 def test_programs_start_from_level_2_on(sandbox: Sandbox):
