@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/agentd demo
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 	scripts/test-unprivileged.sh $(VENV)
 
 bench: $(VENV)/.installed-dev

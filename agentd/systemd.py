@@ -1,4 +1,4 @@
-"""What a daemon and systemd tell each other: ready, alive, stopping; a socket that was opened beforehand.
+"""What a daemon and systemd tell each other: ready, alive, stopping; a socket that was opened beforehand; the log.
 
 The protocols are a datagram to a socket named in the environment (sd_notify(3)) and descriptors from 3 on (sd_listen_fds(3)).
 Without systemd all of it does nothing.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import stat
 
 _FIRST = 3
+_ERRORS = 2
+_PRIORITIES = ((logging.CRITICAL, 2), (logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _SHARE = 0.5  # of the time after which systemd takes us for dead (sd_watchdog_enabled(3))
 
 
@@ -44,6 +47,22 @@ async def keep_telling() -> None:
     while every_s:
         notify("WATCHDOG=1")
         await asyncio.sleep(every_s)
+
+
+class JournalFormatter(logging.Formatter):
+    """Each line begins with its priority, as sd-daemon(3) has it: `journalctl -p warning` finds what is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        priority = next((number for level, number in _PRIORITIES if record.levelno >= level), 7)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines() or [""])
+
+
+def is_journal() -> bool:
+    """Whether standard error is a stream to journald (systemd.exec(5), JOURNAL_STREAM), and not to a terminal or a file."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(_ERRORS)
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 def listener() -> socket.socket | None:

@@ -24,7 +24,7 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 packages="$venv/lib/python$version/site-packages"
 mkdir "$copy/site-packages" "$copy/tmp"
-for name in pytest _pytest py.py pluggy iniconfig packaging pygments "*hypothesis*" sortedcontainers \
+for name in pytest _pytest py.py pluggy iniconfig packaging xdist pytest_xdist-*.dist-info execnet pygments "*hypothesis*" sortedcontainers \
     pyseccomp pyseccomp.py trustme cryptography cffi _cffi_backend* idna; do
     for found in "$packages"/$name; do
         if [ -e "$found" ]; then cp -R "$found" "$copy/site-packages/"; fi
@@ -37,4 +37,4 @@ chown 65534:65534 "$copy/tmp"
 echo "The sandbox's tests as nobody:"
 cd "$copy"
 as_nobody PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$copy/site-packages:$copy/sandbox:$copy" HYPOTHESIS_STORAGE_DIRECTORY="$copy/tmp/h" \
-    "$python" -m pytest -p no:cacheprovider --basetemp "$copy/tmp/pytest" tests/sandbox
+    "$python" -m pytest -n auto --dist loadfile -p no:cacheprovider --basetemp "$copy/tmp/pytest" tests/sandbox

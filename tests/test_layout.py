@@ -16,6 +16,7 @@ BELOW: dict[str, set[str]] = {
     "errors": set(),
     "places": set(),
     "tasks": set(),
+    "systemd": set(),
     "config": {"errors", "places"},
     "devices": {"errors"},
     "store": {"errors"},
@@ -45,7 +46,7 @@ BELOW: dict[str, set[str]] = {
         "errors",
     },
     "client": {"v1", "errors", "places"},
-    "cli": {"client", "v1", "errors", "config", "places", "models", "store", "daemon", "audit"},
+    "cli": {"client", "v1", "errors", "config", "places", "models", "store", "systemd", "daemon", "audit"},
 }
 """For each room, the rooms it may import. `daemon` is the composition root and may import all."""
 

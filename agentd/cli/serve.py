@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from agentd import config as configuration
-from agentd import places
+from agentd import places, systemd
 from agentd.cli.output import json_option, print_json
 
 
@@ -45,7 +45,12 @@ def serve(socket: Path | None, file: Path | None, log_level: str, *, as_json: bo
     """
     from agentd.daemon import Daemon  # noqa: PLC0415 - the client commands must start fast
 
-    logging.basicConfig(level=log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    if systemd.is_journal():  # which knows level and time by itself
+        handler.setFormatter(systemd.JournalFormatter("%(name)s: %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=log_level.upper(), handlers=[handler])
     config = configuration.load(file)
     if socket:
         config = config.model_copy(update={"socket": Path(socket).expanduser().absolute()})

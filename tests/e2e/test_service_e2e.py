@@ -62,6 +62,22 @@ def test_what_the_environment_says_of_others_is_not_believed(tmp_path: Path):
         assert client.status().pid
 
 
+@pytest.mark.parametrize("journal", [True, False])
+def test_what_it_logs_has_a_priority_in_the_journal(tmp_path: Path, *, journal: bool):
+    """`journalctl -p warning` finds warnings. A stream that is somebody else's is not taken for the journal's."""
+    log = tmp_path / "daemon.log"
+    log.touch()
+    status = log.stat()
+    told = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not journal)}"}
+    (tmp_path / "automations").mkdir()
+    (tmp_path / "automations" / "wrong.toml").write_text("nonsense")
+    with DaemonProcess(tmp_path, environment=told).running() as daemon:
+        warnings = [line for line in daemon.log.splitlines() if "wrong.toml" in line]
+    assert warnings
+    for line in warnings:
+        assert line.startswith("<4>agentd." if journal else "20"), line
+
+
 def units(tmp_path: Path, folder: Path) -> list[Path]:
     """With a command that is there."""
     made = []
