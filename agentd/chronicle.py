@@ -95,15 +95,12 @@ def _configured(rules: object) -> list[str]:
 def _run_event(run: Run, model: dict[str, Any]) -> Event:
     who: dict[str, Any] = {"principal": run.principal, "session": run.session, "run": run.id, "labels": run.labels.names}
     who |= {"cause": run.trigger} if run.trigger else {}
+    asked: dict[str, Any] = {"prompt": Payload(run.prompt), "priority": run.priority.name.lower()}
+    asked |= {"triggered_by": run.triggered_by} if run.triggered_by else {}
     if run.state is State.QUEUED:
-        return Event(
-            kind="run.queue",
-            **who,
-            detail={"prompt": Payload(run.prompt), "priority": run.priority.name.lower(), "start_by_ns": run.start_by_ns},
-        )
+        return Event(kind="run.queue", **who, detail={**asked, "start_by_ns": run.start_by_ns})
     if run.state is State.RUNNING:
-        detail = {"prompt": Payload(run.prompt), "priority": run.priority.name.lower(), **({} if run.direct else model)}
-        return Event(kind="run.start", **who, detail=detail)
+        return Event(kind="run.start", **who, detail=asked | ({} if run.direct else model))
     used: dict[str, float] = {"prompt_tokens": run.prompt_tokens, "generated_tokens": run.generated_tokens, "calls": run.calls}
     used |= {"seconds": run.seconds, "joules": run.joules}
     stop = run.stop_reason.value if run.stop_reason else ""

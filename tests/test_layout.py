@@ -14,16 +14,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BELOW: dict[str, set[str]] = {
     "errors": set(),
+    "extras": set(),
     "places": set(),
     "tasks": set(),
     "systemd": set(),
     "config": {"errors", "places"},
-    "devices": {"errors"},
+    "devices": {"errors", "extras"},
     "store": {"errors"},
     "budgets": {"store", "errors"},
     "engine": {"budgets", "errors", "tasks"},
-    "metrics": {"budgets", "engine", "errors"},
-    "models": {"store", "errors", "places"},
+    "metrics": {"budgets", "engine", "errors", "extras"},
+    "models": {"store", "errors", "extras", "places"},
     "audit": {"store", "errors"},
     "journal": {"store", "audit", "errors"},
     "grants": {"store", "audit", "devices", "errors"},
@@ -46,7 +47,20 @@ BELOW: dict[str, set[str]] = {
         "errors",
     },
     "client": {"v1", "errors", "places"},
-    "cli": {"client", "v1", "errors", "config", "places", "models", "store", "systemd", "daemon", "audit"},
+    "cli": {
+        "client",
+        "v1",
+        "errors",
+        "extras",
+        "config",
+        "places",
+        "devices",
+        "models",
+        "store",
+        "systemd",
+        "daemon",
+        "audit",
+    },
 }
 """For each room, the rooms it may import. `daemon` is the composition root and may import all."""
 

@@ -177,6 +177,7 @@ def _event(event: Event) -> pb.TriggerEvent:
         run=f"runs/{event.run}" if event.run else "",
         note=convert.valid(event.note),
         joined=event.joined,
+        triggered_by=event.by,
     )
     due_ns = event.due_ns if event.state is State.WAITING else 0
     times = ("create_time", event.create_ns), ("begin_time", event.begin_ns), ("end_time", event.end_ns), ("due_time", due_ns)

@@ -212,6 +212,7 @@ class Line:
             tools=automation.tools,
             direct=direct,
             trigger=f"automations/{automation.name}/events/{event.seq}",
+            triggered_by=event.by,
             approval_s=automation.limits.approval_s,
         )
 

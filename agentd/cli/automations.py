@@ -213,7 +213,8 @@ def _show_events(found: list[pb.TriggerEvent], *, as_json: bool) -> None:
     table.add_column("run", no_wrap=True)
     for each in found:
         name = shown(each.name.removeprefix("automations/").replace("/events/", " "))
-        what = shown(short(each.subject, 60)) + (f"\n[dim]{shown(each.note)}[/]" if each.note else "")
+        by = f" [dim]by {shown(each.triggered_by)}[/]" if ":" in each.triggered_by else ""
+        what = shown(short(each.subject, 60)) + by + (f"\n[dim]{shown(each.note)}[/]" if each.note else "")
         state = pb.TriggerEvent.State.Name(each.state).removeprefix("STATE_")
         run_name = each.run.removeprefix("runs/")
         table.add_row(

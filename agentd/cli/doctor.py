@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,13 +14,16 @@ import click
 from agentd_sandbox import probe
 
 from agentd import config as configuration
-from agentd import models, parts, places
+from agentd import extras, models, parts, places
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.client import Client
+from agentd.devices import Screen
 from agentd.errors import AgentdError, Reason
 
 if TYPE_CHECKING:
-    from agentd.v1 import budget_pb2
+    from collections.abc import Container, Iterable, Iterator
+
+    from agentd.v1 import automation_pb2, budget_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +64,8 @@ def _look(socket: Path | None, file: Path | None) -> list[Finding]:
         parts.policy(config)
     except AgentdError as e:
         findings.append(Finding("budgets", False, e.message, e.hint))
-    return [*findings, _config(config, file), _model(config), *_daemon(socket or config.socket)]
+    findings += [_config(config, file), _model(config), *_extras(config), *_bundles(config.tools.bundled)]
+    return [*findings, *_daemon(socket or config.socket)]
 
 
 def _sandbox() -> Finding:
@@ -76,7 +82,11 @@ def _sandbox() -> Finding:
 def _config(config: configuration.Config, file: Path | None) -> Finding:
     path = file or places.default_file()
     where = str(path) if path.exists() else f"defaults ({path} does not exist)"
-    hint = "" if config.grants else "Without grants every tool call is denied; see docs/configuration.md."
+    hint = (
+        ""
+        if config.grants
+        else "Without grants there a person is asked for each call: `agentd approvals`, `agentd grants add`."
+    )
     return Finding("config", True, f"{where}, {len(config.grants)} grants", hint)
 
 
@@ -84,13 +94,56 @@ def _model(config: configuration.Config) -> Finding:
     path = models.locate(config.engine.model)
     there = os.access(path, os.R_OK)
     size = f"{path.stat().st_size / 1e6:.1f} MB" if there else "cannot be read"
-    return Finding("model", there, f"{path}, {size}", "" if there else "Set engine.model to a Gemma 4 GGUF, or to `pocket`.")
+    hint = "For trying out only. Another: `agentd models list` says what fits." if path == models.locate("pocket") else ""
+    hint = hint if there else "`agentd models list` says what there is; `agentd models use NAME` sets engine.model."
+    return Finding("model", there, f"{path}, {size}", hint)
+
+
+def _extras(config: configuration.Config) -> list[Finding]:
+    """Optional packages that the configuration asks for and that are not there."""
+    wanted = {"gpio": "gpio" in config.tools.bundled, "metrics": config.metrics.listen, "otel": config.metrics.otlp}
+    missing = [extra for extra, asked in wanted.items() if asked and not extras.is_there(extra)]
+    return [
+        Finding(extra, False, f"needs {extras.MODULES[extra].partition('.')[0]}, which is not installed", extras.install(extra))
+        for extra in missing
+    ]
+
+
+def _bundles(bundled: Container[str]) -> Iterator[Finding]:
+    """What bundles need beside Python."""
+    if "gpio" in bundled:
+        nodes = sorted(Path("/dev").glob("gpiochip*"))
+        usable = [node for node in nodes if os.access(node, os.R_OK | os.W_OK)]
+        if usable:
+            yield Finding("gpio", True, ", ".join(map(str, usable)))
+        elif nodes:
+            hint = f"sudo usermod -aG gpio {getpass.getuser()}, then log in again."
+            yield Finding("gpio", False, f"{nodes[0]} may not be used by this user", hint)
+        else:
+            yield Finding("gpio", False, "this device has no /dev/gpiochip*", "The bundle gpio can't work here.")
+    if "termux" in bundled and not shutil.which("termux-battery-status"):
+        yield Finding("termux", False, "no program of Termux:API", "Install the app Termux:API, and: pkg install termux-api")
+    if "notify" in bundled and not Screen().there:
+        yield Finding(
+            "notify", True, "no screen for notify.show", "Termux:API, or notify-send (libnotify-bin) in a desktop's session."
+        )
+
+
+def _automations(found: Iterable[automation_pb2.Automation]) -> Iterator[Finding]:
+    for each in found:
+        name = each.name.removeprefix("automations/")
+        if each.error or each.trouble:
+            hint = f"agentd automations check {name}"
+            yield Finding("automation", False, f"{name}: {each.error or each.trouble}", hint)
+        elif each.polled:
+            hint = "sudo sysctl fs.inotify.max_user_watches=65536" if "inotify" in each.polled else ""
+            yield Finding("automation", True, f"{name}: looked at every few seconds, as {each.polled}", hint)
 
 
 def _daemon(socket: Path) -> list[Finding]:
     try:
         with Client(socket) as client:
-            status, budgets = client.status(), client.budgets()
+            status, budgets, automations = client.status(), client.budgets(), client.automations.list()
     except AgentdError as e:
         running = e.reason is not Reason.DAEMON_UNREACHABLE
         return [Finding("daemon", not running, f"not running ({socket})" if not running else e.message, e.hint)]
@@ -98,7 +151,7 @@ def _daemon(socket: Path) -> list[Finding]:
     size = f"{model.parameters / 1e6:.1f} M parameters"
     loaded = f"{model.name}, {size}" if model.parameters else model.error or "no model loaded"
     found = f"version {status.version}, pid {status.pid}, {status.tools} tools; {loaded}"
-    findings = [Finding("daemon", not model.error, found), _budgets(budgets)]
+    findings = [Finding("daemon", not model.error, found), _budgets(budgets), *_automations(automations)]
     if status.audit_closed:
         hint = "No tool may change anything. `agentd audit verify` says more, `agentd audit renew` begins a new log."
         findings.append(Finding("audit log", False, f"not what was signed: {status.audit_closed}", hint))

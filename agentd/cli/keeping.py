@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from agentd import extras
 from agentd.cli.audit import event_filter, selecting
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.client import Client
@@ -78,7 +79,7 @@ def _write_parquet(lines: Iterator[str], to: Path) -> None:
         import pyarrow as pa  # noqa: PLC0415 - an extra
         from pyarrow import parquet  # noqa: PLC0415
     except ImportError:
-        raise click.ClickException("Parquet needs pyarrow: pip install 'agentd[parquet]'.") from None
+        raise click.ClickException(f"Parquet needs pyarrow: {extras.install('parquet')}") from None
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     with parquet.ParquetWriter(to, schema) as writer:
         while batch := [_record(line) for line in itertools.islice(lines, _ROWS)]:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from agentd_sandbox import DeviceFailure
 from pydantic import BaseModel, ConfigDict, Field
 
+from agentd import extras
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -55,7 +57,7 @@ class Lines:
 
             return self._do(gpiozero, int(name), request)
         except ImportError as e:
-            raise DeviceFailure(f"{e.name} is not installed: `pip install 'agentd[gpio]'`, then restart agentd") from None
+            raise DeviceFailure(f"{e.name} is not installed: `{extras.install('gpio')}`, then restart agentd") from None
 
     def _do(self, gpiozero: Any, line: int, request: Request) -> dict[str, Any]:
         try:

@@ -9,11 +9,11 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
+from agentd import extras
 from agentd.errors import ConfigError, DaemonError, Reason
 
 if TYPE_CHECKING:
@@ -182,21 +182,16 @@ def exporters(listen: str, otlp: str, every_s: float, look: Callable[[], list[Fa
     """Those that are wanted. Raises ConfigError where what they need is not installed."""
     made: list[Exporter] = []
     if listen:
-        _require("prometheus_client", "listen", "metrics")
+        _require("metrics", "listen")
         made.append(_Prometheus(listen, _OnLoop(look)))
     if otlp:
-        _require("opentelemetry.exporter.otlp.proto.http", "otlp", "otel")
+        _require("otel", "otlp")
         made.append(_OpenTelemetry(otlp, every_s, _OnLoop(look)))
     return made
 
 
-def _require(module: str, key: str, extra: str) -> None:
-    try:
-        found = find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        message = f"[metrics] {key} in agentd.toml needs the Python package {module.partition('.')[0]}, which is not installed."
-        raise ConfigError(
-            Reason.CONFIG_INVALID, message, hint=f"pip install 'agentd[{extra}]'", metadata={"key": f"metrics.{key}"}
-        )
+def _require(extra: str, key: str) -> None:
+    if not extras.is_there(extra):
+        package = extras.MODULES[extra].partition(".")[0]
+        message = f"[metrics] {key} in agentd.toml needs the Python package {package}, which is not installed."
+        raise ConfigError(Reason.CONFIG_INVALID, message, hint=extras.install(extra), metadata={"key": f"metrics.{key}"})

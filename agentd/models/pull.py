@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from agentd import extras
 from agentd.errors import EngineError, Reason, StoreError
 from agentd.models import gguf, sha256_of
 from agentd.store.durable import sync_folder
@@ -292,7 +293,7 @@ def _hub() -> Any:
         import huggingface_hub.file_download
     except ImportError:
         message = "Fetching models needs huggingface_hub, which is not installed."
-        hint = "Install it: pip install 'agentd[pull]'. Or take a file you have: agentd models pull NAME --file FILE."
+        hint = f"Install it: {extras.install('pull')}. Or take a file you have: agentd models pull NAME --file FILE."
         raise EngineError(Reason.DOWNLOAD_FAILED, message, hint=hint) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each break is told of here, if it is not overcome
     return huggingface_hub

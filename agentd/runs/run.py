@@ -86,6 +86,8 @@ class RunRequest:
     """One call to make instead of asking the model."""
     trigger: str = ""
     """What started it, if no person did."""
+    triggered_by: str = ""
+    """Who or what brought that about."""
     approval_s: float = 0.0
     """How long its questions wait for an answer, even while nobody is there; 0 for the daemon's own time."""
 
@@ -148,6 +150,7 @@ class Run:
     tools: tuple[str, ...] = ()
     direct: Direct | None = None
     trigger: str = ""
+    triggered_by: str = ""
     approval_s: float = 0.0
 
     @property

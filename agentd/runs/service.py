@@ -154,6 +154,7 @@ class Runs:
             tools=asked.tools,
             direct=asked.direct,
             trigger=asked.trigger,
+            triggered_by=asked.triggered_by,
             approval_s=asked.approval_s,
         )
 

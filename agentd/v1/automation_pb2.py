@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61gentd/v1/automation.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x02\n\nAutomation\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0f\n\x07trigger\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06paused\x18\x05 \x01(\x08\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0f\n\x07trouble\x18\x07 \x01(\t\x12\x0e\n\x06polled\x18\x08 \x01(\t\x12\x11\n\twaits_for\x18\t \x01(\t\x12\x0f\n\x07waiting\x18\n \x01(\x05\x12\x0f\n\x07running\x18\x0b \x01(\x05\x12\x0e\n\x06parked\x18\x0c \x01(\x05\x12\x11\n\tsucceeded\x18\r \x01(\x05\x12\x0e\n\x06\x66\x61iled\x18\x0e \x01(\x05\x12-\n\tnext_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x10 \x01(\t\"\xb9\x04\n\x0cTriggerEvent\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.agentd.v1.TriggerEvent.State\x12/\n\x04\x64\x61ta\x18\x04 \x03(\x0b\x32!.agentd.v1.TriggerEvent.DataEntry\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\x05\x12\x0b\n\x03run\x18\x06 \x01(\t\x12\x0c\n\x04note\x18\x07 \x01(\t\x12\x0e\n\x06joined\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nbegin_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64ue_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a+\n\tDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"~\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WAITING\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x11\n\rSTATE_DROPPED\x10\x05\"\x18\n\x16ListAutomationsRequest\"E\n\x17ListAutomationsResponse\x12*\n\x0b\x61utomations\x18\x01 \x03(\x0b\x32\x15.agentd.v1.Automation\"*\n\x14GetAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x98\x01\n\x18TriggerAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12;\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32-.agentd.v1.TriggerAutomationRequest.DataEntry\x1a+\n\tDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\",\n\x16PauseAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"-\n\x17ResumeAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\":\n\x16\x43heckAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xb3\x02\n\x17\x43heckAutomationResponse\x12)\n\nautomation\x18\x01 \x01(\x0b\x32\x15.agentd.v1.Automation\x12\x0f\n\x07matches\x18\x02 \x03(\t\x12\x10\n\x08matching\x18\x03 \x01(\x05\x12\x11\n\twaits_for\x18\x04 \x01(\t\x12\x42\n\x0bpermissions\x18\x05 \x03(\x0b\x32-.agentd.v1.CheckAutomationResponse.Permission\x12\x15\n\runknown_tools\x18\x06 \x03(\t\x1a\\\n\nPermission\x12\x0c\n\x04tool\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12\x0e\n\x06grants\x18\x04 \x03(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x1a\n\x18ReloadAutomationsRequest\"Q\n\x18ListTriggerEventsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"e\n\x19ListTriggerEventsResponse\x12/\n\x0etrigger_events\x18\x01 \x03(\x0b\x32\x17.agentd.v1.TriggerEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\",\n\x16GetTriggerEventRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\x8c\x06\n\x11\x41utomationService\x12X\n\x0fListAutomations\x12!.agentd.v1.ListAutomationsRequest\x1a\".agentd.v1.ListAutomationsResponse\x12G\n\rGetAutomation\x12\x1f.agentd.v1.GetAutomationRequest\x1a\x15.agentd.v1.Automation\x12Q\n\x11TriggerAutomation\x12#.agentd.v1.TriggerAutomationRequest\x1a\x17.agentd.v1.TriggerEvent\x12K\n\x0fPauseAutomation\x12!.agentd.v1.PauseAutomationRequest\x1a\x15.agentd.v1.Automation\x12M\n\x10ResumeAutomation\x12\".agentd.v1.ResumeAutomationRequest\x1a\x15.agentd.v1.Automation\x12X\n\x0f\x43heckAutomation\x12!.agentd.v1.CheckAutomationRequest\x1a\".agentd.v1.CheckAutomationResponse\x12\\\n\x11ReloadAutomations\x12#.agentd.v1.ReloadAutomationsRequest\x1a\".agentd.v1.ListAutomationsResponse\x12^\n\x11ListTriggerEvents\x12#.agentd.v1.ListTriggerEventsRequest\x1a$.agentd.v1.ListTriggerEventsResponse\x12M\n\x0fGetTriggerEvent\x12!.agentd.v1.GetTriggerEventRequest\x1a\x17.agentd.v1.TriggerEventb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x61gentd/v1/automation.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc0\x02\n\nAutomation\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x0f\n\x07trigger\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06paused\x18\x05 \x01(\x08\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x0f\n\x07trouble\x18\x07 \x01(\t\x12\x0e\n\x06polled\x18\x08 \x01(\t\x12\x11\n\twaits_for\x18\t \x01(\t\x12\x0f\n\x07waiting\x18\n \x01(\x05\x12\x0f\n\x07running\x18\x0b \x01(\x05\x12\x0e\n\x06parked\x18\x0c \x01(\x05\x12\x11\n\tsucceeded\x18\r \x01(\x05\x12\x0e\n\x06\x66\x61iled\x18\x0e \x01(\x05\x12-\n\tnext_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x10 \x01(\t\"\xcf\x04\n\x0cTriggerEvent\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12,\n\x05state\x18\x03 \x01(\x0e\x32\x1d.agentd.v1.TriggerEvent.State\x12/\n\x04\x64\x61ta\x18\x04 \x03(\x0b\x32!.agentd.v1.TriggerEvent.DataEntry\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\x05\x12\x0b\n\x03run\x18\x06 \x01(\t\x12\x0c\n\x04note\x18\x07 \x01(\t\x12\x0e\n\x06joined\x18\x08 \x01(\x05\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nbegin_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x64ue_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0ctriggered_by\x18\r \x01(\t\x1a+\n\tDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"~\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_WAITING\x10\x01\x12\x11\n\rSTATE_RUNNING\x10\x02\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x03\x12\x10\n\x0cSTATE_FAILED\x10\x04\x12\x11\n\rSTATE_DROPPED\x10\x05\"\x18\n\x16ListAutomationsRequest\"E\n\x17ListAutomationsResponse\x12*\n\x0b\x61utomations\x18\x01 \x03(\x0b\x32\x15.agentd.v1.Automation\"*\n\x14GetAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x98\x01\n\x18TriggerAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12;\n\x04\x64\x61ta\x18\x02 \x03(\x0b\x32-.agentd.v1.TriggerAutomationRequest.DataEntry\x1a+\n\tDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\",\n\x16PauseAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"-\n\x17ResumeAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\":\n\x16\x43heckAutomationRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xb3\x02\n\x17\x43heckAutomationResponse\x12)\n\nautomation\x18\x01 \x01(\x0b\x32\x15.agentd.v1.Automation\x12\x0f\n\x07matches\x18\x02 \x03(\t\x12\x10\n\x08matching\x18\x03 \x01(\x05\x12\x11\n\twaits_for\x18\x04 \x01(\t\x12\x42\n\x0bpermissions\x18\x05 \x03(\x0b\x32-.agentd.v1.CheckAutomationResponse.Permission\x12\x15\n\runknown_tools\x18\x06 \x03(\t\x1a\\\n\nPermission\x12\x0c\n\x04tool\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x02 \x01(\t\x12\x0e\n\x06scopes\x18\x03 \x03(\t\x12\x0e\n\x06grants\x18\x04 \x03(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\x1a\n\x18ReloadAutomationsRequest\"Q\n\x18ListTriggerEventsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"e\n\x19ListTriggerEventsResponse\x12/\n\x0etrigger_events\x18\x01 \x03(\x0b\x32\x17.agentd.v1.TriggerEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\",\n\x16GetTriggerEventRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\x8c\x06\n\x11\x41utomationService\x12X\n\x0fListAutomations\x12!.agentd.v1.ListAutomationsRequest\x1a\".agentd.v1.ListAutomationsResponse\x12G\n\rGetAutomation\x12\x1f.agentd.v1.GetAutomationRequest\x1a\x15.agentd.v1.Automation\x12Q\n\x11TriggerAutomation\x12#.agentd.v1.TriggerAutomationRequest\x1a\x17.agentd.v1.TriggerEvent\x12K\n\x0fPauseAutomation\x12!.agentd.v1.PauseAutomationRequest\x1a\x15.agentd.v1.Automation\x12M\n\x10ResumeAutomation\x12\".agentd.v1.ResumeAutomationRequest\x1a\x15.agentd.v1.Automation\x12X\n\x0f\x43heckAutomation\x12!.agentd.v1.CheckAutomationRequest\x1a\".agentd.v1.CheckAutomationResponse\x12\\\n\x11ReloadAutomations\x12#.agentd.v1.ReloadAutomationsRequest\x1a\".agentd.v1.ListAutomationsResponse\x12^\n\x11ListTriggerEvents\x12#.agentd.v1.ListTriggerEventsRequest\x1a$.agentd.v1.ListTriggerEventsResponse\x12M\n\x0fGetTriggerEvent\x12!.agentd.v1.GetTriggerEventRequest\x1a\x17.agentd.v1.TriggerEventb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,39 +56,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTOMATION']._serialized_start=108
   _globals['_AUTOMATION']._serialized_end=428
   _globals['_TRIGGEREVENT']._serialized_start=431
-  _globals['_TRIGGEREVENT']._serialized_end=1000
-  _globals['_TRIGGEREVENT_DATAENTRY']._serialized_start=829
-  _globals['_TRIGGEREVENT_DATAENTRY']._serialized_end=872
-  _globals['_TRIGGEREVENT_STATE']._serialized_start=874
-  _globals['_TRIGGEREVENT_STATE']._serialized_end=1000
-  _globals['_LISTAUTOMATIONSREQUEST']._serialized_start=1002
-  _globals['_LISTAUTOMATIONSREQUEST']._serialized_end=1026
-  _globals['_LISTAUTOMATIONSRESPONSE']._serialized_start=1028
-  _globals['_LISTAUTOMATIONSRESPONSE']._serialized_end=1097
-  _globals['_GETAUTOMATIONREQUEST']._serialized_start=1099
-  _globals['_GETAUTOMATIONREQUEST']._serialized_end=1141
-  _globals['_TRIGGERAUTOMATIONREQUEST']._serialized_start=1144
-  _globals['_TRIGGERAUTOMATIONREQUEST']._serialized_end=1296
-  _globals['_TRIGGERAUTOMATIONREQUEST_DATAENTRY']._serialized_start=829
-  _globals['_TRIGGERAUTOMATIONREQUEST_DATAENTRY']._serialized_end=872
-  _globals['_PAUSEAUTOMATIONREQUEST']._serialized_start=1298
-  _globals['_PAUSEAUTOMATIONREQUEST']._serialized_end=1342
-  _globals['_RESUMEAUTOMATIONREQUEST']._serialized_start=1344
-  _globals['_RESUMEAUTOMATIONREQUEST']._serialized_end=1389
-  _globals['_CHECKAUTOMATIONREQUEST']._serialized_start=1391
-  _globals['_CHECKAUTOMATIONREQUEST']._serialized_end=1449
-  _globals['_CHECKAUTOMATIONRESPONSE']._serialized_start=1452
-  _globals['_CHECKAUTOMATIONRESPONSE']._serialized_end=1759
-  _globals['_CHECKAUTOMATIONRESPONSE_PERMISSION']._serialized_start=1667
-  _globals['_CHECKAUTOMATIONRESPONSE_PERMISSION']._serialized_end=1759
-  _globals['_RELOADAUTOMATIONSREQUEST']._serialized_start=1761
-  _globals['_RELOADAUTOMATIONSREQUEST']._serialized_end=1787
-  _globals['_LISTTRIGGEREVENTSREQUEST']._serialized_start=1789
-  _globals['_LISTTRIGGEREVENTSREQUEST']._serialized_end=1870
-  _globals['_LISTTRIGGEREVENTSRESPONSE']._serialized_start=1872
-  _globals['_LISTTRIGGEREVENTSRESPONSE']._serialized_end=1973
-  _globals['_GETTRIGGEREVENTREQUEST']._serialized_start=1975
-  _globals['_GETTRIGGEREVENTREQUEST']._serialized_end=2019
-  _globals['_AUTOMATIONSERVICE']._serialized_start=2022
-  _globals['_AUTOMATIONSERVICE']._serialized_end=2802
+  _globals['_TRIGGEREVENT']._serialized_end=1022
+  _globals['_TRIGGEREVENT_DATAENTRY']._serialized_start=851
+  _globals['_TRIGGEREVENT_DATAENTRY']._serialized_end=894
+  _globals['_TRIGGEREVENT_STATE']._serialized_start=896
+  _globals['_TRIGGEREVENT_STATE']._serialized_end=1022
+  _globals['_LISTAUTOMATIONSREQUEST']._serialized_start=1024
+  _globals['_LISTAUTOMATIONSREQUEST']._serialized_end=1048
+  _globals['_LISTAUTOMATIONSRESPONSE']._serialized_start=1050
+  _globals['_LISTAUTOMATIONSRESPONSE']._serialized_end=1119
+  _globals['_GETAUTOMATIONREQUEST']._serialized_start=1121
+  _globals['_GETAUTOMATIONREQUEST']._serialized_end=1163
+  _globals['_TRIGGERAUTOMATIONREQUEST']._serialized_start=1166
+  _globals['_TRIGGERAUTOMATIONREQUEST']._serialized_end=1318
+  _globals['_TRIGGERAUTOMATIONREQUEST_DATAENTRY']._serialized_start=851
+  _globals['_TRIGGERAUTOMATIONREQUEST_DATAENTRY']._serialized_end=894
+  _globals['_PAUSEAUTOMATIONREQUEST']._serialized_start=1320
+  _globals['_PAUSEAUTOMATIONREQUEST']._serialized_end=1364
+  _globals['_RESUMEAUTOMATIONREQUEST']._serialized_start=1366
+  _globals['_RESUMEAUTOMATIONREQUEST']._serialized_end=1411
+  _globals['_CHECKAUTOMATIONREQUEST']._serialized_start=1413
+  _globals['_CHECKAUTOMATIONREQUEST']._serialized_end=1471
+  _globals['_CHECKAUTOMATIONRESPONSE']._serialized_start=1474
+  _globals['_CHECKAUTOMATIONRESPONSE']._serialized_end=1781
+  _globals['_CHECKAUTOMATIONRESPONSE_PERMISSION']._serialized_start=1689
+  _globals['_CHECKAUTOMATIONRESPONSE_PERMISSION']._serialized_end=1781
+  _globals['_RELOADAUTOMATIONSREQUEST']._serialized_start=1783
+  _globals['_RELOADAUTOMATIONSREQUEST']._serialized_end=1809
+  _globals['_LISTTRIGGEREVENTSREQUEST']._serialized_start=1811
+  _globals['_LISTTRIGGEREVENTSREQUEST']._serialized_end=1892
+  _globals['_LISTTRIGGEREVENTSRESPONSE']._serialized_start=1894
+  _globals['_LISTTRIGGEREVENTSRESPONSE']._serialized_end=1995
+  _globals['_GETTRIGGEREVENTREQUEST']._serialized_start=1997
+  _globals['_GETTRIGGEREVENTREQUEST']._serialized_end=2041
+  _globals['_AUTOMATIONSERVICE']._serialized_start=2044
+  _globals['_AUTOMATIONSERVICE']._serialized_end=2824
 # @@protoc_insertion_point(module_scope)

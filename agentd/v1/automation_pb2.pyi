@@ -177,6 +177,7 @@ class TriggerEvent(_message.Message):
     BEGIN_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     DUE_TIME_FIELD_NUMBER: _builtins.int
+    TRIGGERED_BY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`automations/{automation}/events/{number}`."""
     subject: _builtins.str
@@ -191,6 +192,8 @@ class TriggerEvent(_message.Message):
     """Why it waits, or how it ended."""
     joined: _builtins.int
     """Further events that it stands for, which came while it waited."""
+    triggered_by: _builtins.str
+    """Who or what brought it: `file`, `schedule`, or the principal who triggered it."""
     @_builtins.property
     def data(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """What it brought with it."""
@@ -226,10 +229,11 @@ class TriggerEvent(_message.Message):
         begin_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         due_time: _timestamp_pb2.Timestamp | None = ...,
+        triggered_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["begin_time", b"begin_time", "create_time", b"create_time", "due_time", b"due_time", "end_time", b"end_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "begin_time", b"begin_time", "create_time", b"create_time", "data", b"data", "due_time", b"due_time", "end_time", b"end_time", "joined", b"joined", "name", b"name", "note", b"note", "run", b"run", "state", b"state", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "begin_time", b"begin_time", "create_time", b"create_time", "data", b"data", "due_time", b"due_time", "end_time", b"end_time", "joined", b"joined", "name", b"name", "note", b"note", "run", b"run", "state", b"state", "subject", b"subject", "triggered_by", b"triggered_by"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,6 +85,7 @@ def test_a_file_that_comes_is_handled_once_and_can_be_explained_and_undone(house
         assert list(run.labels) == ["untrusted"]
         told = [entry for entry in client.audit_events() if dict(entry.body).get("run") == run.name.removeprefix("runs/")]
         assert [entry.kind for entry in told] == ["run.queue", "run.start", "call.intent", "call.end", "run.end"]
+        assert [entry.body["detail"]["triggered_by"] for entry in told[:2]] == ["file", "file"]
         assert told[0].body["cause"] == event.name
         house.command("rollback", "--run", event.run.removeprefix("runs/"), "--yes")
         assert lines(house) == []
@@ -249,7 +250,8 @@ def test_calls_pauses_reloads_and_what_is_broken(house: House):
         made = client.create_token(token_pb2.Token(label="phone", roles=["user"]))
         plain = client.create_token(token_pb2.Token(label="other", roles=["auditor"]))
         with Client(house.socket, token=made.secret) as phone:
-            phone.automations.trigger("bell", {"who": "phone"})
+            rung = phone.automations.trigger("bell", {"who": "phone"})
+            assert rung.triggered_by == "token:phone"
             for refused in (
                 phone.automations.list,
                 lambda: phone.automations.pause("bell"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import re
 import socket
 import socketserver
@@ -146,6 +147,29 @@ def test_doctor_finds_the_same_mistakes(tmp_path: Path):
     assert told.returncode == 1
     assert "budgets.memory.shed_available_mib" in told.stdout + told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_doctor_tells_what_is_missing_with_what_mends_it(tmp_path: Path):
+    """What bundles of the configuration need, and automations that can't work."""
+    (tmp_path / "automations").mkdir()
+    (tmp_path / "automations" / "wrong.toml").write_text("nonsense")
+    (tmp_path / "automations" / "gone.toml").write_text('prompt = "x"\n[on.file]\npath = "/nowhere/inbox"\n')
+    daemon = DaemonProcess(tmp_path, tools='bundled = ["gpio", "termux", "notify"]\n')
+    daemon.environment = {"PATH": "/usr/bin:/bin"}
+    with daemon.running() as device:
+        command = [sys.executable, "-m", "agentd", "--socket", str(device.socket), "doctor", "--json"]
+        command += ["--config", str(tmp_path / "agentd.toml")]
+        told = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=False, env=os.environ | daemon.environment
+        )
+    assert told.returncode == 1
+    found = [json.loads(line) for line in told.stdout.splitlines()]
+    missing = {finding["what"]: finding["found"] + " " + finding["hint"] for finding in found if not finding["ok"]}
+    assert "pkg install termux-api" in missing["termux"]
+    if not list(Path("/dev").glob("gpiochip*")):
+        assert "/dev/gpiochip" in missing["gpio"]
+    broken = [finding for finding in found if finding["what"] == "automation"]
+    assert [finding["hint"] for finding in broken] == ["agentd automations check gone", "agentd automations check wrong"]
 
 
 def test_a_port_for_metrics_that_is_taken_is_said_at_the_start(tmp_path: Path):
