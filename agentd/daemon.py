@@ -37,7 +37,7 @@ from agentd.budgets.policy import calibrated
 from agentd.calls import Calls, Permission, Places
 from agentd.chronicle import Chronicle
 from agentd.config import DEVICES
-from agentd.devices import Devices, Screen
+from agentd.devices import Devices
 from agentd.engine.calibrate import Calibrator, Progress
 from agentd.engine.client import Engine
 from agentd.engine.throttle import Throttle
@@ -105,8 +105,8 @@ class Daemon:
             self._own,
         )
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
-        self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket, Screen())
         self._devices = Devices(config.state)
+        self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket, self._devices.screen)
         self._archive = Archive(self._store, self._audit, self._checkpoints, config.state / "archive")
         self._checkpoints.rows = self._archive.rows
         self._upkeep = Upkeep(
@@ -165,6 +165,7 @@ class Daemon:
         self._upkeep.look()
         self._unless_damaged(self._redaction.finish)
         self._recovered = self._journal.recover()
+        await asyncio.to_thread(self._devices.recover)
         lost = self._records.close_lost()
         deferred = self._records.deferred()
         self._confine()
@@ -242,7 +243,7 @@ class Daemon:
                 await asyncio.to_thread(shipper.stop)
         if hasattr(self, "_sandbox"):
             self._sandbox.stop()
-        self._devices.close()
+        await asyncio.to_thread(self._devices.close)
         self._index.close()
         self._store.close()
 
@@ -344,7 +345,7 @@ class Daemon:
 
     def _propose(self, since_ns: int) -> tuple[list[Grant], int]:
         bodies = (entry.body for entry in self._audit.since(since_ns))
-        return propose(bodies, self._grants.decide, self._calls.fixed_scopes)
+        return propose(bodies, self._grants.decide, self._calls.fixed_scopes, self._calls.asks)
 
     def status(self) -> system_pb2.Status:
         model, level = self._engine.model, self._level

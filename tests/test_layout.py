@@ -19,7 +19,7 @@ BELOW: dict[str, set[str]] = {
     "tasks": set(),
     "systemd": set(),
     "config": {"errors", "places"},
-    "devices": {"errors", "extras"},
+    "devices": {"store", "errors", "extras"},
     "store": {"errors"},
     "budgets": {"store", "errors"},
     "engine": {"budgets", "errors", "tasks"},
@@ -29,7 +29,7 @@ BELOW: dict[str, set[str]] = {
     "journal": {"store", "audit", "errors"},
     "grants": {"store", "audit", "devices", "errors"},
     "principals": {"grants", "store", "audit", "errors"},
-    "calls": {"grants", "journal", "audit", "store", "errors", "config", "tasks"},
+    "calls": {"grants", "journal", "audit", "devices", "store", "errors", "config", "tasks"},
     "runs": {"engine", "budgets", "calls", "grants", "store", "errors"},
     "automations": {"runs", "budgets", "grants", "store", "config", "errors", "tasks"},
     "api": {

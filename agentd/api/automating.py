@@ -87,13 +87,16 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
         supposed += own
         found = []
         for tool in tools:
-            rules = [str(grant) for grant in supposed if grant.concerns((principal,), tool)]
-            permission = pb.CheckAutomationResponse.Permission(tool=tool, grants=convert.valid(rules))
+            permission = pb.CheckAutomationResponse.Permission(tool=tool)
             if checked.call:
                 self._decide(permission, CallRequest(principal, *checked.call), supposed)
-            elif not rules:
-                permission.decision = "ask"
-                permission.reason = "no grant speaks of it: each call waits for a person"
+            else:
+                asks = self._calls.asks(tool)
+                rules = [str(each) for each in supposed if each.concerns((principal,), tool) and (each.is_specific or not asks)]
+                permission.grants.extend(convert.valid(rules))
+                if not rules:
+                    permission.decision = "ask"
+                    permission.reason = "no grant speaks of it: each call waits for a person"
             found.append(permission)
         return found
 
@@ -105,6 +108,8 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
             return
         permission.decision, permission.reason = decision.verdict, convert.valid(decision.reason)
         permission.scopes.extend(convert.valid([str(scope) for scope in scopes]))
+        permission.grants.extend(convert.valid(decision.rules or decision.near))
+        permission.missing_scopes.extend(convert.valid([str(scope) for scope in decision.unmet]))
 
     async def ListTriggerEvents(  # noqa: N802
         self, request: pb.ListTriggerEventsRequest, context: Any

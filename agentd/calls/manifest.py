@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from agentd.devices import Risk, is_known, risk
 from agentd.errors import ConfigError, Reason, first_mistake
 
 if TYPE_CHECKING:
@@ -92,19 +93,33 @@ class ToolManifest(_Strict):
     untrusted: bool = False
     """Whether what it gives back may be others' words, wherever it has them from."""
     private: bool = False
-    """Whether what it gives back is private, wherever it has it from."""
+    """Whether what it gives back is private, wherever it has it from. So it is where its devices make it so."""
     ask: bool = False
-    """Whether a person is asked unless a grant names this very tool; what is physical is always asked for."""
+    """Whether a person is asked unless a grant names this very tool. So it is for what is physical, and for some devices."""
     deadline_s: float = Field(default=10, gt=0, le=600)
     output_bytes: int = Field(default=16384, ge=256, le=1 << 20)
 
     @property
     def asks(self) -> bool:
-        return self.ask or self.effect == "physical"
+        return self.ask or self.effect == "physical" or any(each.asks for each in self._risks)
+
+    @property
+    def gives_private(self) -> bool:
+        return self.private or any(each.private for each in self._risks)
 
     @property
     def reaches_outside(self) -> bool:
+        """Whether what it does can't be taken back."""
         return self.effect in ("external", "physical")
+
+    @property
+    def sends(self) -> bool:
+        """Whether it could carry what a run knows to others."""
+        return self.effect == "external" or any(each.sends for each in self._risks)
+
+    @property
+    def _risks(self) -> list[Risk]:
+        return [risk(template) for template in self.needs.device]
 
     @model_validator(mode="after")
     def _needs_are_known(self) -> Self:
@@ -114,6 +129,11 @@ class ToolManifest(_Strict):
             for name in TEMPLATE.findall(template):
                 if name not in VARIABLES and name not in self.parameters.properties:
                     raise ValueError(f"need {template!r} names {name!r}, which is no parameter")
+        for template in self.needs.device:
+            if not is_known(template):
+                raise ValueError(f"need device = {template!r} names no device that there is")
+            if risk(template).lasts and not self.reaches_outside:
+                raise ValueError(f'needs device {template!r}, so its effect is "external" or "physical"')
         if self.needs.write and self.effect == "none":
             raise ValueError('needs write, so its effect is not "none"')
         if self.needs.connect and not self.reaches_outside:

@@ -60,7 +60,7 @@ class Permission:
 
     def gives(self, tool: Tool, scopes: tuple[Scope, ...]) -> Labels:
         manifest = tool.manifest
-        return self._taint.labels(tool.name, scopes, untrusted=manifest.untrusted, private=manifest.private)
+        return self._taint.labels(tool.name, scopes, untrusted=manifest.untrusted, private=manifest.gives_private)
 
     async def obtain(self, wanted: Wanted, again: Callable[[], tuple[Scope, ...]]) -> Prepared:
         """`again` says what the scopes are now: a link may have been changed while a person was thinking.
@@ -193,7 +193,7 @@ def _prepared(wanted: Wanted, decision: Decision) -> Prepared:
 
 
 def _sends_out(wanted: Wanted) -> bool:
-    return wanted.tool.manifest.effect == "external" or any(scope.kind == "connect" for scope in wanted.scopes)
+    return wanted.tool.manifest.sends or any(scope.kind == "connect" for scope in wanted.scopes)
 
 
 def _sending(wanted: Wanted) -> set[tuple[str, str, str]]:

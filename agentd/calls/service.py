@@ -31,6 +31,7 @@ from agentd_sandbox.network import split_authority
 from agentd.audit import Event, FileTouched, Payload, Peer, SandboxUse
 from agentd.calls.arguments import Arguments
 from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, asked, event, who
+from agentd.devices import is_node, risk
 from agentd.errors import AgentdError, JournalError, Reason, RequestError, SandboxError, ToolError
 from agentd.grants import PATH_KINDS
 from agentd.journal import Selection, Ways
@@ -123,7 +124,7 @@ class Calls:
 
     async def _require_rehearsable(self, wanted: Wanted) -> None:
         """Raises JournalError (NOT_UNDOABLE), with that on record, for what nobody could put back."""
-        outside = [str(scope) for scope in wanted.scopes if scope.kind in ("connect", "device")]
+        outside = [str(scope) for scope in wanted.scopes if _lasts(str(scope))]
         if outside or wanted.tool.manifest.reaches_outside:
             reaches = f" ({outside[0]})" if outside else ""
             error = JournalError(
@@ -173,6 +174,11 @@ class Calls:
         if tool not in self._arguments:
             return frozenset()
         return frozenset(str(scope) for scope in self._arguments[tool].scopes({}, self._places.variables()))
+
+    def asks(self, tool: str) -> bool:
+        """Whether only a grant that names it counts. One that is not there any more is asked for anyway."""
+        known = self.toolbox.tools.get(tool)
+        return known is None or known.manifest.asks
 
     def _require_own(self, call: str, principal: str) -> None:
         begun = self._audit.entries(call=call, limit=1)
@@ -365,7 +371,7 @@ class Calls:
         used = frozenset(scope.value for scope in scopes if scope.kind == "use")
         named = (self._places.devices.get(scope.value, ()) for scope in scopes if scope.kind == "device")
         nodes = tuple(PathRule(os.fsencode(node), glob=True) for nodes in named for node in nodes)
-        operated = frozenset(scope.value for scope in scopes if scope.kind == "device" and "/" in scope.value)
+        operated = frozenset(scope.value for scope in scopes if scope.kind == "device" and not is_node(scope.value))
         own = tuple(PathRule(os.fsencode(path)) for path in self._places.own)
         return Access(rules["read"], rules["write"], peers, rules["exec"], used, nodes, operated, own)
 
@@ -374,7 +380,7 @@ class Calls:
         output = output if output is not None else {"error": "the tool gave nothing back"}
         digest = hashlib.sha256(json.dumps(output, sort_keys=True).encode()).hexdigest()
         told = self._told(outcome) | {"result_digest": digest, "exit": "result" if outcome.error is None else "error"}
-        told |= {"detail": {"output": Payload(output)}} if self._keep_outputs else {}
+        told["detail"] |= {"output": Payload(output)} if self._keep_outputs else {}
         files: tuple[FileTouched, ...] = ()
         if outcome.error is None:
             files = self._end(prepared, transaction, told)
@@ -411,13 +417,20 @@ class Calls:
             profile=self._profile,
         )
         used = {"wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us, "rss_kb": outcome.rss_kb}
-        return {"sandbox": use, **used, "budget": self._budget() or None}
+        operated = [asdict(operation) for operation in outcome.operations]
+        detail = {"operations": Payload(operated)} if operated else {}
+        return {"sandbox": use, **used, "budget": self._budget() or None, "detail": detail}
 
 
 def _reaches_outside(body: Mapping[str, Any]) -> bool:
     scopes = body.get("scopes") or ()
-    by_scope = any(scope.startswith(("connect:", "device:")) for scope in scopes)
-    return by_scope or body["tool"].get("effect") in ("external", "physical")
+    return any(map(_lasts, scopes)) or body["tool"].get("effect") in ("external", "physical")
+
+
+def _lasts(scope: str) -> bool:
+    """Whether what is done by such a scope can't be put back."""
+    kind, _, value = scope.partition(":")
+    return kind == "connect" or (kind == "device" and risk(value).lasts)
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:
@@ -430,7 +443,8 @@ def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:
     metadata = {"tool": tool.name}
     if isinstance(error, WorkerTimeout | WorkerCancelled | WorkerDied | WorkerOffence | OutputTooLarge):
         reason = reasons.get(type(error), Reason.TOOL_FAILED)
-        return ToolError(reason, f"{tool.name} was ended: {error}.", hint="Its changes were put back.", metadata=metadata)
+        hint = "What it has done outside stays done." if tool.manifest.reaches_outside else "Its changes were put back."
+        return ToolError(reason, f"{tool.name} was ended: {error}.", hint=hint, metadata=metadata)
     hint = "`agentd doctor` says what this machine can confine."
     return SandboxError(
         Reason.SANDBOX_UNSUPPORTED, f"{tool.name} could not be run confined: {error}.", hint=hint, metadata=metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from datetime import datetime
@@ -249,6 +250,11 @@ def _show_check(found: pb.CheckAutomationResponse) -> None:
             console.print(f"         {decision}{shown(permission.reason)}")
         for grant in permission.grants:
             console.print(f"         [dim]{shown(grant)}[/]")
+        for scope in permission.missing_scopes:
+            lines = ("[[grants]]", f"tool = {json.dumps(permission.tool)}", f"scope = {json.dumps(scope)}")
+            console.print(
+                "".join(f"\n           {shown(line)}" for line in ("# to allow it, in its file:", *lines)), highlight=False
+            )
 
 
 def _time(when: Timestamp) -> str:

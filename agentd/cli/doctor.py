@@ -17,7 +17,7 @@ from agentd import config as configuration
 from agentd import extras, models, parts, places
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.client import Client
-from agentd.devices import Screen
+from agentd.devices import Programs, Screen
 from agentd.errors import AgentdError, Reason
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _bundles(bundled: Container[str]) -> Iterator[Finding]:
             yield Finding("gpio", False, "this device has no /dev/gpiochip*", "The bundle gpio can't work here.")
     if "termux" in bundled and not shutil.which("termux-battery-status"):
         yield Finding("termux", False, "no program of Termux:API", "Install the app Termux:API, and: pkg install termux-api")
-    if "notify" in bundled and not Screen().there:
+    if "notify" in bundled and not Screen(Programs()).there:
         yield Finding(
             "notify", True, "no screen for notify.show", "Termux:API, or notify-send (libnotify-bin) in a desktop's session."
         )

@@ -40,7 +40,7 @@ def list_(socket: Path | None, *, as_json: bool) -> None:
         table.add_column(title, overflow="fold")
     for tool in found:
         parameters = tool.parameters.fields["properties"].struct_value.fields
-        effect = tool_pb2.Tool.Effect.Name(tool.effect).removeprefix("EFFECT_").lower()
+        effect = tool_pb2.Tool.Effect.Name(tool.effect).removeprefix("EFFECT_").lower() + (", asks" if tool.asks else "")
         name = f"[cyan]{shown(tool.name.removeprefix('tools/'))}[/]"
         table.add_row(name, ", ".join(sorted(parameters)), effect, shown(tool.description), shown("\n".join(tool.needs)))
     console.print(table)

@@ -6,6 +6,8 @@ path: it is one of the requests below, checked, and text goes to programs on the
 """
 
 from agentd.devices.devices import Devices
+from agentd.devices.program import Programs
+from agentd.devices.risk import Risk, is_known, is_node, risk
 from agentd.devices.screen import Screen
 
-__all__ = ["Devices", "Screen"]
+__all__ = ["Devices", "Programs", "Risk", "Screen", "is_known", "is_node", "risk"]

@@ -1,12 +1,14 @@
-"""Lines of a Raspberry Pi's GPIO header, by gpiozero. An output stays as it was set until the daemon ends: then the kernel
-takes the line back, and it is an input.
+"""Lines of a Raspberry Pi's GPIO header, by gpiozero. An output stays as it was set until the daemon ends; then it is an input.
 
-gpiozero finds the library that fits the board (lgpio on all that are made today); its own GPIOZERO_PIN_FACTORY chooses
-another, such as `mock` for tests without a board.
+The kernel of a Pi leaves an output as it is when whoever held it has died (unless `dtparam=strict_gpiod`): what is held is on
+disk, and the next daemon makes inputs of it. gpiozero's own GPIOZERO_PIN_FACTORY chooses another library than lgpio, such as
+`mock` for tests without a board.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import threading
@@ -16,70 +18,115 @@ from agentd_sandbox import DeviceFailure
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentd import extras
+from agentd.store.durable import arriving
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 LONGEST_PULSE_S = 60.0
-_NUMBER = re.compile(r"0|[1-9][0-9]?")
+_AT_A_TIME = 2  # pulses: each keeps a call waiting, and others are to be made meanwhile
+_NAME = re.compile(r"(0|[1-9][0-9]?)(/read)?")
+_log = logging.getLogger(__name__)
 
 
-class Request(BaseModel):
-    """`on` is 3.3 V. A `pulse` sets the line, waits, and sets it back. Reading an output tells what it was set to."""
+class Reading(BaseModel):
+    """Of an output it tells what that was set to; any other line becomes an input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    do: Literal["read", "set", "pulse"]
-    on: bool = True
-    seconds: float = Field(default=1.0, gt=0, le=LONGEST_PULSE_S)
+    do: Literal["read"] = "read"
     pull: Literal["up", "down", "none"] = "none"
 
 
+class Switching(BaseModel):
+    """`on` is 3.3 V. A `pulse` sets the line, waits, and sets it back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    do: Literal["set", "pulse"]
+    on: bool = True
+    seconds: float = Field(default=1.0, gt=0, le=LONGEST_PULSE_S)
+
+
 class Lines:
-    """The lines that are held as outputs. Safe to use from several threads."""
+    """`17` may be switched, `17/read` be read. Safe to use from several threads. `folder` is where it is kept what is held."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._folder, self._kept = folder, folder / "gpio.json"
         self._outputs: dict[int, Any] = {}
-        self._pulsing: set[int] = set()
+        self._pulses: dict[int, threading.Event] = {}
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = False
 
-    def request(self, name: str) -> type[Request]:
-        if not _NUMBER.fullmatch(name):
-            raise DeviceFailure(f"{name!r} is no line: write the number of GPIO17 as 17")
-        return Request
+    def request(self, name: str) -> type[BaseModel]:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise DeviceFailure(f"{name.removesuffix('/read')!r} is no line: write the number of GPIO17 as 17")
+        return Reading if match[2] else Switching
 
-    def operate(self, name: str, request: Request) -> dict[str, Any]:
-        os.environ.setdefault("LG_WD", str(self._folder))  # lgpio makes pipes in the working folder, which may be `/`
+    def operate(self, name: str, request: Reading | Switching) -> dict[str, Any]:
+        line = int(name.partition("/")[0])
+        gpiozero = self._library()
         try:
-            import gpiozero  # noqa: PLC0415 - an extra, and half a second on a Pi
-
-            return self._do(gpiozero, int(name), request)
-        except ImportError as e:
-            raise DeviceFailure(f"{e.name} is not installed: `{extras.install('gpio')}`, then restart agentd") from None
-
-    def _do(self, gpiozero: Any, line: int, request: Request) -> dict[str, Any]:
-        try:
-            match request.do:
-                case "read":
-                    on = self._read(gpiozero, line, request.pull)
-                case "set":
-                    on = self._set(gpiozero, line, on=request.on)
-                case "pulse":
-                    on = self._pulse(gpiozero, line, request)
+            if isinstance(request, Reading):
+                on = self._read(gpiozero, line, request.pull)
+            else:
+                on = self._switch(gpiozero, line, request)
         except gpiozero.GPIOZeroError as e:
             raise DeviceFailure(f"GPIO{line} can't be used: {e or type(e).__name__}") from None
         except OSError as e:
             raise DeviceFailure(f"GPIO{line} can't be used: {e.strerror or e}") from None
         return {"line": line, "value": "on" if on else "off"}
 
+    def recover(self) -> None:
+        """Make inputs of what a daemon held that was killed."""
+        try:
+            lines = [int(line) for line in json.loads(self._kept.read_text())]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError) as e:
+            _log.warning("%s can't be read: %s; look at the lines yourself", self._kept, e)
+            return
+        try:
+            gpiozero = self._library()
+            for line in lines:
+                gpiozero.InputDevice(line).close()
+        except Exception as e:  # a library's: the daemon starts all the same
+            _log.warning("GPIO %s may still be as a daemon that was killed has left them: %s", lines, e)
+            return
+        _log.warning("GPIO %s are inputs again: a daemon that held them was killed", lines)
+        self._kept.unlink(missing_ok=True)
+
     def close(self) -> None:
-        self._closed.set()
+        """All outputs become inputs, and pulses end."""
         with self._lock:
-            for output in self._outputs.values():
-                output.close()
+            self._closed = True
+            for ended in self._pulses.values():
+                ended.set()
+            for line, output in self._outputs.items():
+                try:
+                    output.close()
+                except Exception:  # the others are to be let go of all the same
+                    _log.exception("GPIO%d could not be let go of", line)
+            if self._outputs:
+                self._kept.unlink(missing_ok=True)
             self._outputs.clear()
+
+    def _library(self) -> Any:
+        """Without a choice of the user's it is lgpio: what gpiozero falls back to claims no line, and others use it, too."""
+        os.environ.setdefault("LG_WD", str(self._folder))  # it makes pipes in the working folder, which may be `/`
+        try:
+            import gpiozero  # noqa: PLC0415 - an extra, and half a second on a Pi
+
+            if gpiozero.Device.pin_factory is None and "GPIOZERO_PIN_FACTORY" not in os.environ:
+                from gpiozero.pins.lgpio import LGPIOFactory  # noqa: PLC0415
+
+                gpiozero.Device.pin_factory = LGPIOFactory()
+        except ImportError as e:
+            raise DeviceFailure(f"{e.name} is not installed: `{extras.install('gpio')}`, then restart agentd") from None
+        except Exception as e:  # a library's, and of many kinds: no board, no right to use it
+            raise DeviceFailure(f"this device's GPIO can't be used: {e}") from None
+        return gpiozero
 
     def _read(self, gpiozero: Any, line: int, pull: str) -> bool:
         with self._lock:
@@ -89,31 +136,33 @@ class Lines:
             with gpiozero.InputDevice(line, pull_up=pull_up, active_state=True if pull_up is None else None) as opened:
                 return bool(opened.pin.state)
 
-    def _set(self, gpiozero: Any, line: int, *, on: bool) -> bool:
+    def _switch(self, gpiozero: Any, line: int, request: Switching) -> bool:
         with self._lock:
-            if line in self._pulsing:
-                raise DeviceFailure(f"GPIO{line} is in the middle of a pulse")
-            self._put(gpiozero, line, on=on)
-        return on
+            if pulse := self._pulses.get(line):
+                if request.do == "pulse":
+                    raise DeviceFailure(f"GPIO{line} is in the middle of a pulse")
+                pulse.set()  # whoever switches it now has the last word
+                del self._pulses[line]
+            if request.do == "pulse" and len(self._pulses) >= _AT_A_TIME:
+                raise DeviceFailure(f"{_AT_A_TIME} pulses go on; there can be no more at a time")
+            self._put(gpiozero, line, on=request.on)
+            if request.do == "set":
+                return request.on
+            self._pulses[line] = ended = threading.Event()
+        ended.wait(request.seconds)
+        with self._lock:
+            if self._pulses.get(line) is ended and not self._closed:
+                del self._pulses[line]
+                self._put(gpiozero, line, on=not request.on)
+            output = self._outputs.get(line)
+            return bool(output.value) if output else not request.on
 
     def _put(self, gpiozero: Any, line: int, *, on: bool) -> None:
-        if self._closed.is_set():
+        if self._closed:
             raise DeviceFailure("agentd is stopping")
         if line in self._outputs:
             self._outputs[line].value = on
-        else:
-            self._outputs[line] = gpiozero.OutputDevice(line, initial_value=on)
-
-    def _pulse(self, gpiozero: Any, line: int, request: Request) -> bool:
-        """Set back at its end whatever becomes of the call meanwhile, and at once if the daemon stops."""
-        with self._lock:
-            if line in self._pulsing:
-                raise DeviceFailure(f"GPIO{line} is in the middle of a pulse")
-            self._put(gpiozero, line, on=request.on)
-            self._pulsing.add(line)
-        self._closed.wait(request.seconds)
-        with self._lock:
-            self._pulsing.discard(line)
-            if not self._closed.is_set():
-                self._put(gpiozero, line, on=not request.on)
-        return not request.on
+            return
+        with arriving(self._kept) as file:
+            file.write(json.dumps(sorted([*self._outputs, line])).encode())
+        self._outputs[line] = gpiozero.OutputDevice(line, initial_value=on)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from agentd_sandbox import DeviceFailure
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentd.devices.program import run
+if TYPE_CHECKING:
+    from agentd.devices.program import Programs
+
 
 _LONGEST_TITLE, _LONGEST_TEXT = 200, 4000
 _URGENCY = {"low": "low", "default": "normal", "high": "critical"}
@@ -26,7 +28,8 @@ class Message(BaseModel):
 class Screen:
     """Which programs there are is looked at when this is made. They are called by full path."""
 
-    def __init__(self) -> None:
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
         self.termux = shutil.which("termux-notification")
         self.desktop = shutil.which("notify-send")
 
@@ -41,12 +44,12 @@ class Screen:
         return Message
 
     def operate(self, name: str, request: Message) -> dict[str, Any]:
-        title = request.title or "agentd"
+        title = f"Message: {request.title}"  # not to be taken for a question of agentd's own
         if self.termux:
-            run([self.termux, "--title", title, "--priority", request.priority], request.text)
+            self._programs.run([self.termux, "--title", title, "--priority", request.priority], request.text)
         elif self.there and self.desktop:
             urgency = f"--urgency={_URGENCY[request.priority]}"
-            run([self.desktop, "--app-name=agentd", urgency, "--", title, request.text])
+            self._programs.run([self.desktop, "--app-name=agentd", urgency, "--", title, request.text])
         else:
             raise DeviceFailure("there is no screen: neither termux-notification nor notify-send with a session of a desktop")
         return {"shown": True}

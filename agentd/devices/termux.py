@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from agentd_sandbox import DeviceFailure
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentd.devices.program import run
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from agentd.devices.program import Programs
+
 _NUMBER = re.compile(r"\+?[0-9]{3,15}")  # E.164; commas would be several people
 _SMS = "sms/"
-_LOCATION_S = 60.0  # a first fix of GPS takes that long
+_LONG_S = 60.0  # a first fix of GPS takes that long, and so may a long text
 _MISSING = "install the app Termux:API and `pkg install termux-api`"
 
 
@@ -33,10 +33,8 @@ class Text(_Strict):
     text: str = Field(min_length=1, max_length=4000)
 
 
-class Clipboard(_Strict):
-    """Without `text` it is read."""
-
-    text: str | None = Field(default=None, max_length=100_000)
+class Clipping(_Strict):
+    text: str = Field(max_length=100_000)
 
 
 class Switch(_Strict):
@@ -48,15 +46,17 @@ class Where(_Strict):
 
 
 class Phone:
-    """battery, clipboard, location, torch, voice and sms/NUMBER of this phone."""
+    """battery, clipboard/get, clipboard/set, location, torch, voice and sms/NUMBER of this phone."""
 
-    def __init__(self) -> None:
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
         self._does: dict[str, tuple[type[BaseModel], Callable[[Any], dict[str, Any]]]] = {
-            "battery": (Look, _battery),
-            "clipboard": (Clipboard, _clipboard),
-            "location": (Where, _location),
-            "torch": (Switch, lambda asked: _done(_termux("torch", "on" if asked.on else "off"))),
-            "voice": (Text, lambda asked: _done(_termux("tts-speak", text=asked.text, patience_s=_LOCATION_S))),
+            "battery": (Look, self._battery),
+            "clipboard/get": (Look, lambda _: {"text": self._run("clipboard-get")}),
+            "clipboard/set": (Clipping, lambda asked: self._do("clipboard-set", text=asked.text)),
+            "location": (Where, self._location),
+            "torch": (Switch, lambda asked: self._do("torch", "on" if asked.on else "off")),
+            "voice": (Text, lambda asked: self._do("tts-speak", text=asked.text, patience_s=_LONG_S)),
         }
 
     def request(self, name: str) -> type[BaseModel]:
@@ -70,49 +70,41 @@ class Phone:
 
     def operate(self, name: str, request: Any) -> dict[str, Any]:
         if name.startswith(_SMS):
-            return _done(_termux("sms-send", "-n", name.removeprefix(_SMS), text=request.text))
+            return self._do("sms-send", "-n", name.removeprefix(_SMS), text=request.text)
         return self._does[name][1](request)
 
+    def _run(self, name: str, *arguments: str, text: str = "", patience_s: float = 15.0) -> str:
+        program = shutil.which(f"termux-{name}")
+        if program is None:
+            raise DeviceFailure(f"there is no termux-{name}: {_MISSING}")
+        return self._programs.run([program, *arguments], text, patience_s)
 
-def _termux(name: str, *arguments: str, text: str = "", patience_s: float = 15.0) -> str:
-    program = shutil.which(f"termux-{name}")
-    if program is None:
-        raise DeviceFailure(f"there is no termux-{name}: {_MISSING}")
-    return run([program, *arguments], text, patience_s)
+    def _do(self, name: str, *arguments: str, text: str = "", patience_s: float = 15.0) -> dict[str, Any]:
+        """What says nothing if it was done. Where Android refuses, it says so and ends with status 0."""
+        _object(name, self._run(name, *arguments, text=text, patience_s=patience_s) or "{}")
+        return {"done": True}
+
+    def _battery(self, _: Look) -> dict[str, Any]:
+        found = _object("battery-status", self._run("battery-status"))
+        named = {"percentage": "percent", "status": "status", "plugged": "plugged", "temperature": "celsius"}
+        return {ours: _plain(found[theirs], 1) for theirs, ours in named.items() if theirs in found}
+
+    def _location(self, asked: Where) -> dict[str, Any]:
+        found = _object("location", self._run("location", "-p", asked.provider, "-r", "once", patience_s=_LONG_S))
+        return {name: _plain(found[name], 6) for name in ("latitude", "longitude", "accuracy") if name in found}
 
 
-def _done(_: str) -> dict[str, Any]:
-    return {"done": True}
-
-
-def _object(program: str, said: str) -> dict[str, Any]:
+def _object(name: str, said: str) -> dict[str, Any]:
     """What the programs print is JSON; where Android refuses, an object with `error`."""
     try:
         found = json.loads(said)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise DeviceFailure(f"termux-{program} did not answer as it should; has Termux:API the permission in Android?")
+        raise DeviceFailure(f"termux-{name} did not answer as it should; has Termux:API the permission in Android?")
     if "error" in found or "API_ERROR" in found:
-        raise DeviceFailure(f"termux-{program}: {str(found.get('error') or found.get('API_ERROR'))[:200]}")
+        raise DeviceFailure(f"termux-{name}: {str(found.get('error') or found.get('API_ERROR'))[:200]}")
     return found
-
-
-def _battery(_: Look) -> dict[str, Any]:
-    found = _object("battery-status", _termux("battery-status"))
-    named = {"percentage": "percent", "status": "status", "plugged": "plugged", "temperature": "celsius"}
-    return {ours: _plain(found[theirs], 1) for theirs, ours in named.items() if theirs in found}
-
-
-def _clipboard(asked: Clipboard) -> dict[str, Any]:
-    if asked.text is None:
-        return {"text": _termux("clipboard-get")}
-    return _done(_termux("clipboard-set", text=asked.text))
-
-
-def _location(asked: Where) -> dict[str, Any]:
-    found = _object("location", _termux("location", "-p", asked.provider, "-r", "once", patience_s=_LOCATION_S))
-    return {name: _plain(found[name], 6) for name in ("latitude", "longitude", "accuracy") if name in found}
 
 
 def _plain(value: Any, digits: int) -> Any:

@@ -121,6 +121,8 @@ class Book:
             reason = f"the rule for {rule.pattern} wants a person to be asked"
         else:
             scope, reason = unmet[0], f"no grant covers {unmet[0]}"
+            if request.asks:
+                reason = f"no grant for {request.tool} itself covers {unmet[0]}, and it asks unless one does"
         rules = tuple(dict.fromkeys(str(rule) for _, rule in asking))
         return Decision("ask", reason, rules, str(scope), self.near(request, scope, moment), open_ones)
 

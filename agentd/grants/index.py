@@ -93,7 +93,8 @@ def _fixed(scope: Scope) -> str:
 
 
 def _ways_up(scope: Scope) -> Iterator[str]:
-    """The fixed parts that a pattern covering `scope` can have: the folders above a path, the domains above a host."""
+    """The fixed parts that a pattern covering `scope` can have: the folders above a path, the domains above a
+    host, the kinds above a device."""
     if scope.kind in PATH_KINDS:
         path = scope.folded.rstrip("/")
         while path:
@@ -107,5 +108,8 @@ def _ways_up(scope: Scope) -> Iterator[str]:
             yield host
             host = host.partition(".")[2]
     else:
-        yield scope.value
+        name = scope.value
+        while name:
+            yield name
+            name = name.rpartition("/")[0]
     yield ""

@@ -25,11 +25,12 @@ def propose(
     bodies: Iterable[Mapping[str, Any]],
     decide: Callable[[Request], Decision],
     fixed: Callable[[str], frozenset[str]],
+    asks: Callable[[str], bool],
 ) -> tuple[list[Grant], int]:
     """From events of the log: the grants, and how many calls they would have allowed that are not allowed now.
 
-    `fixed(tool)` are scopes that are the tool's own, whatever its arguments: only in those a `*` is a wildcard. What a
-    rule denies can't be granted, and is left out.
+    `fixed(tool)` are scopes that are the tool's own, whatever its arguments: only in those a `*` is a wildcard. `asks(tool)`:
+    whether only a grant that names it counts. What a rule denies can't be granted, and is left out.
     """
     needed: dict[tuple[str, str], set[Scope]] = defaultdict(set)
     calls = 0
@@ -39,14 +40,15 @@ def propose(
         tool = str(body.get("tool", {}).get("name", ""))
         own = fixed(tool)
         scopes = tuple(_scope(text, own) for text in body.get("scopes", ()))
-        request = Request(str(body.get("principal", "")), tool, scopes)
+        request = Request(str(body.get("principal", "")), tool, scopes, asks=asks(tool))
         decision = decide(request)
         if decision.verdict != "ask" or any("*" in s.value and not s.glob for s in decision.unmet):
             continue
         calls += 1
         needed[request.principal, tool].update(decision.unmet)
     found = {key: _few(scopes) for key, scopes in sorted(needed.items())}
-    return [_grant(principal, tool, pattern) for (principal, tool), patterns in _joined(found) for pattern in patterns], calls
+    joined = _joined(found, asks)
+    return [_grant(principal, tool, pattern) for (principal, tool), patterns in joined for pattern in patterns], calls
 
 
 def _scope(text: str, own: frozenset[str]) -> Scope:
@@ -72,11 +74,13 @@ def _wider(one: Pattern, other: Pattern) -> bool:
     return one != other and one.covers(Scope(other.kind, other.value, glob=other.glob is not None))
 
 
-def _joined(found: dict[tuple[str, str], tuple[Pattern, ...]]) -> list[tuple[tuple[str, str], tuple[Pattern, ...]]]:
-    """Tools of one bundle that need the very same get it together."""
+def _joined(
+    found: dict[tuple[str, str], tuple[Pattern, ...]], asks: Callable[[str], bool]
+) -> list[tuple[tuple[str, str], tuple[Pattern, ...]]]:
+    """Tools of one bundle that need the very same get it together, but for those that must be named."""
     bundles: dict[tuple[str, str, tuple[Pattern, ...]], list[str]] = defaultdict(list)
     for (principal, tool), patterns in found.items():
-        bundles[principal, tool.partition(".")[0], patterns].append(tool)
+        bundles[principal, tool if asks(tool) else tool.partition(".")[0], patterns].append(tool)
     return [
         ((principal, tools[0] if len(tools) == 1 else f"{bundle}.*"), patterns)
         for (principal, bundle, patterns), tools in bundles.items()

@@ -75,6 +75,8 @@ class Pattern:
         """Whether anything that `scope` stands for lies within: what a denial must hit."""
         if self.covers(scope):
             return True
+        if self.kind == scope.kind == "device":
+            return scope.value.startswith(f"{self.value}/")  # whoever denies `gpio` means all its lines
         if self.kind != scope.kind or self.kind not in PATH_KINDS:
             return False
         value = scope.folded
@@ -103,7 +105,7 @@ def parse(text: str, *, resolved: bool = False) -> Pattern:
         return _path(kind, value, text, resolved=resolved)
     if kind == "connect":
         return _peer(value, text)
-    return Pattern(text, kind, value, glob=_expression(value) if "*" in value else None)
+    return Pattern(text, kind, value, glob=_any(value) if "*" in value else None)
 
 
 def literally(scope: Scope) -> Pattern:
@@ -139,6 +141,11 @@ def _expression(pattern: str) -> re.Pattern[str]:
     parts = re.split(r"(/\*\*$|\*\*|\*)", pattern)
     wild = {"/**": r"(/.*)?", "**": r".*", "*": r"[^/]*"}
     return re.compile("".join(wild.get(part, re.escape(part)) for part in parts), re.DOTALL)
+
+
+def _any(pattern: str) -> re.Pattern[str]:
+    """In a name, `*` stands for whatever there is."""
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
 
 
 def _peer(value: str, text: str) -> Pattern:

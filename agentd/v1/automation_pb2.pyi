@@ -437,6 +437,7 @@ class CheckAutomationResponse(_message.Message):
         SCOPES_FIELD_NUMBER: _builtins.int
         GRANTS_FIELD_NUMBER: _builtins.int
         REASON_FIELD_NUMBER: _builtins.int
+        MISSING_SCOPES_FIELD_NUMBER: _builtins.int
         tool: _builtins.str
         """The tool."""
         decision: _builtins.str
@@ -449,7 +450,13 @@ class CheckAutomationResponse(_message.Message):
 
         @_builtins.property
         def grants(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """Grants that speak of the tool for this automation."""
+            """Grants by which that is so: those that allow or deny the call, or almost did; those that speak of the tool where the
+            model makes the arguments.
+            """
+
+        @_builtins.property
+        def missing_scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """What no grant covers, where that is known beforehand."""
 
         def __init__(
             self,
@@ -459,10 +466,11 @@ class CheckAutomationResponse(_message.Message):
             scopes: _abc.Iterable[_builtins.str] | None = ...,
             grants: _abc.Iterable[_builtins.str] | None = ...,
             reason: _builtins.str = ...,
+            missing_scopes: _abc.Iterable[_builtins.str] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "grants", b"grants", "reason", b"reason", "scopes", b"scopes", "tool", b"tool"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "grants", b"grants", "missing_scopes", b"missing_scopes", "reason", b"reason", "scopes", b"scopes", "tool", b"tool"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

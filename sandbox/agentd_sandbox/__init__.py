@@ -19,7 +19,7 @@ from agentd_sandbox.errors import (
 from agentd_sandbox.host import Job, Sandbox
 from agentd_sandbox.levels import Level, no_level, probe
 from agentd_sandbox.limits import Limits
-from agentd_sandbox.outcome import Contact, Denial, Outcome
+from agentd_sandbox.outcome import Contact, Denial, Operation, Outcome
 from agentd_sandbox.proxy import Credential
 from agentd_sandbox.recorder import Change, Recorder, Refusal
 
@@ -34,6 +34,7 @@ __all__ = [
     "Job",
     "Level",
     "Limits",
+    "Operation",
     "Outcome",
     "OutputTooLarge",
     "PathRule",

@@ -153,7 +153,7 @@ class Sandbox:
         made_up = peers.made_up_files() if access.connect else {}
         files = Files(reach, recorder, made_up, appends=not worker.questions, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
-        proxy = Proxy(peers, credentials, files.deny, stopped, self.trust, self.operate)
+        proxy = Proxy(peers, credentials, files.deny, stopped, self.trust, self.operate, files.require_granted)
         folder = os.fsencode(os.path.realpath(self.folder))
         if worker.questions:
             return Desk(worker.questions, worker.processes, files, peers, proxy, folder, self.limits)
@@ -261,6 +261,7 @@ def _outcome(
         denials=tuple(broker.files.denials),
         denied=broker.files.denied,
         contacts=broker.network.traffic.contacts(),
+        operations=tuple(broker.proxy.operations),
         mediated=broker.calls,
         cpu_us=cpu_us,
         rss_kb=rss_kb,

@@ -27,6 +27,16 @@ class Contact:
 
 
 @dataclass(frozen=True, slots=True)
+class Operation:
+    """What was asked of a device, and how it ended. Neither `answer` nor `error`: it went on when the call had ended."""
+
+    device: str
+    asked: dict[str, Any]
+    answer: dict[str, Any] | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """How a worker ended. Exactly one of `result` and `error` is set."""
 
@@ -35,6 +45,7 @@ class Outcome:
     denials: tuple[Denial, ...]
     denied: int
     contacts: tuple[Contact, ...]
+    operations: tuple[Operation, ...]
     mediated: int
     cpu_us: int
     rss_kb: int

@@ -18,15 +18,16 @@ import re
 import select
 import socket
 import ssl
+import threading
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from agentd_sandbox.errors import DeviceFailure
+from agentd_sandbox.errors import DeviceFailure, SandboxFailure
 from agentd_sandbox.network import DEFAULT_PORTS, Network, split_authority, split_url
+from agentd_sandbox.outcome import Operation
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Mapping
     from typing import Any
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 DEVICE = "device:"
 _HEAD_BYTES = 32 << 10
 _BODY_BYTES = 16 << 20
-_REQUEST_BYTES = 64 << 10  # to a device
+_REQUEST_BYTES, _OPERATIONS = 1 << 20, 16  # of devices, in one call
 _CHUNK = 64 << 10
 _TICK_S = 0.2
 _TIMEOUT_S = 30.0
@@ -97,7 +98,11 @@ class Proxy:
     stopped: threading.Event
     trust: ssl.SSLContext | None = None
     operate: Operate | None = None
+    require_granted: Callable[[], None] = lambda: None
+    """Raises SandboxFailure once the call may do nothing more."""
+    operations: list[Operation] = field(default_factory=list)
     _open: list[socket.socket] = field(default_factory=list)
+    _operating: threading.Lock = field(default_factory=threading.Lock)
 
     def stop(self) -> None:
         """End what is under way: whoever waits on a socket of this call stops waiting."""
@@ -178,16 +183,37 @@ class Proxy:
         if request.method != "POST":
             raise _Bad(405, "a device is operated by POST")
         body = _read_body(worker, request)
+        if len(body) > _REQUEST_BYTES:
+            raise _Bad(413, f"what is asked of a device has {_REQUEST_BYTES >> 20} MiB at most")
         try:
-            asked = json.loads(body[:_REQUEST_BYTES])
+            asked = json.loads(body)
         except RecursionError:
             asked = None
         if not isinstance(asked, dict):
             raise _Bad(400, "the body is no JSON object")
-        try:
-            _reply(worker, 200, "application/json", json.dumps(self.operate(name, asked)).encode())
-        except DeviceFailure as e:
-            raise _Bad(502, str(e)) from None
+        _reply(worker, 200, "application/json", json.dumps(self._operated(self.operate, name, asked)).encode())
+
+    def _operated(self, operate: Operate, name: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """One at a time, so many in a call, and none once it is over."""
+        with self._operating:
+            try:
+                self.require_granted()
+            except SandboxFailure as e:
+                raise _Bad(403, str(e)) from None
+            if self.stopped.is_set():
+                raise _Bad(403, "the call is over")
+            if len(self.operations) >= _OPERATIONS:
+                self.deny("proxy", f"more than {_OPERATIONS} operations of devices")
+                raise _Bad(429, f"a call may have devices operated {_OPERATIONS} times")
+            operation = Operation(name, asked)
+            self.operations.append(operation)
+            try:
+                answer = operate(name, asked)
+            except DeviceFailure as e:
+                self.operations[-1] = replace(operation, error=str(e))
+                raise _Bad(502, str(e)) from None
+            self.operations[-1] = replace(operation, answer=answer)
+            return answer
 
     # -- a request in the broker's own name
 

@@ -49,6 +49,31 @@ def bundle(folder: Path, manifest: str, program: str = "x = 1\n", name: str = "m
 
 
 @pytest.mark.parametrize(
+    ("device", "asks", "private", "sends"),
+    [
+        ("gpio/{times}", True, False, False),
+        ("gpio/{times}/read", True, False, False),
+        ("gpio/{mode}/read", True, False, False),
+        ("screen/message", False, False, True),
+        ("termux/battery", False, False, True),
+        ("termux/clipboard/get", True, True, True),
+        ("termux/location", True, True, True),
+        ("termux/sms/{mode}", True, False, True),
+        ("termux/sms/+49{times}", True, False, True),
+        ("termux/torch", True, False, True),
+        ("meter", False, False, True),
+    ],
+)
+def test_what_a_device_means_is_not_the_bundles_to_say(tmp_path: Path, device: str, *, asks: bool, private: bool, sends: bool):
+    """Whether it asks, is private and sends out follows from the device, whatever the manifest is silent about."""
+    effect = "physical" if device == "gpio/{times}" else "none" if device.startswith("gpio") else "external"
+    manifest = GOOD.replace('"files"', f'"{effect}"').replace("[tool.needs]", f'[tool.needs]\ndevice = ["{device}"]')
+    manifest = manifest.replace('write = ["{to}"]\n', "")
+    (tool,) = load([bundle(tmp_path, manifest)]).tools.values()
+    assert (tool.manifest.asks, tool.manifest.gives_private, tool.manifest.sends) == (asks, private, sends)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "says"),
     [
         ('description = "Copy"', 'descripton = "Copy"', "descripton"),
@@ -63,6 +88,13 @@ def bundle(folder: Path, manifest: str, program: str = "x = 1\n", name: str = "m
         ('program = "run.py"', 'program = "missing.py"', "missing.py"),
         ('format = "path"', 'format = "date"', "format"),
         ("[tool.needs]", '[tool.needs]\nexec = ["sh"]', "exec"),
+        ("[tool.needs]", '[tool.needs]\ndevice = ["gpio/{times}"]', "external"),
+        ("[tool.needs]", '[tool.needs]\ndevice = ["meter"]', "external"),
+        ("[tool.needs]", '[tool.needs]\ndevice = ["{mode}"]', "names no device"),
+        ("[tool.needs]", '[tool.needs]\ndevice = ["door/{mode}"]', "names no device"),
+        ("[tool.needs]", '[tool.needs]\ndevice = ["termux/{mode}"]', "names no device"),
+        ("[tool.needs]", '[tool.needs]\ndevice = ["../gpio"]', "names no device"),
+        ("[tool.needs]", '[tool.needs]\ndevice = [""]', "names no device"),
         ('version = "1"', "version = ", "line"),
     ],
 )  # fmt: skip

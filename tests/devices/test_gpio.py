@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def test_what_is_set_stays_set_and_is_what_a_reading_tells(devices: Devices, boa
     """Between the calls of tools, each of which is a process of its own, the daemon holds the line."""
     assert devices.operate("gpio/17", {"do": "set", "on": True}) == {"line": 17, "value": "on"}
     assert (board.pin(17).function, board.pin(17).state) == ("output", 1)
-    assert devices.operate("gpio/17", {"do": "read"}) == {"line": 17, "value": "on"}
+    assert devices.operate("gpio/17/read", {}) == {"line": 17, "value": "on"}
     assert board.pin(17).function == "output"
     devices.operate("gpio/17", {"do": "set", "on": False})
     assert board.pin(17).state == 0
@@ -52,12 +53,12 @@ def test_what_is_set_stays_set_and_is_what_a_reading_tells(devices: Devices, boa
 
 def test_an_input_is_read_as_it_is_wired(devices: Devices, board: MockFactory):
     """Pulled up or down where nothing is wired, and what comes in where something is."""
-    assert devices.operate("gpio/4", {"do": "read", "pull": "up"})["value"] == "on"
-    assert devices.operate("gpio/4", {"do": "read", "pull": "down"})["value"] == "off"
+    assert devices.operate("gpio/4/read", {"pull": "up"})["value"] == "on"
+    assert devices.operate("gpio/4/read", {"pull": "down"})["value"] == "off"
     pins = [board.pin(number) for number in (5,)]
-    assert devices.operate("gpio/5", {"do": "read"})["value"] == "off"
+    assert devices.operate("gpio/5/read", {})["value"] == "off"
     pins[0].drive_high()
-    assert devices.operate("gpio/5", {"do": "read"})["value"] == "on"
+    assert devices.operate("gpio/5/read", {})["value"] == "on"
 
 
 def test_a_pulse_ends(devices: Devices, board: MockFactory):
@@ -66,19 +67,68 @@ def test_a_pulse_ends(devices: Devices, board: MockFactory):
     assert [int(state.state) for state in board.pin(17).states][-2:] == [1, 0]
 
 
-def test_nothing_comes_between_a_pulse_and_its_end(devices: Devices, board: MockFactory):
-    """Who else wants the line is refused; the end of the daemon is the end of the pulse."""
-    pulse = threading.Thread(target=devices.operate, args=("gpio/17", {"do": "pulse", "seconds": 60}))
-    pulse.start()
+@pytest.fixture
+def pulse(devices: Devices, board: MockFactory) -> Iterator[list[Any]]:
+    """Of a minute, at GPIO17; what it came to."""
+    said: list[Any] = []
+    thread = threading.Thread(target=lambda: said.append(devices.operate("gpio/17", {"do": "pulse", "seconds": 60})))
+    thread.start()
     until(lambda: board.pin(17).function == "output")
-    for asked in ({"do": "set", "on": False}, {"do": "pulse"}):
-        with pytest.raises(DeviceFailure, match="in the middle of a pulse"):
-            devices.operate("gpio/17", asked)
-    assert devices.operate("gpio/17", {"do": "read"})["value"] == "on"
+    yield said
     devices.close()
-    pulse.join(5)
-    assert not pulse.is_alive()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_a_pulse_is_ended_by_whoever_switches_the_line(devices: Devices, board: MockFactory, pulse: list[Any]):
+    """A pump that floods the room is to be stopped; and what was set last stays."""
+    with pytest.raises(DeviceFailure, match="in the middle of a pulse"):
+        devices.operate("gpio/17", {"do": "pulse"})
+    assert devices.operate("gpio/17/read", {})["value"] == "on"
+    devices.operate("gpio/17", {"do": "set", "on": False})
+    until(lambda: pulse == [{"line": 17, "value": "off"}])
+    assert board.pin(17).state == 0
+    devices.operate("gpio/17", {"do": "set", "on": True})
+    assert board.pin(17).state == 1
+
+
+def test_pulses_leave_room_for_other_calls(devices: Devices, board: MockFactory, pulse: list[Any]):
+    other = threading.Thread(target=devices.operate, args=("gpio/18", {"do": "pulse", "seconds": 60}))
+    other.start()
+    until(lambda: board.pin(18).function == "output")
+    with pytest.raises(DeviceFailure, match="no more at a time"):
+        devices.operate("gpio/19", {"do": "pulse"})
+    assert board.pin(19).function == "input"
+    devices.operate("gpio/18", {"do": "set", "on": False})
+    other.join(5)
+    assert not other.is_alive()
+
+
+def test_the_end_of_the_daemon_is_the_end_of_a_pulse(devices: Devices, board: MockFactory, pulse: list[Any]):
+    devices.close()
+    until(lambda: len(pulse) == 1)
     assert board.pin(17).function == "input"
+
+
+def test_what_a_killed_daemon_held_is_let_go_of_by_the_next(devices: Devices, board: MockFactory, tmp_path: Path):
+    """A Pi's kernel leaves an output as it was: the pump would run on."""
+    devices.operate("gpio/17", {"do": "set"})
+    devices.operate("gpio/18", {"do": "set"})
+    assert json.loads((tmp_path / "gpio.json").read_text()) == [17, 18]
+    for pin in (17, 18):  # as its kernel does for one that died
+        board.release_pins(devices._lines._outputs[pin], pin)
+    after = Devices(tmp_path)
+    after.recover()
+    assert [board.pin(pin).function for pin in (17, 18)] == ["input", "input"]
+    assert not (tmp_path / "gpio.json").exists()
+    after.recover()
+    after.close()
+
+
+@pytest.mark.parametrize("kept", ["", "{", "null", '["x"]', '{"17": 1}', "[99]"])
+def test_junk_where_the_lines_are_kept_keeps_nobody_from_starting(board: MockFactory, tmp_path: Path, kept: str):
+    (tmp_path / "gpio.json").write_text(kept)
+    Devices(tmp_path).recover()
 
 
 def test_the_lines_are_let_go_of_when_the_daemon_stops(devices: Devices, board: MockFactory):
@@ -89,9 +139,9 @@ def test_the_lines_are_let_go_of_when_the_daemon_stops(devices: Devices, board: 
         devices.operate("gpio/17", {"do": "set"})
 
 
-@pytest.mark.parametrize("name", ["", "017", "-1", "1e1", "GPIO17", "17/", "../17", "100", "1\n", "๑"])
+@pytest.mark.parametrize("name", ["", "017", "-1", "1e1", "GPIO17", "17/", "../17", "100", "1\n", "๑", "17/reads", "/read"])
 def test_names_of_lines_have_one_spelling(devices: Devices, name: str):
-    """What was granted is what is switched: no two names for one line."""
+    """What was granted is what is switched: no two names for one line. Who may read it may not switch it."""
     with pytest.raises(DeviceFailure, match="is no line"):
         devices.operate(f"gpio/{name}", {"do": "set"})
 
@@ -105,6 +155,7 @@ def test_names_of_lines_have_one_spelling(devices: Devices, name: str):
         ({"do": "pulse", "seconds": 61}, "seconds: Input should be less than or equal to 60"),
         ({"do": "pulse", "seconds": 0}, "seconds: Input should be greater than 0"),
         ({"do": "pulse", "seconds": float("nan")}, "seconds: "),
+        ({"do": "read"}, "do: Input should be"),
         ({"do": "set", "more": 1}, "more: is unknown"),
     ],
 )
@@ -122,8 +173,8 @@ def test_a_line_that_the_board_has_not_is_a_sentence(devices: Devices):
 def test_without_a_board_it_says_so(devices: Devices, monkeypatch: pytest.MonkeyPatch):
     """As on this machine: gpiozero finds no way to a header."""
     monkeypatch.setattr(gpiozero.Device, "pin_factory", None)
-    monkeypatch.setenv("GPIOZERO_PIN_FACTORY", "lgpio")
-    with pytest.raises(DeviceFailure, match=r"agentd\[gpio\]|GPIO17 can't be used"):
+    monkeypatch.delenv("GPIOZERO_PIN_FACTORY", raising=False)
+    with pytest.raises(DeviceFailure, match=r"agentd\[gpio\]|GPIO can't be used"):
         devices.operate("gpio/17", {"do": "set"})
 
 

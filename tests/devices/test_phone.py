@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import pytest
 from agentd_sandbox import DeviceFailure
 
 from agentd.devices import Devices, Screen
-from agentd.devices.program import run
+from agentd.devices.program import Programs
 
 BATTERY = {"health": "GOOD", "percentage": 81, "plugged": "UNPLUGGED", "status": "DISCHARGING", "temperature": 29.299999}
 PLACE = {"latitude": 52.52000659999, "longitude": 13.404954, "altitude": 34.0, "accuracy": 12.5, "provider": "network"}
 EVIL = "$(touch owned) `touch owned` ; touch owned\n--help 'x' \"y\" \\"
 
 
-class Programs:
+class Stand:
     """Programs on the PATH, each of which notes its arguments and its standard input."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,9 +45,9 @@ END
 
 
 @pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stand:
     monkeypatch.chdir(tmp_path)
-    return Programs(tmp_path, monkeypatch)
+    return Stand(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,8 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
             *("battery", {}, "termux-battery-status", [], "", json.dumps(BATTERY)),
             {"percent": 81, "plugged": "unplugged", "status": "discharging", "celsius": 29.3},
         ),
-        ("clipboard", {}, "termux-clipboard-get", [], "", "a b", {"text": "a b"}),
-        ("clipboard", {"text": EVIL}, "termux-clipboard-set", [], EVIL, "", {"done": True}),
+        ("clipboard/get", {}, "termux-clipboard-get", [], "", "a b", {"text": "a b"}),
+        ("clipboard/set", {"text": EVIL}, "termux-clipboard-set", [], EVIL, "", {"done": True}),
         ("sms/+491701234567", {"text": EVIL}, "termux-sms-send", ["-n", "+491701234567"], EVIL, "", {"done": True}),
         ("voice", {"text": EVIL}, "termux-tts-speak", [], EVIL, "", {"done": True}),
         ("torch", {"on": True}, "termux-torch", ["on"], "", "", {"done": True}),
@@ -69,7 +70,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     ],
 )
 def test_each_device_is_one_program_and_text_is_its_input(
-    programs: Programs,
+    programs: Stand,
     tmp_path: Path,
     device: str,
     asked: dict[str, Any],
@@ -87,7 +88,7 @@ def test_each_device_is_one_program_and_text_is_its_input(
 
 
 @pytest.mark.parametrize("number", ["", "12", "+49 170", "1701234567,1701234568", "-n", "0170;ls", "x" * 20, "1" * 16, "١٢٣٤"])
-def test_a_message_goes_to_one_number(programs: Programs, tmp_path: Path, number: str):
+def test_a_message_goes_to_one_number(programs: Stand, tmp_path: Path, number: str):
     programs.add("termux-sms-send")
     with pytest.raises(DeviceFailure, match="is no telephone number"):
         Devices(tmp_path).operate(f"termux/sms/{number}", {"text": "x"})
@@ -120,13 +121,17 @@ def test_what_is_asked_of_a_phone_is_checked(tmp_path: Path, device: str, asked:
         ("", "echo boom >&2; exit 3", "ended with status 3: boom"),
     ],
 )
-def test_a_program_that_fails_is_a_sentence(programs: Programs, tmp_path: Path, says: str, does: str, why: str):
-    programs.add("termux-location", says, does)
+@pytest.mark.parametrize(("device", "asked"), [("location", {}), ("sms/12345", {"text": "x"}), ("torch", {"on": True})])
+def test_a_program_that_fails_is_a_sentence(
+    programs: Stand, tmp_path: Path, device: str, asked: dict[str, Any], says: str, does: str, why: str
+):
+    """Also of those that say nothing if all is well: Android's refusal comes with status 0."""
+    programs.add({"location": "termux-location", "torch": "termux-torch"}.get(device, "termux-sms-send"), says, does)
     with pytest.raises(DeviceFailure, match=why):
-        Devices(tmp_path).operate("termux/location", {})
+        Devices(tmp_path).operate(f"termux/{device}", asked)
 
 
-def test_what_is_missing_is_told_with_what_mends_it(programs: Programs, tmp_path: Path):
+def test_what_is_missing_is_told_with_what_mends_it(programs: Stand, tmp_path: Path):
     with pytest.raises(DeviceFailure, match="pkg install termux-api"):
         Devices(tmp_path).operate("termux/torch", {"on": True})
     with pytest.raises(DeviceFailure, match="a phone has no 'camera'"):
@@ -139,7 +144,7 @@ def test_a_program_that_hangs_is_killed_with_all_it_has_started(tmp_path: Path):
     script.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/child\nwait\n")
     script.chmod(0o755)
     with pytest.raises(DeviceFailure, match=r"hangs did not answer in 0.5 s"):
-        run([str(script)], patience_s=0.5)
+        Programs().run([str(script)], patience_s=0.5)
     child = int((tmp_path / "child").read_text())
     deadline = time.monotonic() + 5
     while os.path.exists(f"/proc/{child}/stat") and Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
@@ -147,19 +152,54 @@ def test_a_program_that_hangs_is_killed_with_all_it_has_started(tmp_path: Path):
         time.sleep(0.01)
 
 
-def test_a_message_is_shown_on_the_screen_there_is(programs: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_message_is_shown_on_the_screen_there_is(programs: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Android's first, as a phone has no other; a desktop's only within a session; else it is said."""
     monkeypatch.delenv("DBUS_SESSION_BUS_ADDRESS", raising=False)
     with pytest.raises(DeviceFailure, match="there is no screen"):
         Devices(tmp_path).operate("screen/message", {"text": "x"})
     programs.add("notify-send")
-    assert not Screen().there
+    assert not Screen(Programs()).there
     monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", "unix:path=/nowhere")
     message = {"text": EVIL, "title": "--help", "priority": "high"}
     assert Devices(tmp_path).operate("screen/message", message) == {"shown": True}
-    assert programs.told("notify-send") == (["--app-name=agentd", "--urgency=critical", "--", "--help", EVIL], "")
+    assert programs.told("notify-send") == (["--app-name=agentd", "--urgency=critical", "--", "Message: --help", EVIL], "")
     programs.add("termux-notification")
     assert Devices(tmp_path).operate("screen/message", message) == {"shown": True}
-    assert programs.told("termux-notification") == (["--title", "--help", "--priority", "high"], EVIL)
+    assert programs.told("termux-notification") == (["--title", "Message: --help", "--priority", "high"], EVIL)
     with pytest.raises(DeviceFailure, match="it has screen/message"):
         Devices(tmp_path).operate("screen/brightness", message)
+
+
+def test_programs_see_nothing_of_the_daemons_own_environment(programs: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("NOTIFY_SOCKET", "AGENTD_TOKEN", "HF_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("ANDROID_ROOT", "/system")
+    programs.add("termux-torch", does=f"env > {tmp_path}/environment")
+    Devices(tmp_path).operate("termux/torch", {"on": True})
+    seen = (tmp_path / "environment").read_text()
+    assert "secret" not in seen
+    assert "ANDROID_ROOT=/system" in seen
+
+
+def test_the_end_of_the_daemon_is_the_end_of_its_programs(programs: Stand, tmp_path: Path):
+    """On a phone nobody else would end them."""
+    programs.add("termux-torch", does=f"touch {tmp_path}/began; sleep 300")
+    devices, said = Devices(tmp_path), list[str]()
+
+    def switch() -> None:
+        try:
+            devices.operate("termux/torch", {"on": True})
+        except DeviceFailure as e:
+            said.append(str(e))
+
+    thread = threading.Thread(target=switch)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    devices.close()
+    thread.join(5)
+    assert said == ["termux-torch ended with status -9"]
+    switch()
+    assert said[1:] == ["agentd is stopping"]

@@ -111,6 +111,10 @@ def test_the_log_has_which_device_and_by_which_grant(daemon: DaemonProcess):
     assert list(intent["scopes"]) == ["device:gpio/17"]
     assert intent["tool"]["effect"] == "physical"
     assert "gpio.set device:gpio/17" in intent["decision"]["rules"][0]
+    shown = daemon.command("audit", "show", call.name.removeprefix("calls/")).stdout
+    told = json.loads(next(line for line in shown.splitlines() if "operations" in line).split(None, 1)[1])
+    done = {"device": "gpio/17", "asked": {"do": "set", "on": False}, "answer": {"line": 17, "value": "off"}, "error": ""}
+    assert told == [done]
 
 
 def test_what_can_not_be_put_back_is_not_rehearsed(daemon: DaemonProcess):

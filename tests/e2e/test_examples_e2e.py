@@ -101,7 +101,7 @@ def test_those_without_a_model_do_what_they_say(device: Device):
         assert client.automations.get("charge").succeeded == 0
         device.charge(19, "Discharging")
         until(lambda: client.automations.get("charge").succeeded == 1, DEADLINE_S)
-        assert (device.root / "shown").read_text().startswith("--title Battery --priority high\n")
+        assert (device.root / "shown").read_text().startswith("--title Message: Battery --priority high\n")
 
 
 def output(client: Client, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -131,15 +131,33 @@ def test_what_asks_is_allowed_by_name_only(grants: list[Grant], verdict: str):
 
 
 @pytest.mark.parametrize(
+    ("denied", "value", "verdict"),
+    [
+        ("*", "gpio/17", "deny"),
+        ("gpio", "gpio/17", "deny"),
+        ("gpio", "gpio/17/read", "deny"),
+        ("gpio/*", "gpio/17", "deny"),
+        ("gpio/17", "gpio/17/read", "deny"),
+        ("gpio/17/read", "gpio/17", "allow"),
+        ("gpio/1", "gpio/17", "allow"),
+        ("gpi", "gpio/17", "allow"),
+        ("gpio", "gpiox", "allow"),
+    ],
+)
+def test_who_denies_a_device_means_all_that_belongs_to_it(denied: str, value: str, verdict: str):
+    assert decide([grant("allow", "device:*"), grant("deny", f"device:{denied}")], f"device:{value}").verdict == verdict
+
+
+@pytest.mark.parametrize(
     ("pattern", "value", "covers"),
     [
         ("gpio/17", "gpio/17", True),
         ("gpio/17", "gpio/170", False),
         ("gpio/*", "gpio/17", True),
-        ("gpio/*", "gpio/1/7", False),
+        ("gpio/*", "gpio/17/read", True),
+        ("gpio/*/read", "gpio/17", False),
         ("*", "gpio", True),
-        ("*", "gpio/17", False),
-        ("**", "gpio/17", True),
+        ("*", "gpio/17", True),
         ("termux/sms/+4917????", "termux/sms/+49170000", False),
         ("termux/sms/[0-9]", "termux/sms/1", False),
         ("gpio", "gpio/17", False),

@@ -16,10 +16,22 @@ def asked(tool: str, *scopes: str, principal: str = "unix:pi", kind: str = "call
     return {"kind": kind, "principal": principal, "tool": {"name": tool}, "scopes": list(scopes)}
 
 
-def learn(bodies: list[dict[str, Any]], grants: list[Grant] | None = None, fixed: frozenset[str] = frozenset()) -> list[str]:
+def learn(
+    bodies: list[dict[str, Any]], grants: list[Grant] | None = None, fixed: frozenset[str] = frozenset(), *, asks: bool = False
+) -> list[str]:
     book = Book.of(grants or [], {})
-    proposed, _calls = propose(bodies, lambda request: book.decide(request, NOW), lambda _tool: fixed)
+    proposed, _calls = propose(bodies, lambda request: book.decide(request, NOW), lambda _tool: fixed, lambda _tool: asks)
     return [f"{grant.principal} {grant.tool} {grant.pattern}" for grant in proposed]
+
+
+def test_a_tool_that_asks_is_proposed_by_its_name():
+    """With its like it would be a glob, and with everything allowed it is asked for still."""
+    bodies = [asked(tool, "device:gpio/17") for tool in ("gpio.set", "gpio.pulse")]
+    assert learn(bodies) == ["unix:pi gpio.* device:gpio/17"]
+    everything = Grant("*", "*", parse("*"), "allow", "config", "here")
+    assert learn(bodies, [everything]) == []
+    named = ["unix:pi gpio.set device:gpio/17", "unix:pi gpio.pulse device:gpio/17"]
+    assert sorted(learn(bodies, [everything], asks=True)) == sorted(named)
 
 
 def test_one_file_is_granted_as_it_is_and_several_as_their_folder():
@@ -54,7 +66,9 @@ def test_what_is_proposed_allows_all_that_was_asked_for_and_no_folder_that_was_n
     """Replayed under the proposal, every call runs; each pattern lies in a folder in which something was asked for."""
     bodies = [asked(tool, *(f"read:{path}" for path in found)) for tool, found in made]
     empty = Book.of([], {})
-    proposed, count = propose(bodies, lambda request: empty.decide(request, NOW), lambda _tool: frozenset())
+    proposed, count = propose(
+        bodies, lambda request: empty.decide(request, NOW), lambda _tool: frozenset(), lambda _tool: False
+    )
     assert count == len(made)
     book = Book.of(proposed, {})
     for tool, found in made:

@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from agentd_sandbox import Access, DeviceFailure, Job, Outcome, PathRule, Sandbox, Unsupported, kernel, no_level, probe
+from agentd_sandbox import (
+    Access,
+    DeviceFailure,
+    Job,
+    Outcome,
+    PathRule,
+    Sandbox,
+    Unsupported,
+    WorkerTimeout,
+    kernel,
+    no_level,
+    probe,
+)
 from agentd_sandbox.filters import profile
 from agentd_sandbox.levels import WITHOUT
 
@@ -22,7 +34,7 @@ if TYPE_CHECKING:
 PROGRAM = b'''
 import os, shutil, socket, subprocess, time
 from pathlib import Path
-from agentd_sandbox.sdk import operate, tool
+from agentd_sandbox.sdk import ToolFailure, operate, tool
 
 @tool("everything")
 def everything(folder):
@@ -70,6 +82,17 @@ def connect(port):
 def have_operated(device, **request):
     return operate(device, **request)
 
+@tool("often")
+def often(devices, times):
+    done = 0
+    for n in range(times):
+        try:
+            operate(devices[n % 2], n=n)
+            done += 1
+        except ToolFailure as e:
+            refused = str(e)
+    return {"done": done, "refused": refused}
+
 @tool("ask")
 def ask(head, body):
     with socket.create_connection(("198.19.255.254", 3128), 5) as made:
@@ -98,6 +121,8 @@ def signalled(folder, count):
 
 def lamp(name: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What devices there are."""
+    if name == "slow":
+        threading.Event().wait(1.5)
     if name != "lamp/1 ü":
         raise DeviceFailure(f"there is no {name}")
     return {"lamp": asked}
@@ -211,6 +236,26 @@ def test_a_device_of_the_scopes_is_operated_for_the_call(sandbox: Sandbox):
     assert outcome.denied
 
 
+def test_what_was_done_with_devices_is_told_and_has_an_end(sandbox: Sandbox):
+    """With what was asked and what came of it; a call that never stops asking is stopped."""
+    granted = Access(operate=frozenset({"lamp/1 ü", "lamp/2"}))
+    outcome = run(sandbox, "often", granted, devices=["lamp/1 ü", "lamp/2"], times=20)
+    assert outcome.result == {"done": 8, "refused": "a call may have devices operated 16 times"}
+    first, second, *more = outcome.operations
+    assert (first.device, first.asked, first.answer, first.error) == ("lamp/1 ü", {"n": 0}, {"lamp": {"n": 0}}, "")
+    assert (second.device, second.answer, second.error) == ("lamp/2", None, "there is no lamp/2")
+    assert len(more) == 14
+
+
+def test_what_goes_on_at_the_end_of_a_call_is_told_as_unfinished(sandbox: Sandbox):
+    """Nobody can call it back; whoever reads the record is not to take it for done, or for not begun."""
+    job = Job("tool", "operate", {"device": "slow"}, {}, 0.3, 8192)
+    with pytest.raises(WorkerTimeout) as caught:
+        sandbox.run(job, Access(operate=frozenset({"slow"})), Silent(), threading.Event())
+    assert caught.value.outcome is not None
+    assert [(each.device, each.answer, each.error) for each in caught.value.outcome.operations] == [("slow", None, "")]
+
+
 @pytest.mark.parametrize(
     ("head", "body", "status"),
     [
@@ -218,7 +263,8 @@ def test_a_device_of_the_scopes_is_operated_for_the_call(sandbox: Sandbox):
         ("POST device:lamp/2", "[]", "400"),
         ("POST device:lamp/2", "", "400"),
         ("POST device:lamp/2", "[" * 60_000, "400"),
-        ("POST device:lamp/2", '{"a":"' + "x" * 70_000 + '"}', "400"),
+        ("POST device:lamp/2", '{"a":"' + "x" * 70_000 + '"}', "502"),
+        ("POST device:lamp/2", '{"a":"' + "x" * (1 << 20) + '"}', "413"),
         ("POST device:lamp/2", '{"a": 1}', "502"),
         ("POST device:lamp/%32", "{}", "502"),
         ("CONNECT lamp/2:80", "", "400"),

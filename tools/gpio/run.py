@@ -9,7 +9,7 @@ from agentd_sandbox.sdk import operate, tool
 
 @tool("read")
 def read(line: int, pull: str | None = None) -> dict[str, Any]:
-    return operate(f"gpio/{line}", do="read", pull=pull or "none")
+    return operate(f"gpio/{line}/read", pull=pull or "none")
 
 
 @tool("set")

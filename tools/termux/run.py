@@ -14,12 +14,12 @@ def battery() -> dict[str, Any]:
 
 @tool("read_clipboard")
 def read_clipboard() -> dict[str, Any]:
-    return operate("termux/clipboard")
+    return operate("termux/clipboard/get")
 
 
 @tool("set_clipboard")
 def set_clipboard(text: str) -> dict[str, Any]:
-    return operate("termux/clipboard", text=text)
+    return operate("termux/clipboard/set", text=text)
 
 
 @tool("sms")
