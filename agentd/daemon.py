@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -132,9 +131,8 @@ class Daemon:
         self._roster = Roster(os.getuid(), roles, self._tokens, self._chronicle.wrong_token)
         self._recovered: list[str] = []
         self._model_error = ""
-        self._model_digest = models.quick_digest(self._engine.settings.path, config.state / "model.json")
+        self._digests = models.Digests(self._engine.settings.path, config.state / "model.json")
         self._preload: asyncio.Task[None] | None = None
-        self._ended = threading.Event()
 
     async def run(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until SIGTERM or SIGINT; a second one ends at once."""
@@ -220,7 +218,7 @@ class Daemon:
 
     async def stop(self) -> None:
         """In reverse order; each step even if the one before failed."""
-        self._ended.set()
+        self._digests.close()
         if self._preload:
             self._preload.cancel()
             self._sweeping.cancel()
@@ -288,7 +286,11 @@ class Daemon:
 
     def _record_run(self, run: Run) -> None:
         engine, loaded = self._config.engine, self._engine.model
-        model = {"name": loaded.name if loaded else "", "file": str(self._engine.settings.path), "sha256": self._model_digest}
+        model = {
+            "name": loaded.name if loaded else "",
+            "file": str(self._engine.settings.path),
+            "sha256": self._digests.of(self._engine.loaded_file),
+        }
         self._chronicle.run(run, {"model": model, "seed": engine.seed, "temperature": engine.temperature})
 
     def _rules(self, of_automations: Iterable[Grant]) -> list[Grant]:
@@ -427,10 +429,9 @@ class Daemon:
             holds = self._budgets.limits.holds
             if not holds:
                 await self._engine.load()
-            path, known = self._engine.settings.path, self._config.state / "model.json"
-            reader = ThreadPoolExecutor(1, "digest", models.in_no_hurry)
-            ended = self._ended.is_set
-            self._model_digest = await asyncio.get_running_loop().run_in_executor(reader, models.digest, path, known, ended)
+            reader = ThreadPoolExecutor(1, "digest")
+            loaded = self._engine.loaded_file or models.identity(self._engine.settings.path)
+            await asyncio.get_running_loop().run_in_executor(reader, self._digests.read_behind, loaded)
             reader.shutdown(wait=False)
             if self._config.engine.warm and not holds:
                 await warm(self._engine, self._admission, self._settings)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,11 +26,20 @@ def is_there(extra: str) -> bool:
 
 
 def install(extra: str) -> str:
-    """The command that brings it: pipx and uv keep environments of their own, in folders that they name so."""
+    """The command that brings it: pipx and uv keep environments of their own, in folders that they name so.
+
+    It names the packages, and not agentd: another project has that name on PyPI.
+    """
+    wanted = shlex.join(_packages(extra))
     folders = Path(sys.prefix).parts
-    wanted = f"'agentd[{extra}]'"
     if folders[-3:-1] == ("pipx", "venvs"):
-        return f"pipx runpip agentd install {wanted}"
+        return f"pipx inject agentd {wanted}"
     if folders[-3:-1] == ("uv", "tools"):
-        return f"uv tool install --with {wanted} agentd"
+        return f"uv pip install --python {sys.executable} {wanted}"
     return f"{sys.executable} -m pip install {wanted}"
+
+
+def _packages(extra: str) -> list[str]:
+    """With the versions that pyproject.toml asks for."""
+    needed = (requirement.partition(";") for requirement in metadata.requires("agentd") or ())
+    return [package.strip() for package, _, marker in needed if f'extra == "{extra}"' in marker]

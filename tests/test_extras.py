@@ -16,15 +16,15 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 @pytest.mark.parametrize(
     ("prefix", "command"),
     [
-        ("/home/pi/.local/share/pipx/venvs/agentd", "pipx runpip agentd install 'agentd[gpio]'"),
-        ("/home/pi/.local/share/uv/tools/agentd", "uv tool install --with 'agentd[gpio]' agentd"),
-        ("/home/pi/agentd/.venv", f"{sys.executable} -m pip install 'agentd[gpio]'"),
-        ("/", f"{sys.executable} -m pip install 'agentd[gpio]'"),
+        ("/home/pi/.local/share/pipx/venvs/agentd", "pipx inject agentd"),
+        ("/home/pi/.local/share/uv/tools/agentd", f"uv pip install --python {sys.executable}"),
+        ("/home/pi/agentd/.venv", f"{sys.executable} -m pip install"),
+        ("/", f"{sys.executable} -m pip install"),
     ],
 )
 def test_what_brings_an_extra_fits_how_agentd_came(prefix: str, command: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "prefix", prefix)
-    assert extras.install("gpio") == command
+    assert extras.install("gpio") == f"{command} 'gpiozero<3,>=2.0.1' 'lgpio<0.3,>=0.2.2'"
 
 
 def test_every_extra_that_people_install_is_known_and_in_the_readme():
@@ -32,6 +32,14 @@ def test_every_extra_that_people_install_is_known_and_in_the_readme():
     assert declared == set(extras.MODULES)
     readme = (PYPROJECT.parent / "README.md").read_text()
     assert not [extra for extra in declared if f"`{extra}`" not in readme]
+
+
+@pytest.mark.parametrize("extra", extras.MODULES)
+def test_what_is_told_names_packages_and_never_agentd(extra: str):
+    """Another project has the name on PyPI: whoever follows a hint is not to get that."""
+    words = extras.install(extra).split("pip install ")[1]
+    assert words
+    assert "agentd" not in words
 
 
 def test_what_is_not_installed_is_not_there(monkeypatch: pytest.MonkeyPatch):

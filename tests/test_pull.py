@@ -258,7 +258,7 @@ def test_a_persons_token_goes_to_the_hub_only(hub: Hub, monkeypatch: pytest.Monk
     assert not any(hub.tokens)
 
 
-def test_a_file_of_ones_own_is_taken_verified_used_and_removed(hub: Hub, tmp_path: Path):
+def test_a_file_of_ones_own_is_taken_verified_used_and_removed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The commands, one after another."""
     own = tmp_path / "mine.gguf"
     own.write_bytes(hub.data)
@@ -273,8 +273,15 @@ def test_a_file_of_ones_own_is_taken_verified_used_and_removed(hub: Hub, tmp_pat
     listed = agentd("list")
     assert {"e2b", "e4b", "12b", "26b-a4b", "31b"} <= {each["name"] for each in listed["models"]}
     assert listed["advice"]
-    error = agentd("pull", "e2b-2bit", "--file", str(own), ok=False)
-    assert "should be 0a5bbc20" in str(error)
+    assert "it is another file" in str(agentd("pull", "e2b", "--file", str(own), ok=False))
+    of_this_size = tuple(each.model_copy(update={"bytes": len(hub.data)}) for each in catalogue.entries())
+    monkeypatch.setattr(catalogue, "entries", lambda: of_this_size)
+    assert "should be 0a5bbc20" in str(agentd("pull", "e2b-2bit", "--file", str(own), ok=False))
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(hub.data[:3000])
+    assert str(cut) in str(agentd("pull", "e2b", "--file", str(cut), ok=False))
+    for command in ("verify", "inspect"):
+        assert "agentd models pull e2b" in agentd(command, "e2b", ok=False).hint
     taken = agentd("pull", "e2b", "--file", str(link))
     assert os.path.samefile(taken["path"], own)
     assert not os.path.islink(taken["path"])

@@ -32,10 +32,18 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
     async def ListAutomations(  # noqa: N802
         self, request: pb.ListAutomationsRequest, context: Any
     ) -> pb.ListAutomationsResponse:
-        return pb.ListAutomationsResponse(automations=map(_automation, await self._automations.all()))
+        return pb.ListAutomationsResponse(automations=map(self._message, await self._automations.all()))
 
     async def GetAutomation(self, request: pb.GetAutomationRequest, context: Any) -> pb.Automation:  # noqa: N802
-        return _automation(await self._automations.told(_name(request.name)))
+        return self._message(await self._automations.told(_name(request.name)))
+
+    def _message(self, told: Told) -> pb.Automation:
+        message, automation, toolbox = _automation(told), told.automation, self._calls.toolbox
+        if automation and not message.trouble:
+            named = [automation.call.tool] if automation.call else automation.tools
+            if unknown := next((tool for tool in named if tool not in toolbox.tools), ""):
+                message.trouble = convert.valid(f"there is no tool {unknown}: {toolbox.why_missing(unknown)}")
+        return message
 
     async def TriggerAutomation(  # noqa: N802
         self, request: pb.TriggerAutomationRequest, context: Any
@@ -46,16 +54,16 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
         return _event(await self._automations.trigger(name, dict(request.data), who.name))
 
     async def PauseAutomation(self, request: pb.PauseAutomationRequest, context: Any) -> pb.Automation:  # noqa: N802
-        return _automation(await self._automations.pause(_name(request.name), paused=True))
+        return self._message(await self._automations.pause(_name(request.name), paused=True))
 
     async def ResumeAutomation(self, request: pb.ResumeAutomationRequest, context: Any) -> pb.Automation:  # noqa: N802
-        return _automation(await self._automations.pause(_name(request.name), paused=False))
+        return self._message(await self._automations.pause(_name(request.name), paused=False))
 
     async def ReloadAutomations(  # noqa: N802
         self, request: pb.ReloadAutomationsRequest, context: Any
     ) -> pb.ListAutomationsResponse:
         await self._automations.reload()
-        return pb.ListAutomationsResponse(automations=map(_automation, await self._automations.all()))
+        return pb.ListAutomationsResponse(automations=map(self._message, await self._automations.all()))
 
     async def CheckAutomation(  # noqa: N802
         self, request: pb.CheckAutomationRequest, context: Any
@@ -66,7 +74,7 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
         automation = checked.told.automation
         known = self._calls.toolbox.tools
         response = pb.CheckAutomationResponse(
-            automation=_automation(checked.told),
+            automation=self._message(checked.told),
             matches=map(convert.valid, checked.matches),
             matching=checked.matching,
             waits_for=checked.waits_for,

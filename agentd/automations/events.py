@@ -202,11 +202,13 @@ class Events:
 
         self._store.write(arrive)
 
-    async def due(self, automation: str, now_ns: int, besides: Iterable[int] = ()) -> Event | None:
-        """The first that waits and is due, but for those under way in this daemon."""
-        query = f"""SELECT * FROM trigger_event WHERE automation = ? AND {_OPEN} AND due_ns <= ?
+    async def due(self, automation: str, now_ns: int, longest_ns: int, besides: Iterable[int] = ()) -> Event | None:
+        """The first that waits and is due, but for those under way in this daemon. Nothing waits for longer than `longest_ns`:
+        what seems to was told its time before the clock was put back.
+        """
+        query = f"""SELECT * FROM trigger_event WHERE automation = ? AND {_OPEN} AND NOT due_ns BETWEEN ? AND ?
             AND seq NOT IN (SELECT value FROM json_each(?)) ORDER BY seq LIMIT 1"""  # noqa: S608 - a constant
-        values = (automation, now_ns, json.dumps(list(besides)))
+        values = (automation, now_ns + 1, now_ns + longest_ns, json.dumps(list(besides)))
         return await self._one(query, values)
 
     async def next_due_ns(self, automation: str) -> int | None:

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agentd.automations import template
 from agentd.automations.events import Event, State
@@ -26,7 +26,7 @@ from agentd.runs import Direct, RunRequest, StopReason
 from agentd.runs import State as RunState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from agentd.automations.automation import Automation
     from agentd.automations.events import Events
@@ -38,6 +38,7 @@ _LOOK_AGAIN_S = 30.0  # at conditions that do not hold: power, heat, the network
 _MOST_ATTEMPTS = 20  # of an event, kills included: one that takes the daemon with it is not tried for ever
 _LEAST_WAIT_NS, _LONGEST_WAIT_NS = 600 * 10**9, 365 * 86400 * 10**9
 _CLOCK_SET_NS = int(CLOCK_SET.timestamp() * 1e9)
+_CLOCK_SLACK_S = 60.0  # by so much a clock that is kept right may be put back without anybody noticing
 _MOST_PARKED = 16  # runs that wait for a person beside those that go on
 _WHOLE = frozenset({StopReason.ANSWERED})
 _LATER = frozenset({StopReason.BUDGET, StopReason.TIME_LIMIT, StopReason.QUOTA})
@@ -58,6 +59,8 @@ class Runner(Protocol):
     async def get(self, run: str) -> Run: ...
 
     def watch(self, run: str, after: int) -> AsyncIterator[RunEvent]: ...
+
+    async def cancel(self, run: str) -> Run: ...
 
 
 class TakeBack(Protocol):
@@ -121,7 +124,7 @@ class Line:
             return left_s
         while len(self.under_way) - len(self.parked) < self.automation.limits.concurrency and len(self.parked) < _MOST_PARKED:
             now = time.time_ns()
-            event = await self.events.due(self.automation.name, now, self.under_way)
+            event = await self.events.due(self.automation.name, now, self._longest_ns(), self.under_way)
             if event is None:
                 later = await self.events.next_due_ns(self.automation.name)
                 return None if later is None else min(_LOOK_AGAIN_S, max(0.05, (later - now) / 1e9))
@@ -137,6 +140,11 @@ class Line:
                     return wait_s
             self._launch(event)
         return None
+
+    def _longest_ns(self) -> int:
+        """How long an event may have to wait for its time."""
+        limits = self.automation.limits
+        return int((max(limits.debounce_s, limits.retry_s * 2**limits.retries) + _CLOCK_SLACK_S) * 1e9)
 
     async def _not_yet(self) -> tuple[str, float]:
         """Why nothing may begin now, and after how many seconds to look again."""
@@ -219,14 +227,17 @@ class Line:
     async def _follow(self, event: Event, run: Run, *, was_ended: bool) -> None:
         """To the end of its run, and what follows from that. `was_ended`: by a daemon that did not live to say so here."""
         self.under_way[event.seq] = event = replace(event, run=run.id)
+        failed = ""
         async for told in self.runs.watch(run.id, 0):
+            if told.kind == "call" and told.body.get("tool"):
+                failed = _failure(told.body)
             if told.kind == "approval":
                 self._park(event, told)
             elif told.kind == "call" and self.feed:
                 await self.feed.wrote(told.body.get("changed", ()))
         run = await self.runs.get(run.id)
         lost = run.error is not None and run.error[0] == Reason.DAEMON_STOPPING.name
-        await self._settle(event, run, cut_off=lost or (was_ended and run.state is RunState.CANCELLED))
+        await self._settle(event, run, failed, cut_off=lost or (was_ended and run.state is RunState.CANCELLED))
 
     def _park(self, event: Event, told: RunEvent) -> None:
         """While a person is asked, others have its place."""
@@ -236,10 +247,11 @@ class Line:
             self.parked.discard(event.seq)
         self.wake()
 
-    async def _settle(self, event: Event, run: Run, *, cut_off: bool) -> None:
+    async def _settle(self, event: Event, run: Run, failed: str, *, cut_off: bool) -> None:
+        """`failed` is what its last call came to, if that was an error: the model has answered all the same."""
         message = run.error[1] if run.error else ""
         if run.state is RunState.SUCCEEDED and run.stop_reason in _WHOLE:
-            await self._end(event, State.SUCCEEDED, "")
+            await self._end(event, State.SUCCEEDED, failed)
         elif run.state is RunState.CANCELLED and not cut_off:
             await self._end(event, State.FAILED, "it was cancelled")
         elif run.state is RunState.SUCCEEDED and run.stop_reason not in _LATER:
@@ -295,6 +307,12 @@ class Line:
 def _timed(event: Event, now_ns: int) -> Event:
     """One that came while the clock was not set has come now."""
     return replace(event, create_ns=now_ns) if event.create_ns < _CLOCK_SET_NS <= now_ns else event
+
+
+def _failure(call: Mapping[str, Any]) -> str:
+    output = call.get("output")
+    error = output.get("error") if isinstance(output, dict) else None
+    return f"{call['tool']}: {error}" if error else ""
 
 
 def _words(stop: StopReason | None) -> str:

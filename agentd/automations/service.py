@@ -137,8 +137,13 @@ class Automations:
         for each in broken:
             _log.warning("%s", each.error)
         await asyncio.to_thread(self._fix, rules(found))
-        stale = [name for name, loaded in self._loaded.items() if found.get(name) != loaded.automation]
+        stale = [name for name, loaded in self._loaded.items() if found.get(name) != loaded.automation or _is_lost(loaded.feed)]
+        gone = {name: list(self._loaded[name].line.under_way.values()) for name in stale if name not in found}
         await self._end([self._loaded.pop(name) for name in stale])
+        for each in broken:
+            gone.pop(each.name, None)
+        for events in gone.values():
+            await self._give_up(events)
         self._broken = {each.name: each for each in broken}
         failed: AgentdError | None = None
         for name, automation in found.items():
@@ -150,6 +155,14 @@ class Automations:
         await self._events.forget_others({*found, *self._broken})
         if failed:
             raise failed
+
+    async def _give_up(self, events: Iterable[Event]) -> None:
+        """Of an automation that was removed: nobody is to be asked for it any more, and it is to do nothing more."""
+        for event in events:
+            if event.run:
+                await self._runs.cancel(event.run)
+                why = "the automation was removed"
+                await self._events.keep(replace(event, state=State.DROPPED, end_ns=time.time_ns(), note=why))
 
     async def _load(self, automation: Automation) -> _Loaded:
         standing = await self._events.meet(automation.name, time.time_ns(), automation.on.model_dump_json())
@@ -291,7 +304,15 @@ class Automations:
         """With its run, which is on disk only when it has ended."""
         loaded = self._loaded.get(event.automation)
         live = loaded.line.under_way.get(event.seq) if loaded else None
-        return replace(event, run=live.run) if live and not event.ended else event
+        if loaded is None or live is None or event.ended:
+            return event
+        note = "waits for an answer: agentd approvals" if event.seq in loaded.line.parked else event.note
+        return replace(event, run=live.run, note=note)
+
+
+def _is_lost(feed: FolderFeed | ScheduleFeed | None) -> bool:
+    """Its folder leads elsewhere, say: whoever has the files read again accepts that."""
+    return isinstance(feed, FolderFeed) and bool(feed.trouble)
 
 
 def rules(found: Mapping[str, Automation]) -> list[Grant]:
@@ -305,7 +326,8 @@ def _require_all(automation: Automation, data: Mapping[str, str]) -> None:
     missing, unknown = sorted(wanted - set(data)), sorted(set(data) - wanted)
     if not missing and not unknown:
         return
-    what = f"needs {', '.join(missing)}" if missing else f"knows no {', '.join(unknown)}"
+    needs = ["path"] if automation.on.file else missing
+    what = f"needs {', '.join(needs)}" if missing else f"knows no {', '.join(unknown)}"
     example = "path" if automation.on.file else next(iter(missing), "")
     hint = f"Give it as {example}=VALUE." if example else f"It wants {', '.join(sorted(wanted)) or 'none'}."
     message = f"The automation {automation.name} {what}."

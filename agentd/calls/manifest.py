@@ -166,10 +166,18 @@ class Tool:
 
 @dataclass(frozen=True, slots=True)
 class Toolbox:
-    """All loaded tools by name, and the programs by bundle."""
+    """All loaded tools by name, and the programs by bundle. `offered` are the bundles that come with agentd, loaded or not."""
 
     tools: dict[str, Tool]
     programs: dict[str, bytes]
+    offered: frozenset[str] = frozenset()
+
+    def why_missing(self, tool: str) -> str:
+        """What to do about a tool that is not there."""
+        bundle = tool.partition(".")[0]
+        if bundle in self.offered and bundle not in self.programs:
+            return f'tools.bundled in agentd.toml has to name "{bundle}"'
+        return "`agentd tools list` shows those that there are"
 
 
 def load(folders: Iterable[Traversable], bundled: Traversable | None = None, chosen: Iterable[str] = ()) -> Toolbox:
@@ -185,7 +193,8 @@ def load(folders: Iterable[Traversable], bundled: Traversable | None = None, cho
     for entry in entries:
         if entry.is_dir() and (file := entry.joinpath("tool.toml")).is_file():
             _load_bundle(entry, file, tools, programs)
-    return Toolbox(dict(sorted(tools.items())), programs)
+    offered = frozenset(entry.name for entry in bundled.iterdir() if entry.is_dir()) if bundled else frozenset[str]()
+    return Toolbox(dict(sorted(tools.items())), programs, offered)
 
 
 def _load_bundle(entry: Traversable, file: Traversable, tools: dict[str, Tool], programs: dict[str, bytes]) -> None:

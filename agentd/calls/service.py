@@ -58,7 +58,6 @@ _EXITS: Mapping[type, str] = {
     WorkerOffence: "offence",
     OutputTooLarge: "output",
 }
-_REHEARSED = "nothing is changed yet: a person will look at it and apply or drop it"
 _CALLS_OF_A_RUN = 10_000
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
 
@@ -311,8 +310,7 @@ class Calls:
     def _checked(self, request: CallRequest) -> tuple[Tool, dict[str, Any]]:
         tool = self.toolbox.tools.get(request.tool)
         if tool is None:
-            known = ", ".join(self.toolbox.tools)
-            message, hint = f"There is no tool {request.tool!r}.", f"The tools are {known}."
+            message, hint = f"There is no tool {request.tool!r}.", f"{self.toolbox.why_missing(request.tool)}."
             raise RequestError(Reason.TOOL_NOT_FOUND, message, hint=hint, field="tool", metadata={"tool": request.tool})
         return tool, self._arguments[tool.name].check(request.arguments, str(self._places.folder))
 
@@ -384,7 +382,6 @@ class Calls:
         files: tuple[FileTouched, ...] = ()
         if outcome.error is None:
             files = self._end(prepared, transaction, told)
-            output = output | ({"rehearsed": _REHEARSED} if files and prepared.rehearsed else {})
         else:
             transaction.roll_back(event("call.abort", prepared, error=Payload(outcome.error), **told))
         scopes = tuple(map(str, prepared.scopes))

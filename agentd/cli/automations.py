@@ -103,10 +103,13 @@ def run(socket: Path | None, name: str, data: tuple[str, ...], *, as_json: bool)
     Exit status: 0 if it succeeded, 1 if not.
     """
     with Client(socket) as client:
-        event = client.automations.trigger(name, _data(data))
+        event, told = client.automations.trigger(name, _data(data)), ""
         while event.state not in _ENDED:
             time.sleep(_POLL_S)
             event = client.automations.event(event.name)
+            if event.note != told and event.state not in _ENDED:
+                click.echo(f"{event.name.removeprefix('automations/')}: {event.note or 'goes on'}", err=True)
+                told = event.note
     _show_events([event], as_json=as_json)
     sys.exit(0 if event.state == pb.TriggerEvent.STATE_SUCCEEDED else 1)
 
@@ -214,8 +217,16 @@ def _show_events(found: list[pb.TriggerEvent], *, as_json: bool) -> None:
     table.add_column("run", no_wrap=True)
     for each in found:
         name = shown(each.name.removeprefix("automations/").replace("/events/", " "))
-        by = f" [dim]by {shown(each.triggered_by)}[/]" if ":" in each.triggered_by else ""
-        what = shown(short(each.subject, 60)) + by + (f"\n[dim]{shown(each.note)}[/]" if each.note else "")
+        by = f" [dim]by {shown(each.triggered_by)}[/]" if ":" in each.triggered_by and each.triggered_by != each.subject else ""
+        brought = (
+            " ".join(f"{key}={value}" for key, value in sorted(each.data.items())) if each.triggered_by == each.subject else ""
+        )
+        what = (
+            shown(short(each.subject, 60))
+            + by
+            + (f" [dim]{shown(short(brought, 80))}[/]" if brought else "")
+            + (f"\n[dim]{shown(each.note)}[/]" if each.note else "")
+        )
         state = pb.TriggerEvent.State.Name(each.state).removeprefix("STATE_")
         run_name = each.run.removeprefix("runs/")
         table.add_row(
@@ -240,21 +251,26 @@ def _show_check(found: pb.CheckAutomationResponse) -> None:
     console.print(f"  [dim]does[/]   {shown(short(automation.action, 400))}")
     console.print(f"  [dim]as[/]     {shown(automation.principal)}")
     for tool in found.unknown_tools:
-        console.print(f"  [red]there is no tool {shown(tool)}[/]")
+        if tool not in automation.trouble:
+            console.print(f"  [red]there is no tool {shown(tool)}[/]")
     for permission in found.permissions:
-        colour = COLOURS.get(permission.decision.upper(), "default")
-        decision = f"[{colour}]{permission.decision}[/]: " if permission.decision else ""
-        scopes = f" [dim]{shown(', '.join(permission.scopes))}[/]" if permission.scopes else ""
-        console.print(f"  [bold cyan]{shown(permission.tool)}[/]{scopes}")
-        if decision or permission.reason:
-            console.print(f"         {decision}{shown(permission.reason)}")
-        for grant in permission.grants:
-            console.print(f"         [dim]{shown(grant)}[/]")
-        for scope in permission.missing_scopes:
-            lines = ("[[grants]]", f"tool = {json.dumps(permission.tool)}", f"scope = {json.dumps(scope)}")
-            console.print(
-                "".join(f"\n           {shown(line)}" for line in ("# to allow it, in its file:", *lines)), highlight=False
-            )
+        _show_permission(permission)
+
+
+def _show_permission(permission: pb.CheckAutomationResponse.Permission) -> None:
+    colour = COLOURS.get(permission.decision.upper(), "default")
+    decision = f"[{colour}]{permission.decision}[/]: " if permission.decision else ""
+    scopes = f" [dim]{shown(', '.join(permission.scopes))}[/]" if permission.scopes else ""
+    console.print(f"  [bold cyan]{shown(permission.tool)}[/]{scopes}")
+    if decision or permission.reason:
+        console.print(f"         {decision}{shown(permission.reason)}")
+    for grant in permission.grants:
+        console.print(f"         [dim]{shown(grant)}[/]")
+    for scope in permission.missing_scopes:
+        lines = ("[[grants]]", f"tool = {json.dumps(permission.tool)}", f"scope = {json.dumps(scope)}")
+        console.print(
+            "".join(f"\n           {shown(line)}" for line in ("# to allow it, in its file:", *lines)), highlight=False
+        )
 
 
 def _time(when: Timestamp) -> str:

@@ -82,7 +82,12 @@ def pull(model: str, mirror: str, file: Path | None, *, as_json: bool) -> None:
     console.print(f"[green]here:[/] {shown(str(path))}")
     if not entry.sha256:
         console.print(
-            "[dim]its SHA-256 is in no catalogue: it was held against the one that the server names, if it names one[/]"
+            "[dim]its SHA-256 is in no catalogue"
+            + (
+                ": nobody can say whether it is the right one[/]"
+                if file
+                else ": it was held against the server's, if that names one[/]"
+            )
         )
     console.print(f"[dim]agentd models use {shown(model if known.catalogue.named(model) else str(path))}[/]")
 
@@ -96,6 +101,7 @@ def verify(model: str, *, as_json: bool) -> None:
     Exit status: 0, or 1 if it is damaged or of another family.
     """
     path = known.locate(model or configuration.load(None).engine.model)
+    require_there(path, model or configuration.load(None).engine.model)
     entry = next((each for each in catalogue.entries() if each.path == path), None)
     with _Bar(quiet=as_json) as tell:
         digest = transfer.verify(path, entry.sha256 if entry else "", tell)
@@ -113,9 +119,7 @@ def verify(model: str, *, as_json: bool) -> None:
 def use(model: str, file: Path | None, *, as_json: bool) -> None:
     """Let the daemon use MODEL (a name, a file, or `pocket`) from its next start: engine.model of agentd.toml is changed."""
     path = known.locate(model)
-    if not path.is_file():
-        hint = f"Fetch it: agentd models pull {model}." if catalogue.named(model) else "Give the path of a GGUF file."
-        raise EngineError(Reason.MODEL_INVALID, f"There is no file {path}.", hint=hint, metadata={"path": str(path)})
+    require_there(path, model)
     transfer.require_family(path)
     chosen = file or places.default_file()
     value = model if model == known.POCKET or catalogue.named(model) else str(path)
@@ -146,6 +150,13 @@ def remove(model: str, *, as_json: bool) -> None:
         print_json({"model": model, "freed_bytes": freed})
     else:
         console.print(f"{freed / 1e9:.2f} GB are free again" if gone else "[dim]it was not here[/]")
+
+
+def require_there(path: Path, model: str) -> None:
+    """Raises EngineError (MODEL_INVALID)."""
+    if not path.is_file():
+        hint = f"Fetch it: agentd models pull {model}." if catalogue.named(model) else "Give the path of a GGUF file."
+        raise EngineError(Reason.MODEL_INVALID, f"There is no file {path}.", hint=hint, metadata={"path": str(path)})
 
 
 def memory_mib() -> tuple[float, float]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from agentd import config as configuration
 from agentd import models as known
-from agentd.cli.files import memory_mib
+from agentd.cli.files import memory_mib, require_there
 from agentd.cli.lazy import Lazy
 from agentd.cli.output import console, json_option, print_json, shown
 from agentd.errors import EngineError, Reason
@@ -55,6 +55,7 @@ def inspect(model: str, context: int | None, *, as_json: bool) -> None:
     """
     engine = configuration.load(None).engine
     path = known.locate(model or engine.model)
+    require_there(path, model or engine.model)
     header = gguf.read(path)
     tokens = context or engine.context
     found = {

@@ -55,6 +55,9 @@ def service() -> None:
 def install(*, system: bool, no_start: bool, show: bool, as_json: bool) -> None:
     """Put the service in place and start it: of this user, unless --system. What was there before is replaced."""
     wanted = _files(system=system)
+    if show and as_json:
+        print_json({"files": {str(file.path): file.text for file in wanted}})
+        return
     if show:
         for file in wanted:
             click.echo(f"# {file.path}\n{file.text}")

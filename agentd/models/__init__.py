@@ -20,6 +20,8 @@ POCKET = "pocket"
 _CHUNK = 1 << 20
 _SMALL = 32 << 20
 _LAST = 19
+FileIdentity = tuple[int, int, int]
+"""Size, time of the last change in ns, inode: another file, or another content, has another one."""
 
 
 def locate(model: str) -> Path:
@@ -40,21 +42,21 @@ def known_digest(model: Path, known: Path) -> str:
     """What `digest` has found of this very file; empty if it was never read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(known.read_text())
-        if kept["file"] == _identity(model):
+        if kept["file"] == _named(model):
             return str(kept["sha256"])
     return ""
 
 
-def quick_digest(model: Path, known: Path) -> str:
-    """The digest where it takes no time: it is known, or the file is small."""
+def identity(model: Path) -> FileIdentity | None:
+    """None where there is no file."""
     with contextlib.suppress(OSError):
-        return digest(model, known) if model.stat().st_size <= _SMALL else known_digest(model, known)
-    return ""
+        status = model.stat()
+        return status.st_size, status.st_mtime_ns, status.st_ino
+    return None
 
 
-def _identity(model: Path) -> list[object]:
-    status = model.stat()
-    return [str(model), status.st_size, status.st_mtime_ns, status.st_ino]
+def _named(model: Path) -> list[object]:
+    return [str(model), *(identity(model) or ())]
 
 
 class _GivenUp(Exception):
@@ -89,10 +91,58 @@ def digest(model: Path, known: Path, stop: Callable[[], bool] = lambda: False) -
             raise _GivenUp
 
     try:
-        name = _identity(model)
+        name = _named(model)
         found = sha256_of(model, go_on)
     except (OSError, _GivenUp):
         return ""
     with contextlib.suppress(OSError):
         known.write_text(json.dumps({"file": name, "sha256": found}))
     return found
+
+
+class Digests:
+    """SHA-256 of what is loaded: of the file as it was then, and never of one that has taken its place. Safe to use from
+    several threads.
+    """
+
+    def __init__(self, model: Path, known: Path) -> None:
+        self._model, self._known = model, known
+        self._found: dict[FileIdentity, str] = {}
+        self._reading: set[FileIdentity] = set()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def of(self, loaded: FileIdentity | None) -> str:
+        """Empty where it is not known: a large file is read on a thread of its own then, for the next who asks."""
+        if loaded is None or loaded in self._found:
+            return self._found.get(loaded, "") if loaded else ""
+        if loaded[0] <= _SMALL or known_digest(self._model, self._known):
+            return self.read(loaded)
+        threading.Thread(target=self._read_behind, args=(loaded,), name="digest", daemon=True).start()
+        return ""
+
+    def read(self, loaded: FileIdentity | None) -> str:
+        """The same, read if it has to be."""
+        if loaded and loaded not in self._found and identity(self._model) == loaded:
+            found = digest(self._model, self._known, self._ended.is_set)
+            if found and identity(self._model) == loaded:  # or it was replaced meanwhile
+                self._found[loaded] = found
+        return self._found.get(loaded, "") if loaded else ""
+
+    def read_behind(self, loaded: FileIdentity | None) -> str:
+        """For a thread of its own, which goes behind all others."""
+        in_no_hurry()
+        return self.read(loaded)
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def _read_behind(self, loaded: FileIdentity) -> None:
+        with self._lock:
+            if loaded in self._reading:
+                return
+            self._reading.add(loaded)
+        try:
+            self.read_behind(loaded)
+        finally:
+            self._reading.discard(loaded)

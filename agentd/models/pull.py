@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "gemma4"
 _SPARE = 256 << 20  # of the disk stay free
+_ROUNDED = 0.05  # so far from the catalogue's size a file may be whose size is not known exactly
 _CHUNK = 1 << 20
 _ATTEMPTS, _PAUSE_S = 8, 2.0  # without a byte more in between
 
@@ -108,6 +109,13 @@ def _take(entry: Entry, file: Path, tell: Callable[[str, int, int], None]) -> Pa
             if file.resolve() == target.resolve():
                 _require_right(target, entry.sha256, lambda done: tell("verifying", done, size))
                 return target
+            require_family(file)  # before gigabytes are copied
+            if entry.bytes and not _is_about(size, entry):
+                message = (
+                    f"{file} has {size / 1e9:.2f} GB, and {entry.name} has {entry.bytes / 1e9:.2f} GB: it is another file."
+                )
+                hint = "It can be used by its path: agentd models use PATH."
+                raise EngineError(Reason.MODEL_INVALID, message, hint=hint, metadata={"path": str(file)})
             part = target.with_name(f".{target.name}.copy.part")
             part.unlink(missing_ok=True)
             try:
@@ -217,8 +225,12 @@ def _require_right(path: Path, sha256: str, tell: Callable[[int], None], name: s
     found = sha256_of(path, tell)
     if sha256 and found != sha256:
         message = f"{name} is damaged, or another file: its SHA-256 is {found}, and should be {sha256}."
-        raise EngineError(Reason.MODEL_INVALID, message, hint="Pull it again.", metadata={"sha256": found})
+        raise EngineError(Reason.MODEL_INVALID, message, hint="Fetch it anew.", metadata={"sha256": found})
     return found
+
+
+def _is_about(size: int, entry: Entry) -> bool:
+    return size == entry.bytes if entry.exact else abs(size - entry.bytes) <= _ROUNDED * entry.bytes
 
 
 def _copy(source: Path, target: Path, tell: Callable[[int], None]) -> None:

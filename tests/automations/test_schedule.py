@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentd.automations.automation import parsed
-from agentd.automations.events import Events, State
+from agentd.automations.events import Event, Events, State
 from agentd.automations.feeds import ScheduleFeed
 from agentd.automations.schedule import MOST_MISSED, Schedule
 from agentd.store import Store
@@ -174,3 +175,18 @@ def test_a_board_that_does_not_know_the_time_yet_fires_nothing(store: Store):
     text = '[on.schedule]\nevery = "10m"\nzone = "UTC"\n'
     times = [START, datetime(1970, 1, 2, tzinfo=UTC), START + timedelta(minutes=1)]
     assert Clock(store, START).go(text, lambda _: iter(times)) == []
+
+
+@pytest.mark.parametrize(("ahead_s", "due"), [(-1, True), (0, True), (30, False), (60, False), (61, True), (30 * 86400, True)])
+def test_a_clock_that_is_put_back_makes_no_event_wait_for_it(store: Store, ahead_s: int, *, due: bool):
+    """Nothing waits for longer than its automation says: what seems to was told its time by another clock."""
+
+    async def go() -> None:
+        events, now = Events(store), time.time_ns()
+        await events.meet("it", now)
+        event = await events.add(Event(0, "it", "x", State.WAITING, now, {}), 0)
+        await events.keep(replace(event, due_ns=now + ahead_s * 10**9))
+        found = await events.due("it", now, 60 * 10**9)
+        assert (found is not None) is due
+
+    asyncio.run(go())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
 
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
-from agentd.v1 import approval_pb2, token_pb2
+from agentd.v1 import approval_pb2, run_pb2, token_pb2
 from agentd.v1 import automation_pb2 as pb
 from tests.e2e.conftest import DaemonProcess
 
@@ -350,3 +351,87 @@ def test_commands_check_a_file_that_is_not_loaded(house: House, tmp_path: Path):
     assert done.returncode == 1
     assert "automations/new.toml is wrong" in done.stderr
     assert house.json("automations", "list") == []
+
+
+def test_an_automation_that_is_removed_does_nothing_more(house: House):
+    """Not even what a person says yes to later: the question is taken back with it."""
+    house.extra = f'[[grants]]\ntool = "files.append"\nscope = "write:{house.home}/log.txt"\ndecision = "ask"\n[approvals]\nnotify = false\n'
+    house.write("ask", NOTE)
+    house.start()
+    with Client(house.socket) as client:
+        (house.inbox / "a").touch()
+        until(client.approvals)
+        until(lambda: client.automations.get("ask").parked == 1)
+        (event,) = client.automations.events("ask")
+        assert event.note == "waits for an answer: agentd approvals"
+        question = client.approvals()[0].name
+        (house.root / "automations" / "ask.toml").unlink()
+        client.automations.reload()
+        assert client.approvals() == []
+        with pytest.raises(AgentdError):
+            client.resolve(approval_pb2.ResolveApprovalRequest(name=question, allow=True))
+        (event,) = client.automations.events()
+        assert (event.state, event.note) == (Event.STATE_DROPPED, "the automation was removed")
+        assert client.get_run(event.run).state == run_pb2.Run.STATE_CANCELLED
+    assert lines(house) == []
+
+
+def test_reading_the_files_again_accepts_where_a_folder_leads_now(house: House):
+    """As its trouble says: a person has looked at it."""
+    house.write("note", NOTE)
+    house.start()
+    with Client(house.socket) as client:
+        until(lambda: client.automations.get("note").trouble == "")
+        house.inbox.rename(house.home / "moved")
+        house.inbox.symlink_to(house.home / "moved")
+        (house.home / "moved" / "a").touch()
+        until(lambda: "reload" in client.automations.get("note").trouble)
+        assert lines(house) == []
+        client.automations.reload()
+        until(lambda: client.automations.get("note").succeeded == 1)
+        assert client.automations.get("note").trouble == ""
+        assert lines(house) == ["a"]
+
+
+def test_tools_that_are_not_there_are_told_of_with_what_to_do(house: House):
+    house.write("typo", 'prompt = "x"\ntools = ["files.raed"]\n[on.call]\n')
+    house.write("bundle", NOTE.replace("files.append", "notify.show"))
+    house.start()
+    with Client(house.socket) as client:
+        assert (
+            client.automations.get("typo").trouble
+            == "there is no tool files.raed: `agentd tools list` shows those that there are"
+        )
+        assert client.automations.get("bundle").trouble.endswith('tools.bundled in agentd.toml has to name "notify"')
+        with pytest.raises(AgentdError) as caught:
+            client.call("gpio.set", {})
+        assert caught.value.hint == 'tools.bundled in agentd.toml has to name "gpio".'
+
+
+def test_what_the_model_says_is_done_and_was_not_is_on_record(house: House):
+    """It answers whatever its tool says; the history has the tool's word."""
+    house.write("look", 'prompt = "read missing.txt"\n[on.file]\npath = "HOME/inbox"\n')
+    house.start()
+    with Client(house.socket) as client:
+        (house.inbox / "a.txt").touch()
+        until(lambda: states(client) == [Event.STATE_SUCCEEDED])
+        (event,) = client.automations.events()
+        assert event.note == f"files.read: {house.home}/missing.txt does not exist"
+
+
+def test_a_flood_of_calls_is_taken_or_refused_and_harms_nobody(house: House):
+    """Eight callers as fast as they can: each event once, or an error that says why not; the daemon answers others."""
+    call = NOTE[NOTE.index("[call]") :].replace("{name}", "{who}")
+    house.write("bell", f'[on.call]\ndata = ["who"]\n{call}[limits]\nconcurrency = 8\n')
+    house.start()
+
+    def ring(number: int) -> int:
+        with Client(house.socket) as client:
+            return sum(bool(client.automations.trigger("bell", {"who": f"{number}-{n}"}).name) for n in range(60))
+
+    with ThreadPoolExecutor(8) as pool, Client(house.socket) as client:
+        rung = [pool.submit(ring, number) for number in range(8)]
+        assert client.status().pid
+        assert sum(each.result() for each in rung) == 480
+        until(lambda: client.automations.get("bell").succeeded == 480)
+    assert sorted(lines(house)) == sorted(f"{number}-{n}" for number in range(8) for n in range(60))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -136,6 +138,31 @@ def test_a_model_file_that_is_cut_short_under_a_running_engine_ends_the_run_and_
         assert client.status().pid
     shutil.copy(models.locate("pocket"), file)
     assert prompt_tokens(own_daemon)
+
+
+def test_the_log_names_the_model_that_was_loaded(own_daemon: DaemonProcess, tmp_path: Path):
+    """Not the one that lies in its place by now; and the new one from when it is loaded."""
+    file, other = tmp_path / "model.gguf", tmp_path / "other.gguf"
+    shutil.copy(models.locate("pocket"), file)
+    other.write_bytes(file.read_bytes() + bytes(32))
+    digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (file, other)]
+    own_daemon.extra = f'[engine]\nmodel = "{file}"\n'
+    own_daemon.start()
+
+    def named() -> str:
+        with Client(own_daemon.socket) as client:
+            end_of(client, "write hello to a.txt")
+            started = [event for event in client.audit_events(newest_first=True) if event.kind == "run.start"]
+            return str(started[0].body["detail"]["model"]["sha256"])
+
+    assert named() == digests[0]
+    other.rename(file)
+    assert named() == digests[0]
+    with Client(own_daemon.socket) as client:
+        os.kill(client.status().engine_pid, signal.SIGKILL)
+    with contextlib.suppress(AssertionError):
+        named()  # the first one after a kill may fail with it
+    assert named() == digests[1]
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -104,6 +104,25 @@ def test_those_without_a_model_do_what_they_say(device: Device):
         assert (device.root / "shown").read_text().startswith("--title Message: Battery --priority high\n")
 
 
+def test_what_lands_in_the_inbox_is_filed_by_the_pocket_model(device: Device):
+    """With the grants of its file alone; and undone by its run."""
+    text = (EXAMPLES / "filing.toml").read_text().replace("~/", f"{device.home}/")
+    (device.root / "automations" / "filing.toml").write_text(text)
+    (device.root / "automations" / "journal.toml").unlink()
+    (device.home / "Documents").mkdir()
+    with Client(device.socket) as client:
+        client.automations.reload()
+        for name in ("bill", "letter", "notes-2026"):
+            (device.home / "Inbox" / f"{name}.txt").write_text(name)
+        until(lambda: client.automations.get("filing").succeeded == 3)
+        assert {path.read_text() for path in (device.home / "Documents").iterdir()} == {"bill", "letter", "notes-2026"}
+        assert [event.note for event in client.automations.events("filing")] == ["", "", ""]
+        (event,) = [each for each in client.automations.events("filing") if "bill" in each.subject]
+        client.automations.pause("filing")
+        device.command("rollback", "--run", event.run.removeprefix("runs/"), "--yes")
+        assert (device.home / "Inbox" / "bill.txt").read_text() == "bill"
+
+
 def output(client: Client, tool: str, arguments: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(client.call(tool, arguments).output_json)
     return found

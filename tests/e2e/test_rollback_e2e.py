@@ -10,7 +10,7 @@ import pytest
 
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
-from agentd.v1 import journal_pb2
+from agentd.v1 import journal_pb2, run_pb2
 from tests.e2e.conftest import DaemonProcess
 
 if TYPE_CHECKING:
@@ -136,12 +136,13 @@ def test_what_has_changed_since_it_was_rehearsed_is_not_overwritten(daemon: Daem
 
 
 def test_a_whole_run_is_rehearsed_and_applied_under_its_name(shopping: tuple[DaemonProcess, Path]):
-    """The model is told; what is applied later belongs to the run, and goes back with it."""
+    """The model answers as if it were done; what is applied later belongs to the run, and goes back with it."""
     running, file = shopping
     with Client(running.socket) as client:
         events = list(client.run('add "buy milk" to notes/shopping.txt', rehearse=True))
     (call,) = [event.call for event in events if event.WhichOneof("event") == "call"]
-    assert "nothing is changed yet" in call.output_json
+    assert call.rehearsed
+    assert events[-1].run.stop_reason == run_pb2.Run.STOP_REASON_ANSWERED
     assert file.read_text() == "bread\n"
     running.command("rehearsals", "apply", call.name, "--yes")
     assert "buy milk" in file.read_text()
