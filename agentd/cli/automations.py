@@ -214,25 +214,21 @@ def _show_events(found: list[pb.TriggerEvent], *, as_json: bool) -> None:
     for title in ("event", "came", "state"):
         table.add_column(title, no_wrap=True)
     table.add_column("what", overflow="fold")
-    table.add_column("run", no_wrap=True)
     for each in found:
         name = shown(each.name.removeprefix("automations/").replace("/events/", " "))
-        by = f" [dim]by {shown(each.triggered_by)}[/]" if ":" in each.triggered_by and each.triggered_by != each.subject else ""
-        brought = (
-            " ".join(f"{key}={value}" for key, value in sorted(each.data.items())) if each.triggered_by == each.subject else ""
-        )
-        what = (
-            shown(short(each.subject, 60))
-            + by
-            + (f" [dim]{shown(short(brought, 80))}[/]" if brought else "")
-            + (f"\n[dim]{shown(each.note)}[/]" if each.note else "")
-        )
         state = pb.TriggerEvent.State.Name(each.state).removeprefix("STATE_")
-        run_name = each.run.removeprefix("runs/")
-        table.add_row(
-            f"[cyan]{shown(name)}[/]", _time(each.create_time), f"[{_STATES[state]}]{state.lower()}[/]", what, run_name
-        )
+        table.add_row(f"[cyan]{shown(name)}[/]", _time(each.create_time), f"[{_STATES[state]}]{state.lower()}[/]", _about(each))
     console.print(table)
+
+
+def _about(event: pb.TriggerEvent) -> str:
+    """What it is about, then a line each for what it brought, how it ended and which run it was."""
+    calls = event.triggered_by == event.subject
+    lines = [" ".join(f"{key}={value}" for key, value in sorted(event.data.items()))] if calls else []
+    by = f" by {event.triggered_by}" if ":" in event.triggered_by and not calls else ""
+    lines += [event.note, f"run {event.run.removeprefix('runs/')}" if event.run else ""]
+    told = "".join(f"\n[dim]{shown(short(line, 200))}[/]" for line in lines if line)
+    return f"{shown(short(event.subject, 60))}[dim]{shown(by)}[/]{told}"
 
 
 def _show_check(found: pb.CheckAutomationResponse) -> None:

@@ -81,12 +81,12 @@ def _table(found: list[run_pb2.Run]) -> Table:
     table = Table(box=None, header_style="bold")
     for title in ("run", "asked", "state"):
         table.add_column(title, no_wrap=True)
-    table.add_column("what", overflow="fold")
-    table.add_column("who", overflow="ellipsis", no_wrap=True)
+    table.add_column("what, and who", overflow="fold")
     for run in found:
         asked = datetime.fromtimestamp(run.create_time.seconds).astimezone().strftime("%d %b %H:%M")
         name = run.name.removeprefix("runs/")
-        table.add_row(f"[cyan]{name}[/]", asked, _state(run), shown(short(run.prompt, 60)), shown(run.principal))
+        what = f"{shown(short(run.prompt, 60))}\n[dim]{shown(run.principal)}[/]"
+        table.add_row(f"[cyan]{name}[/]", asked, _state(run), what)
     return table
 
 
