@@ -1,0 +1,71 @@
+#!/bin/sh
+# The service of the machine under a real systemd, which boots in namespaces of its own over a view of this machine that is
+# thrown away: installed, confined, killed, stopped in its tracks, woken by its socket, uninstalled. Nothing here is changed.
+#   sudo scripts/systemd.sh [VENV]      needs root, systemd, overlayfs, and /usr/bin/python3 of the environment's version
+set -eu
+cd "$(dirname "$0")/.."
+venv=$(readlink -f "${1:-.venv}")
+version=$("$venv/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+packages="$venv/lib/python$version/site-packages"
+if [ "$(id -u)" != 0 ] || ! [ -x /lib/systemd/systemd ] || ! [ -x "/usr/bin/python$version" ]; then
+    echo "skipped: it needs root, systemd, and /usr/bin/python$version"
+    exit 0
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir "$work/box" "$work/told"
+export work packages version
+# No shell stays behind: systemd is the first process of its namespace, and what it ends with is not a shell's to see.
+timeout 300 unshare --mount --pid --fork --uts --cgroup --propagation private sh -eu -c '
+box=$work/box root=$work/box/root
+mount -t tmpfs -o size=512m none "$box"
+mkdir "$box/upper" "$box/work" "$root"
+mount -t overlay overlay -o "lowerdir=/,upperdir=$box/upper,workdir=$box/work" "$root"
+mount -t proc proc "$root/proc"
+mount -t sysfs sysfs "$root/sys"
+mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs none "$root/run"
+mount -t tmpfs none "$root/tmp"
+mkdir -p "$root/opt/agentd/told"
+mount --bind "$work/told" "$root/opt/agentd/told"
+"/usr/bin/python$version" -m venv --without-pip "$root/opt/agentd"
+sed -i "s|^$root||" "$root/opt/agentd/pyvenv.cfg"
+printf "%s\nimport site; site.addsitedir(\"%s\")\n" "" "$packages" > "$root/opt/agentd/lib/python$version/site-packages/agentd.pth"
+printf "#!/opt/agentd/bin/python\nimport sys\nfrom agentd.cli import main\nsys.exit(main())\n" > "$root/opt/agentd/bin/agentd"
+chmod 755 "$root/opt/agentd/bin/agentd"
+cp scripts/systemd-inside.sh "$root/opt/agentd/try.sh"
+units=$root/etc/systemd/system
+for unit in systemd-tmpfiles-setup systemd-tmpfiles-setup-dev systemd-tmpfiles-clean systemd-udevd systemd-udev-trigger \
+    systemd-modules-load systemd-sysctl systemd-remount-fs systemd-random-seed systemd-update-utmp systemd-journal-flush \
+    systemd-sysusers systemd-binfmt systemd-boot-system-token systemd-machine-id-commit systemd-pstore; do
+    ln -sf /dev/null "$units/$unit.service"
+done
+cat > "$units/try.service" <<END
+[Unit]
+Description=The trial
+After=basic.target
+Requires=basic.target
+[Service]
+Type=oneshot
+ExecStart=/bin/sh /opt/agentd/try.sh
+StandardOutput=append:/opt/agentd/told/out
+StandardError=append:/opt/agentd/told/out
+ExecStopPost=/bin/sh -c "echo \$EXIT_STATUS > /opt/agentd/told/status; systemctl exit"
+TimeoutStartSec=240
+END
+: > "$root/etc/fstab"
+mkdir "$root/before"
+cd "$root"
+pivot_root . before  # not chroot(1): who is in one may make no user namespace, and the sandbox makes them
+umount -l /before
+container=agentd exec /lib/systemd/systemd --system --unit=try.service --show-status=no --log-target=console
+' > "$work/boot.log" 2>&1 || true
+if ! [ -e "$work/told/out" ]; then
+    echo "skipped: systemd does not boot in namespaces here:"
+    tail -n 5 "$work/boot.log"
+    exit 0
+fi
+cat "$work/told/out"
+test "$(cat "$work/told/status" 2>/dev/null)" = 0
+echo "the service works under $(systemctl --version | head -n 1)"
