@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.resources import files
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
-from agentd import __version__, automations, calls, models, parts, systemd
+from agentd import automations, calls, models, parts, standing, systemd
 from agentd.api import ApiParts, ApiServer, AuditParts
 from agentd.audit import (
     Archive,
@@ -47,11 +46,9 @@ from agentd.metrics import Sources, collect, exporters
 from agentd.principals import Roster, Tokens
 from agentd.principals.roster import user_name
 from agentd.runs import Runs
-from agentd.runs import State as RunState
 from agentd.runs.record import RunRecords
 from agentd.runs.warm import warm
 from agentd.store import Store
-from agentd.v1 import system_pb2
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
@@ -64,6 +61,7 @@ if TYPE_CHECKING:
     from agentd.grants import Moment
     from agentd.metrics import Family
     from agentd.runs import Run
+    from agentd.v1 import system_pb2
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -190,7 +188,7 @@ class Daemon:
             prepare=self._engine.prepare,
         )
         self._automations = Automations(
-            *(config.automations, Events(self._store), self._runs, self._calls.take_back),
+            *(config.automations, Events(self._store), self._runs, self._calls.undoing.take_back),
             unmet=lambda when: unmet(when, self._moment(self._clock), self._budgets.readings),
             fix=self._change_rules,
         )
@@ -350,45 +348,17 @@ class Daemon:
         return propose(bodies, self._grants.decide, self._calls.fixed_scopes, self._calls.asks)
 
     def status(self) -> system_pb2.Status:
-        model, level = self._engine.model, self._level
-        return system_pb2.Status(
-            version=__version__,
-            pid=os.getpid(),
+        return standing.status(
+            self._config,
+            engine=self._engine,
+            level=self._level,
+            calls=self._calls,
+            runs=self._runs,
             zygote_pid=self._sandbox.zygote_pid or 0,
-            engine_pid=self._engine.pid or 0,
-            model=system_pb2.Status.Model(
-                name=model.name if model else "",
-                path=str(self._engine.settings.path),
-                parameters=model.parameters if model else 0,
-                context=model.context if model else 0,
-                error=self._model_error,
-            ),
-            sandbox=system_pb2.Status.Sandbox(
-                level=level.name, architecture=level.architecture, kernel=level.kernel, missing=level.missing
-            ),
-            state_folder=str(self._config.state),
-            folder=str(self._config.tools.folder),
-            tools=len(self._toolbox.tools),
+            model_error=self._model_error,
             grants=len(self._grants.all()),
             audit_closed=self._audit.closed,
-            runs=[
-                system_pb2.Status.RunningRun(
-                    name=f"runs/{run.id}",
-                    principal=run.principal,
-                    seconds=(time.time_ns() - run.create_ns) / 1e9,
-                    queued=run.state is RunState.QUEUED,
-                    background=run.deferrable,
-                )
-                for run in self._runs.going_on()
-            ],
-            calls=[
-                system_pb2.Status.RunningCall(
-                    name=f"calls/{call.id}", tool=call.tool.name, principal=call.request.principal, seconds=seconds
-                )
-                for call, seconds in self._calls.running()
-            ],
-            tokens_per_second=self._engine.meter.speed(),
-            recovered_calls=[f"calls/{call}" for call in self._recovered],
+            recovered=self._recovered,
         )
 
     def _confine(self) -> None:

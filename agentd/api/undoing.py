@@ -26,12 +26,12 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
     ) -> journal_pb2.UndoCallResponse:
         call = convert.identifier(request.name, "calls")
         who = caller()
-        return _undone(await self._calls.undo(call, who.name, any_call=who.has("admin")))
+        return _undone(await self._calls.undoing.undo(call, who.name, any_call=who.has("admin")))
 
     async def PlanRollback(  # noqa: N802
         self, request: journal_pb2.PlanRollbackRequest, context: Any
     ) -> journal_pb2.RollbackPlan:
-        plan, differences = await self._calls.plan_rollback(_selection(request.selection), _ways(request))
+        plan, differences = await self._calls.undoing.plan_rollback(_selection(request.selection), _ways(request))
         return journal_pb2.RollbackPlan(
             digest=plan.digest,
             paths=[_path(planned, differences[planned.path]) for planned in plan.paths],
@@ -45,33 +45,33 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
         selection, ways = _selection(request.plan.selection), _ways(request.plan)
         if selection.rehearsed:  # or a grant that wants calls rehearsed would bind nobody
             caller().require("approver", "apply a rehearsal")
-        return _undone(await self._calls.roll_back(selection, ways, request.digest, caller().name))
+        return _undone(await self._calls.undoing.roll_back(selection, ways, request.digest, caller().name))
 
     async def ListRehearsals(  # noqa: N802
         self, request: journal_pb2.ListRehearsalsRequest, context: Any
     ) -> journal_pb2.ListRehearsalsResponse:
         who = caller()
-        found = await self._calls.rehearsals("" if who.has("approver") else who.name)
+        found = await self._calls.undoing.rehearsals("" if who.has("approver") else who.name)
         return journal_pb2.ListRehearsalsResponse(rehearsals=map(_rehearsal, found))
 
     async def DropRehearsal(  # noqa: N802
         self, request: journal_pb2.DropRehearsalRequest, context: Any
     ) -> journal_pb2.DropRehearsalResponse:
         call, who = convert.identifier(request.name, "calls"), caller()
-        await self._calls.drop(call, who.name, any_call=who.has("approver"))
+        await self._calls.undoing.drop(call, who.name, any_call=who.has("approver"))
         return journal_pb2.DropRehearsalResponse()
 
     async def PinCall(  # noqa: N802
         self, request: journal_pb2.PinCallRequest, context: Any
     ) -> journal_pb2.PinCallResponse:
         call, who = convert.identifier(request.name, "calls"), caller()
-        await self._calls.pin(call, who.name, pinned=request.pinned, any_call=who.has("admin"))
+        await self._calls.undoing.pin(call, who.name, pinned=request.pinned, any_call=who.has("admin"))
         return journal_pb2.PinCallResponse()
 
     async def DiffChanges(  # noqa: N802
         self, request: journal_pb2.DiffChangesRequest, context: Any
     ) -> journal_pb2.DiffChangesResponse:
-        found = await self._calls.differences(_selection(request.selection))
+        found = await self._calls.undoing.differences(_selection(request.selection))
         return journal_pb2.DiffChangesResponse(differences=map(_difference, found))
 
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentd_sandbox import (
@@ -30,13 +30,12 @@ from agentd_sandbox.network import split_authority
 
 from agentd.audit import Event, FileTouched, Payload, Peer, SandboxUse
 from agentd.calls.arguments import Arguments
+from agentd.calls.undoing import Undoing, lasts
 from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, asked, event, who
-from agentd.devices import is_node, risk
+from agentd.devices import is_node
 from agentd.errors import AgentdError, JournalError, Reason, RequestError, SandboxError, ToolError
 from agentd.grants import PATH_KINDS
-from agentd.journal import Selection, Ways
 from agentd.store import new_id
-from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from agentd.calls.permission import Permission
     from agentd.calls.places import Places
     from agentd.grants import Decision, Grant, Scope
-    from agentd.journal import Difference, Journal, Plan, Rehearsal, Transaction, Undone
+    from agentd.journal import Journal, Transaction
 
 T = TypeVar("T")
 _EXITS: Mapping[type, str] = {
@@ -58,7 +57,6 @@ _EXITS: Mapping[type, str] = {
     WorkerOffence: "offence",
     OutputTooLarge: "output",
 }
-_CALLS_OF_A_RUN = 10_000
 CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
 
 
@@ -89,6 +87,7 @@ class Calls:
         self._profile, self._keep_outputs = level.filter_digest, keep_outputs
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
         self._changing = asyncio.Lock()
+        self.undoing = Undoing(journal, audit, self._changing)
         self._running: dict[str, tuple[Prepared, threading.Event, float]] = {}
         """What is executed, what tells it that it may no longer, since when."""
         permission.grants.changed = self._look_again
@@ -123,7 +122,7 @@ class Calls:
 
     async def _require_rehearsable(self, wanted: Wanted) -> None:
         """Raises JournalError (NOT_UNDOABLE), with that on record, for what nobody could put back."""
-        outside = [str(scope) for scope in wanted.scopes if _lasts(str(scope))]
+        outside = [str(scope) for scope in wanted.scopes if lasts(str(scope))]
         if outside or wanted.tool.manifest.reaches_outside:
             reaches = f" ({outside[0]})" if outside else ""
             error = JournalError(
@@ -157,17 +156,6 @@ class Calls:
         async with self._changing:
             return await self._in_thread(prepared)
 
-    async def undo(self, call: str, principal: str, *, any_call: bool = True) -> Undone:
-        """Put a call back, one's own unless `any_call`; waits for a change that is under way.
-
-        Raises what the journal raises, and RequestError (CALL_NOT_FOUND) for others' calls.
-        """
-        self._audit.require_open()
-        if not any_call:
-            await asyncio.to_thread(self._require_own, call, principal)
-        async with self._changing:
-            return await asyncio.to_thread(self._journal.undo, call, principal)
-
     def fixed_scopes(self, tool: str) -> frozenset[str]:
         """The scopes of a tool that are its own, whatever its arguments; none if there is no such tool."""
         if tool not in self._arguments:
@@ -178,101 +166,6 @@ class Calls:
         """Whether only a grant that names it counts. One that is not there any more is asked for anyway."""
         known = self.toolbox.tools.get(tool)
         return known is None or known.manifest.asks
-
-    def _require_own(self, call: str, principal: str) -> None:
-        begun = self._audit.entries(call=call, limit=1)
-        if not begun or begun[0].body.get("principal") != principal:
-            message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
-            raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
-
-    async def pin(self, call: str, principal: str, *, pinned: bool, any_call: bool = True) -> None:
-        """Keep what a call needs to be undone past all quotas, or no longer. Raises AgentdError (CALL_NOT_FOUND)."""
-
-        def pin() -> None:
-            if not any_call:
-                self._require_own(call, principal)
-            self._journal.retention.pin(call, principal, pinned=pinned)
-
-        await asyncio.to_thread(pin)
-
-    async def plan_rollback(self, selection: Selection, ways: Ways) -> tuple[Plan, dict[bytes, Difference]]:
-        """A plan, and what it would do to each path. Raises what the planner raises."""
-
-        def plan() -> tuple[Plan, dict[bytes, Difference]]:
-            rollbacks = self._journal.rollbacks
-            made = rollbacks.plan(selection, ways)
-            return made, {planned.path: rollbacks.difference(planned, back=True) for planned in made.paths}
-
-        return await asyncio.to_thread(plan)
-
-    async def roll_back(self, selection: Selection, ways: Ways, digest: str, principal: str) -> Undone:
-        """Carry out the plan of that digest; waits for a change that is under way.
-
-        Raises JournalError: PLAN_CHANGED, UNDO_CONFLICT, NOT_UNDOABLE; StoreError.
-        """
-
-        def apply() -> Undone:
-            plan = self._journal.rollbacks.plan(selection, ways)
-            if plan.digest != digest:
-                message = "Something has changed since this plan was made; nothing was put back."
-                raise JournalError(Reason.PLAN_CHANGED, message, hint="Make a new plan and look at it.")
-            return self._journal.rollbacks.apply(plan, principal)
-
-        self._audit.require_open()
-        async with self._changing:
-            return await asyncio.to_thread(apply)
-
-    async def take_back(self, run: str, principal: str) -> tuple[list[str], str]:
-        """Put back all that a run has changed, as if it had never been: the paths, or why that can't be done.
-
-        A run that has reached outside can't be taken back, nor one whose files others have changed since.
-        """
-
-        def take_back() -> tuple[list[str], str]:
-            entries = self._audit.naming("run", run, _CALLS_OF_A_RUN)
-            intents = [entry.body for entry in entries if entry.body.get("kind") == "call.intent"]
-            if outside := next((body["tool"]["name"] for body in intents if _reaches_outside(body)), ""):
-                return [], f"{outside} has reached outside, which can't be taken back"
-            for rehearsal in self._journal.rollbacks.rehearsals(principal):
-                if rehearsal.run == run:
-                    self._journal.rollbacks.drop(rehearsal.call, principal)
-            plan = self._journal.rollbacks.plan(Selection(run=run), Ways())
-            if not any(planned.does or planned.blocks for planned in plan.paths):
-                return [], ""
-            return [file.path for file in self._journal.rollbacks.apply(plan, principal).files], ""
-
-        async def alone() -> tuple[list[str], str]:
-            async with self._changing:
-                try:
-                    return await asyncio.to_thread(take_back)
-                except AgentdError as e:
-                    return [], e.message.rstrip(".")
-
-        return await to_its_end(alone())  # nothing else may change files meanwhile, whether or not anybody waits for it
-
-    async def rehearsals(self, principal: str) -> list[Rehearsal]:
-        """Calls that wait to be applied or dropped, oldest first; of one principal, or of all."""
-        return await asyncio.to_thread(self._journal.rollbacks.rehearsals, principal)
-
-    async def drop(self, call: str, principal: str, *, any_call: bool = True) -> None:
-        """Give up what a rehearsed call has made. Raises AgentdError (CALL_NOT_FOUND)."""
-
-        def drop() -> None:
-            if not any_call:
-                self._require_own(call, principal)
-            self._journal.rollbacks.drop(call, principal)
-
-        await asyncio.to_thread(drop)
-
-    async def differences(self, selection: Selection) -> list[Difference]:
-        """What a selection of calls has changed, by path. Raises what the planner raises."""
-
-        def look() -> list[Difference]:
-            rollbacks = self._journal.rollbacks
-            plan = rollbacks.plan(replace(selection, undone=True), Ways())
-            return [rollbacks.difference(planned, back=False) for planned in plan.paths]
-
-        return await asyncio.to_thread(look)
 
     async def end_run(self, run: str) -> None:
         """What was allowed for this run alone is over."""
@@ -417,17 +310,6 @@ class Calls:
         operated = [asdict(operation) for operation in outcome.operations]
         detail = {"operations": Payload(operated)} if operated else {}
         return {"sandbox": use, **used, "budget": self._budget() or None, "detail": detail}
-
-
-def _reaches_outside(body: Mapping[str, Any]) -> bool:
-    scopes = body.get("scopes") or ()
-    return any(map(_lasts, scopes)) or body["tool"].get("effect") in ("external", "physical")
-
-
-def _lasts(scope: str) -> bool:
-    """Whether what is done by such a scope can't be put back."""
-    kind, _, value = scope.partition(":")
-    return kind == "connect" or (kind == "device" and risk(value).lasts)
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:

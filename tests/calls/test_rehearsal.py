@@ -105,9 +105,9 @@ def test_what_is_dropped_is_gone(tmp_path: Path):
     with House(tmp_path, ALL) as house:
         planted(house)
         call = shell(house, BUSY).id
-        house.run(house.calls.drop(call, "unix:pi"))
+        house.run(house.calls.undoing.drop(call, "unix:pi"))
         assert house.journal.rollbacks.rehearsals("") == []
-        for again in (lambda: house.run(house.calls.drop(call, "unix:pi")), lambda: apply(house, call)):
+        for again in (lambda: house.run(house.calls.undoing.drop(call, "unix:pi")), lambda: apply(house, call)):
             with pytest.raises(AgentdError):
                 again()
         kept = "SELECT count(*) FROM pre_image WHERE content IS NOT NULL OR object IS NOT NULL OR result IS NOT NULL"
