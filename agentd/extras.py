@@ -26,15 +26,15 @@ def is_there(extra: str) -> bool:
 
 
 def install(extra: str) -> str:
-    """The command that brings it: pipx and uv keep environments of their own, in folders that they name so.
+    """The command that brings it: pipx and uv keep environments of their own, with a note in each.
 
     It names the packages, and not agentd: another project has that name on PyPI.
     """
     wanted = shlex.join(_packages(extra))
-    folders = Path(sys.prefix).parts
-    if folders[-3:-1] == ("pipx", "venvs"):
+    environment = Path(sys.prefix)
+    if (environment / "pipx_metadata.json").exists():
         return f"pipx inject agentd {wanted}"
-    if folders[-3:-1] == ("uv", "tools"):
+    if (environment / "uv-receipt.toml").exists():
         return f"uv pip install --python {sys.executable} {wanted}"
     return f"{sys.executable} -m pip install {wanted}"
 

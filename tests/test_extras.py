@@ -14,16 +14,16 @@ PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 @pytest.mark.parametrize(
-    ("prefix", "command"),
+    ("note", "command"),
     [
-        ("/home/pi/.local/share/pipx/venvs/agentd", "pipx inject agentd"),
-        ("/home/pi/.local/share/uv/tools/agentd", f"uv pip install --python {sys.executable}"),
-        ("/home/pi/agentd/.venv", f"{sys.executable} -m pip install"),
-        ("/", f"{sys.executable} -m pip install"),
+        ("pipx_metadata.json", "pipx inject agentd"),
+        ("uv-receipt.toml", f"uv pip install --python {sys.executable}"),
+        ("pyvenv.cfg", f"{sys.executable} -m pip install"),
     ],
 )
-def test_what_brings_an_extra_fits_how_agentd_came(prefix: str, command: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "prefix", prefix)
+def test_what_brings_an_extra_fits_how_agentd_came(note: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / note).touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert extras.install("gpio") == f"{command} 'gpiozero<3,>=2.0.1' 'lgpio<0.3,>=0.2.2'"
 
 
