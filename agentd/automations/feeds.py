@@ -221,21 +221,22 @@ class ScheduleFeed:
                 await asyncio.sleep(_CLOCK_S)
                 continue
             if fired > now + _PUT_BACK:
-                fired = await self._fire(now, [])
+                fired = await self._fire(fired, now, [])
             due = schedule.between(fired, now)
             if due:
-                fired = await self._fire(max(fired, due[-1].astimezone(UTC)), self._wanted(due, now))
+                fired = await self._fire(fired, max(fired, due[-1].astimezone(UTC)), self._wanted(due, now))
             self.next_due = schedule.after(max(now, fired))
             await asyncio.sleep(max(0.05, min(_together(_CLOCK_S), (self.next_due - self.now()).total_seconds())))
 
-    async def _fire(self, up_to: datetime, wanted: list[datetime]) -> datetime:
-        """Where the disk is full it has fired all the same: or it would do so without end."""
+    async def _fire(self, before: datetime, up_to: datetime, wanted: list[datetime]) -> datetime:
+        """Up to when it has fired. Where the disk is full it has not: it is tried again, as long as `missed` wants the time."""
         try:
             join = self.trigger.missed != "all"
             await self.events.fire(self.automation.name, int(up_to.timestamp() * 1e9), map(self._event, wanted), join=join)
             self.trouble = ""
         except AgentdError as e:
             self.trouble = e.message
+            return before
         if wanted:
             self.wake()
         return up_to

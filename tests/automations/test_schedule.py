@@ -17,6 +17,7 @@ from agentd.automations.automation import parsed
 from agentd.automations.events import Event, Events, State
 from agentd.automations.feeds import ScheduleFeed
 from agentd.automations.schedule import MOST_MISSED, Schedule
+from agentd.errors import Reason, StoreError
 from agentd.store import Store
 
 if TYPE_CHECKING:
@@ -188,5 +189,39 @@ def test_a_clock_that_is_put_back_makes_no_event_wait_for_it(store: Store, ahead
         await events.keep(replace(event, due_ns=now + ahead_s * 10**9))
         found = await events.due("it", now, 60 * 10**9)
         assert (found is not None) is due
+
+    asyncio.run(go())
+
+
+def test_a_time_that_could_not_be_kept_is_kept_when_it_can(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """The disk is full when it is due (the edge at which the store is replaced here): once there is room, it fires, and once."""
+    monkeypatch.setattr("agentd.automations.feeds._CLOCK_S", 0.02)
+    fire, clock = Events.fire, Clock(store, START)
+    automation = parsed("clock", 'prompt = "hello"\n[on.schedule]\ncron = "1 12 * * *"\n')
+
+    def full(*_arguments: object, **_more: object) -> None:
+        raise StoreError(Reason.STORE_FULL, "The disk is full.")
+
+    async def until(true: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 10
+        while not true():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+    async def go() -> None:
+        assert automation.on.schedule
+        standing = await clock.events.meet("clock", int(START.timestamp() * 1e9))
+        feed = ScheduleFeed(automation, automation.on.schedule, clock.events, lambda: None, lambda: clock.now)
+        monkeypatch.setattr(Events, "fire", full)
+        task = asyncio.create_task(feed.run(standing))
+        clock.now = START + timedelta(seconds=40)
+        await until(lambda: "full" in feed.trouble)
+        monkeypatch.setattr(Events, "fire", fire)
+        await until(lambda: not feed.trouble)
+        clock.now = START + timedelta(seconds=80)
+        await asyncio.sleep(0.1)
+        assert [event.subject for event in await clock.events.page("clock", 0, 10)] == ["2026-06-01T12:01:00+00:00"]
+        task.cancel()
+        await asyncio.wait([task])
 
     asyncio.run(go())

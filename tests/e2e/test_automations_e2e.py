@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -435,3 +437,32 @@ def test_a_flood_of_calls_is_taken_or_refused_and_harms_nobody(house: House):
         assert sum(each.result() for each in rung) == 480
         until(lambda: client.automations.get("bell").succeeded == 480)
     assert sorted(lines(house)) == sorted(f"{number}-{n}" for number in range(8) for n in range(60))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_disk_makes_files_wait_and_loses_none(house: House):
+    """What lands meanwhile is handled when there is room, each once and in order; until then it is said why not."""
+    house.extra = "[journal]\nlow_space_mib = 0\n"
+    house.write("note", NOTE)
+    house.state.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", house.state], check=True)
+    try:
+        house.start()
+        with Client(house.socket) as client:
+            (house.inbox / "0").touch()
+            until(lambda: client.automations.get("note").succeeded == 1)
+            filler = house.state / "filler"
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+            for n in range(1, 40):
+                (house.inbox / str(n)).touch()
+            until(lambda: client.automations.get("note").trouble or client.automations.get("note").waits_for)
+            filler.unlink()
+            until(lambda: client.automations.get("note").succeeded == 40)
+            assert client.automations.get("note").trouble == ""
+        assert lines(house) == [str(n) for n in range(40)]
+        assert house.stop() == 0
+    finally:
+        house.kill()
+        subprocess.run(["umount", "-l", house.state], check=True)
