@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from agentd.v1 import automation_pb2, budget_pb2
 
+_PI_KERNEL = Path("/boot/firmware/cmdline.txt")
+_LINGERING = Path("/var/lib/systemd/linger")  # loginctl(1): a file for each user
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -64,7 +67,7 @@ def _look(socket: Path | None, file: Path | None) -> list[Finding]:
         parts.policy(config)
     except AgentdError as e:
         findings.append(Finding("budgets", False, e.message, e.hint))
-    findings += [_config(config, file), _model(config), *_extras(config), *_bundles(config.tools.bundled)]
+    findings += [_config(config, file), _model(config), *_extras(config), *_bundles(config.tools.bundled), *_service()]
     return [*findings, *_daemon(socket or config.socket)]
 
 
@@ -76,26 +79,31 @@ def _sandbox() -> Finding:
     elif level.name == "L1":
         found = "L1: the filter alone; tools in Python work, other programs can't be started"
     hint = f"not there: {'; '.join(level.missing)}" if level.missing else ""
+    if "cgroup" not in level.layers and _PI_KERNEL.exists():
+        hint += f". A Pi has it with cgroup_enable=memory in {_PI_KERNEL}, from the next start on"
     return Finding("sandbox", level.confines, f"{found} ({level.architecture}, Linux {level.kernel})", hint)
 
 
 def _config(config: configuration.Config, file: Path | None) -> Finding:
     path = file or places.default_file()
     where = str(path) if path.exists() else f"defaults ({path} does not exist)"
-    hint = (
-        ""
-        if config.grants
-        else "Without grants there a person is asked for each call: `agentd approvals`, `agentd grants add`."
-    )
-    return Finding("config", True, f"{where}, {len(config.grants)} grants", hint)
+    asks = "Without grants there a person is asked for each call: `agentd approvals`, `agentd grants add`."
+    return Finding("config", True, f"{where}, {len(config.grants)} grants", "" if config.grants else asks)
 
 
 def _model(config: configuration.Config) -> Finding:
     path = models.locate(config.engine.model)
     there = os.access(path, os.R_OK)
     size = f"{path.stat().st_size / 1e6:.1f} MB" if there else "cannot be read"
-    hint = "For trying out only. Another: `agentd models list` says what fits." if path == models.locate("pocket") else ""
-    hint = hint if there else "`agentd models list` says what there is; `agentd models use NAME` sets engine.model."
+    hint = ""
+    if not there:
+        hint = "`agentd models list` says what there is; `agentd models use NAME` sets engine.model."
+        if models.catalogue.named(config.engine.model):
+            hint = f"Fetch it: agentd models pull {config.engine.model}"
+    elif path == models.locate(models.POCKET):
+        hint = "For trying out only. Others: agentd models list"
+    if hint and not extras.is_there("pull"):
+        hint += f" (fetching needs: {extras.install('pull')})"
     return Finding("model", there, f"{path}, {size}", hint)
 
 
@@ -129,6 +137,13 @@ def _bundles(bundled: Container[str]) -> Iterator[Finding]:
         )
 
 
+def _service() -> Iterator[Finding]:
+    """A user's service, which lives as long as somebody is logged in."""
+    unit = places.default_file().parent.parent / "systemd" / "user" / "agentd.service"
+    if unit.exists() and not (_LINGERING / getpass.getuser()).exists():
+        yield Finding("service", True, f"{unit}; it ends with the last login", "loginctl enable-linger")
+
+
 def _automations(found: Iterable[automation_pb2.Automation]) -> Iterator[Finding]:
     for each in found:
         name = each.name.removeprefix("automations/")
@@ -146,7 +161,11 @@ def _daemon(socket: Path) -> list[Finding]:
             status, budgets, automations = client.status(), client.budgets(), client.automations.list()
     except AgentdError as e:
         running = e.reason is not Reason.DAEMON_UNREACHABLE
-        return [Finding("daemon", not running, f"not running ({socket})" if not running else e.message, e.hint)]
+        if running:
+            return [Finding("daemon", False, e.message, e.hint)]
+        return [
+            Finding("daemon", True, f"not running ({socket})", "Start it: agentd serve; or for good: agentd service install")
+        ]
     model = status.model
     size = f"{model.parameters / 1e6:.1f} M parameters"
     loaded = f"{model.name}, {size}" if model.parameters else model.error or "no model loaded"

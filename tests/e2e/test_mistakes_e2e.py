@@ -149,6 +149,17 @@ def test_doctor_finds_the_same_mistakes(tmp_path: Path):
     assert "Traceback" not in told.stderr
 
 
+def test_doctor_says_how_to_get_a_model_that_is_not_here(tmp_path: Path):
+    config = tmp_path / "agentd.toml"
+    config.write_text('[engine]\nmodel = "e2b"\n')
+    command = [sys.executable, "-m", "agentd", "doctor", "--json", "--config", str(config)]
+    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=environment)
+    (found,) = [each for each in map(json.loads, told.stdout.splitlines()) if each["what"] == "model"]
+    assert not found["ok"]
+    assert found["hint"].startswith("Fetch it: agentd models pull e2b")
+
+
 def test_doctor_tells_what_is_missing_with_what_mends_it(tmp_path: Path):
     """What bundles of the configuration need, and automations that can't work."""
     (tmp_path / "automations").mkdir()
