@@ -401,7 +401,7 @@ class Daemon:
                 await self._engine.load()
             reader = ThreadPoolExecutor(1, "digest")
             loaded = self._engine.loaded_file or models.identity(self._engine.settings.path)
-            await asyncio.get_running_loop().run_in_executor(reader, self._digests.read_behind, loaded)
+            await asyncio.get_running_loop().run_in_executor(reader, self._digests.read, loaded)
             reader.shutdown(wait=False)
             if self._config.engine.warm and not holds:
                 await warm(self._engine, self._admission, self._settings)

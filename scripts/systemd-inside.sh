@@ -25,7 +25,7 @@ before=$(main_pid)
 kill -9 "$before"
 back() { test "$(main_pid)" != "$before" && test "$(main_pid)" != 0 && answers; }
 until_true back
-! test -e "/proc/$before"
+test ! -e "/proc/$before"
 
 say "stopped in its tracks: the watchdog finds out"
 mkdir -p /etc/systemd/system/agentd.service.d
@@ -52,7 +52,8 @@ answers
 test "$(systemctl is-active agentd.service)" = active
 
 say "rating"
-systemd-analyze security agentd.service --no-pager | tail -n 1
+systemd-analyze security --threshold=25 agentd.service --no-pager > /tmp/rating || { cat /tmp/rating; exit 1; }
+tail -n 1 /tmp/rating
 
 say "uninstall"
 agentd service uninstall --system

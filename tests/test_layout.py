@@ -22,7 +22,7 @@ BELOW: dict[str, set[str]] = {
     "devices": {"store", "errors", "extras"},
     "store": {"errors"},
     "budgets": {"store", "errors"},
-    "engine": {"budgets", "errors", "tasks"},
+    "engine": {"budgets", "models", "errors", "tasks"},
     "metrics": {"budgets", "engine", "errors", "extras"},
     "models": {"store", "errors", "extras", "places"},
     "audit": {"store", "errors"},

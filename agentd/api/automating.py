@@ -100,7 +100,8 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
                 self._decide(permission, CallRequest(principal, *checked.call), supposed)
             else:
                 asks = self._calls.asks(tool)
-                rules = [str(each) for each in supposed if each.concerns((principal,), tool) and (each.is_specific or not asks)]
+                concerned = [each for each in supposed if each.concerns((principal,), tool)]
+                rules = [str(each) for each in concerned if each.is_specific or not asks or each.decision != "allow"]
                 permission.grants.extend(convert.valid(rules))
                 if not rules:
                     permission.decision = "ask"
@@ -117,7 +118,8 @@ class AutomationServicer(automation_pb2_grpc.AutomationServiceServicer):
         permission.decision, permission.reason = decision.verdict, convert.valid(decision.reason)
         permission.scopes.extend(convert.valid([str(scope) for scope in scopes]))
         permission.grants.extend(convert.valid(decision.rules or decision.near))
-        permission.missing_scopes.extend(convert.valid([str(scope) for scope in decision.unmet]))
+        if not decision.rules:  # a rule that wants a person asked is stronger than a grant
+            permission.missing_scopes.extend(convert.valid([str(scope) for scope in decision.unmet]))
 
     async def ListTriggerEvents(  # noqa: N802
         self, request: pb.ListTriggerEventsRequest, context: Any

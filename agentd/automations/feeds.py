@@ -80,6 +80,11 @@ class FolderFeed:
     _rung: asyncio.Event = field(default_factory=asyncio.Event)
     _watched: tuple[int, int] | None = None
 
+    @property
+    def lost(self) -> bool:
+        """Whether its folder is not there, or leads elsewhere."""
+        return bool(self.trouble) and self._watched is None
+
     async def run(self, standing: Standing) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()

@@ -142,10 +142,13 @@ class Automations:
         await self._end([self._loaded.pop(name) for name in stale])
         for each in broken:
             gone.pop(each.name, None)
-        for events in gone.values():
-            await self._give_up(events)
         self._broken = {each.name: each for each in broken}
         failed: AgentdError | None = None
+        for event in (event for events in gone.values() for event in events):
+            try:
+                await self._give_up(event)
+            except AgentdError as e:
+                failed = e
         for name, automation in found.items():
             try:
                 if name not in self._loaded:
@@ -156,13 +159,14 @@ class Automations:
         if failed:
             raise failed
 
-    async def _give_up(self, events: Iterable[Event]) -> None:
+    async def _give_up(self, event: Event) -> None:
         """Of an automation that was removed: nobody is to be asked for it any more, and it is to do nothing more."""
-        for event in events:
-            if event.run:
-                await self._runs.cancel(event.run)
-                why = "the automation was removed"
-                await self._events.keep(replace(event, state=State.DROPPED, end_ns=time.time_ns(), note=why))
+        if not event.run:
+            return
+        await self._runs.cancel(event.run)
+        if not (await self._events.get(event.automation, event.seq)).ended:
+            why = "the automation was removed"
+            await self._events.keep(replace(event, state=State.DROPPED, end_ns=time.time_ns(), note=why))
 
     async def _load(self, automation: Automation) -> _Loaded:
         standing = await self._events.meet(automation.name, time.time_ns(), automation.on.model_dump_json())
@@ -312,7 +316,7 @@ class Automations:
 
 def _is_lost(feed: FolderFeed | ScheduleFeed | None) -> bool:
     """Its folder leads elsewhere, say: whoever has the files read again accepts that."""
-    return isinstance(feed, FolderFeed) and bool(feed.trouble)
+    return isinstance(feed, FolderFeed) and feed.lost
 
 
 def rules(found: Mapping[str, Automation]) -> list[Grant]:

@@ -163,9 +163,9 @@ class Calls:
         return frozenset(str(scope) for scope in self._arguments[tool].scopes({}, self._places.variables()))
 
     def asks(self, tool: str) -> bool:
-        """Whether only a grant that names it counts. One that is not there any more is asked for anyway."""
+        """Whether only a grant that names it counts."""
         known = self.toolbox.tools.get(tool)
-        return known is None or known.manifest.asks
+        return known is not None and known.manifest.asks
 
     async def end_run(self, run: str) -> None:
         """What was allowed for this run alone is over."""
@@ -240,7 +240,13 @@ class Calls:
             raise error from e
         finally:
             del self._running[prepared.id]
-        return self._conclude(prepared, transaction, outcome)
+        try:
+            return self._conclude(prepared, transaction, outcome)
+        except AgentdError:
+            raise
+        except Exception as e:  # a bug of ours, or what nobody foresaw of a tool's answer: nothing of the call is to stay
+            transaction.roll_back(event("call.abort", prepared, error=f"a bug in agentd: {type(e).__name__}", exit="died"))
+            raise
 
     def _run(
         self, prepared: Prepared, transaction: Transaction, cancelled: threading.Event, revoked: threading.Event
@@ -307,9 +313,18 @@ class Calls:
             profile=self._profile,
         )
         used = {"wall_us": outcome.wall_us, "cpu_us": outcome.cpu_us, "rss_kb": outcome.rss_kb}
-        operated = [asdict(operation) for operation in outcome.operations]
-        detail = {"operations": Payload(operated)} if operated else {}
-        return {"sandbox": use, **used, "budget": self._budget() or None, "detail": detail}
+        return {"sandbox": use, **used, "budget": self._budget() or None, "detail": self._operated(outcome)}
+
+    def _operated(self, outcome: Outcome) -> dict[str, Any]:
+        """Which devices, and how each operation ended; what was asked and answered so that it can be taken out of the log."""
+        if not outcome.operations:
+            return {}
+        detail: dict[str, Any] = {"operations": [{"device": each.device, "ended": each.ended} for each in outcome.operations]}
+        for n, operation in enumerate(outcome.operations):
+            detail[f"asked_{n}"] = Payload(operation.asked)
+            if operation.error or self._keep_outputs:
+                detail[f"answer_{n}"] = Payload(operation.error or operation.answer)
+        return detail
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:

@@ -7,6 +7,7 @@ disk, and the next daemon makes inputs of it. gpiozero's own GPIOZERO_PIN_FACTOR
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from agentd import extras
 from agentd.store.durable import arriving
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 LONGEST_PULSE_S = 60.0
@@ -55,6 +57,8 @@ class Lines:
         self._folder, self._kept = folder, folder / "gpio.json"
         self._outputs: dict[int, Any] = {}
         self._pulses: dict[int, threading.Event] = {}
+        self._stuck: set[int] = set()
+        """What nobody could let go of yet."""
         self._lock = threading.Lock()
         self._closed = False
 
@@ -79,23 +83,23 @@ class Lines:
         return {"line": line, "value": "on" if on else "off"}
 
     def recover(self) -> None:
-        """Make inputs of what a daemon held that was killed."""
+        """Make inputs of what a daemon held that was killed. What can't be let go of is tried again at the next start."""
         try:
-            lines = [int(line) for line in json.loads(self._kept.read_text())]
+            self._stuck = {int(line) for line in json.loads(self._kept.read_text())}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError) as e:
+        except Exception as e:  # whatever somebody has written there: the daemon starts all the same
             _log.warning("%s can't be read: %s; look at the lines yourself", self._kept, e)
             return
-        try:
-            gpiozero = self._library()
-            for line in lines:
-                gpiozero.InputDevice(line).close()
-        except Exception as e:  # a library's: the daemon starts all the same
-            _log.warning("GPIO %s may still be as a daemon that was killed has left them: %s", lines, e)
-            return
-        _log.warning("GPIO %s are inputs again: a daemon that held them was killed", lines)
-        self._kept.unlink(missing_ok=True)
+        for line in sorted(self._stuck):
+            try:
+                self._library().InputDevice(line).close()
+            except Exception as e:  # a library's
+                _log.warning("GPIO%d may still be as a daemon that was killed has left it: %s", line, e)
+            else:
+                _log.warning("GPIO%d is an input again: a daemon that held it was killed", line)
+                self._stuck.discard(line)
+        self._keep(())
 
     def close(self) -> None:
         """All outputs become inputs, and pulses end."""
@@ -108,9 +112,18 @@ class Lines:
                     output.close()
                 except Exception:  # the others are to be let go of all the same
                     _log.exception("GPIO%d could not be let go of", line)
-            if self._outputs:
-                self._kept.unlink(missing_ok=True)
+                    self._stuck.add(line)
             self._outputs.clear()
+            with contextlib.suppress(OSError):
+                self._keep(())
+
+    def _keep(self, outputs: Iterable[int]) -> None:
+        """On disk, what the next daemon has to let go of. Raises OSError."""
+        if lines := sorted({*outputs, *self._stuck}):
+            with arriving(self._kept) as file:
+                file.write(json.dumps(lines).encode())
+        else:
+            self._kept.unlink(missing_ok=True)
 
     def _library(self) -> Any:
         """Without a choice of the user's it is lgpio: what gpiozero falls back to claims no line, and others use it, too."""
@@ -163,6 +176,9 @@ class Lines:
         if line in self._outputs:
             self._outputs[line].value = on
             return
-        with arriving(self._kept) as file:
-            file.write(json.dumps(sorted([*self._outputs, line])).encode())
-        self._outputs[line] = gpiozero.OutputDevice(line, initial_value=on)
+        self._keep((*self._outputs, line))  # before it is an output
+        try:
+            self._outputs[line] = gpiozero.OutputDevice(line, initial_value=on)
+        except BaseException:
+            self._keep(self._outputs)
+            raise

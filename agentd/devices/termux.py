@@ -97,7 +97,7 @@ class Phone:
 def _object(name: str, said: str) -> dict[str, Any]:
     """What the programs print is JSON; where Android refuses, an object with `error`."""
     try:
-        found = json.loads(said)
+        found = json.loads(said, parse_constant=_no_number)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -105,6 +105,10 @@ def _object(name: str, said: str) -> dict[str, Any]:
     if "error" in found or "API_ERROR" in found:
         raise DeviceFailure(f"termux-{name}: {str(found.get('error') or found.get('API_ERROR'))[:200]}")
     return found
+
+
+def _no_number(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def _plain(value: Any, digits: int) -> Any:

@@ -18,6 +18,7 @@ from agentd.engine.prompt import Conversation, render_prefix, render_turns
 from agentd.engine.selftest import repack_is_usable
 from agentd.engine.settings import SESSION, EngineSettings, Room, remember, remembered
 from agentd.errors import EngineError, Reason
+from agentd.models import identity
 from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agentd.engine.link import Ready
+    from agentd.models import FileIdentity
 
 
 _FORGET_S = 60.0
@@ -60,8 +62,8 @@ class Engine:
         self._pace = Pace()
         self._anonymous_mib = 0.0
         self._idle_since = 0.0
-        self.loaded_file: tuple[int, int, int] | None = None
-        """Size, time of the last change in ns and inode of the file that was loaded last; None if it changed meanwhile."""
+        self.loaded_file: FileIdentity | None = None
+        """What was loaded last; None if it changed meanwhile."""
 
     @property
     def model(self) -> Ready | None:
@@ -235,9 +237,9 @@ class Engine:
             ever_mib=room.ever_mib,
             footprint=footprint,
         )
-        before = _file(s.path)
+        before = identity(s.path)
         self._process = process = await Process.start(load, s.load_timeout_s, self.meter.told)
-        self.loaded_file = before if before == _file(s.path) else None
+        self.loaded_file = before if before == identity(s.path) else None
         process.tell(self._pace)  # what changes it from here on finds the process
         self.meter.begin()
         self.loads["load", "again" if self.loads else "first"] += 1
@@ -245,13 +247,6 @@ class Engine:
         if process.model.footprint != load.footprint:
             await asyncio.to_thread(remember, s, process.model.footprint)
         return process
-
-
-def _file(path: Path) -> tuple[int, int, int] | None:
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns, status.st_ino
-    return None
 
 
 async def _exchange(process: Process, request: Generate, spent: Callable[[Done], None]) -> AsyncGenerator[Output, None]:

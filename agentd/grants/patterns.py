@@ -75,8 +75,10 @@ class Pattern:
         """Whether anything that `scope` stands for lies within: what a denial must hit."""
         if self.covers(scope):
             return True
-        if self.kind == scope.kind == "device":
-            return scope.value.startswith(f"{self.value}/")  # whoever denies `gpio` means all its lines
+        if self.kind == scope.kind == "device":  # whoever denies `gpio` means all its lines
+            parts = scope.value.split("/")
+            above = ("/".join(parts[:n]) for n in range(1, len(parts)))
+            return any(name == self.root if self.glob is None else self.glob.fullmatch(name) is not None for name in above)
         if self.kind != scope.kind or self.kind not in PATH_KINDS:
             return False
         value = scope.folded
@@ -105,6 +107,8 @@ def parse(text: str, *, resolved: bool = False) -> Pattern:
         return _path(kind, value, text, resolved=resolved)
     if kind == "connect":
         return _peer(value, text)
+    if kind == "device" and value.endswith("/"):
+        raise _invalid(text, "a device has no slash at its end")
     return Pattern(text, kind, value, glob=_any(value) if "*" in value else None)
 
 

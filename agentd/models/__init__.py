@@ -114,35 +114,31 @@ class Digests:
 
     def of(self, loaded: FileIdentity | None) -> str:
         """Empty where it is not known: a large file is read on a thread of its own then, for the next who asks."""
-        if loaded is None or loaded in self._found:
-            return self._found.get(loaded, "") if loaded else ""
-        if loaded[0] <= _SMALL or known_digest(self._model, self._known):
-            return self.read(loaded)
-        threading.Thread(target=self._read_behind, args=(loaded,), name="digest", daemon=True).start()
-        return ""
-
-    def read(self, loaded: FileIdentity | None) -> str:
-        """The same, read if it has to be."""
-        if loaded and loaded not in self._found and identity(self._model) == loaded:
-            found = digest(self._model, self._known, self._ended.is_set)
-            if found and identity(self._model) == loaded:  # or it was replaced meanwhile
-                self._found[loaded] = found
+        if loaded and loaded not in self._found:
+            if loaded[0] <= _SMALL or known_digest(self._model, self._known):
+                self._read(loaded)
+            else:
+                threading.Thread(target=self.read, args=(loaded,), name="digest", daemon=True).start()
         return self._found.get(loaded, "") if loaded else ""
 
-    def read_behind(self, loaded: FileIdentity | None) -> str:
-        """For a thread of its own, which goes behind all others."""
-        in_no_hurry()
-        return self.read(loaded)
+    def read(self, loaded: FileIdentity | None) -> str:
+        """The same, read if it has to be and nobody does so already: for a thread of its own, which goes behind all others."""
+        with self._lock:
+            if loaded is None or loaded in self._reading:
+                return ""
+            self._reading.add(loaded)
+        try:
+            in_no_hurry()
+            self._read(loaded)
+        finally:
+            self._reading.discard(loaded)
+        return self._found.get(loaded, "")
 
     def close(self) -> None:
         self._ended.set()
 
-    def _read_behind(self, loaded: FileIdentity) -> None:
-        with self._lock:
-            if loaded in self._reading:
-                return
-            self._reading.add(loaded)
-        try:
-            self.read_behind(loaded)
-        finally:
-            self._reading.discard(loaded)
+    def _read(self, loaded: FileIdentity) -> None:
+        if loaded not in self._found and identity(self._model) == loaded:
+            found = digest(self._model, self._known, self._ended.is_set)
+            if found and identity(self._model) == loaded:  # or it was replaced meanwhile
+                self._found[loaded] = found

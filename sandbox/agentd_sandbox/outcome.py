@@ -35,6 +35,10 @@ class Operation:
     answer: dict[str, Any] | None = None
     error: str = ""
 
+    @property
+    def ended(self) -> str:
+        return "failed" if self.error else "unfinished" if self.answer is None else "done"
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 DEVICE = "device:"
 _HEAD_BYTES = 32 << 10
 _BODY_BYTES = 16 << 20
-_REQUEST_BYTES, _OPERATIONS = 1 << 20, 16  # of devices, in one call
+_REQUEST_BYTES, _DEEPEST, _OPERATIONS = 1 << 20, 8, 16  # of what is asked of a device, and of how often in one call
 _CHUNK = 64 << 10
 _TICK_S = 0.2
 _TIMEOUT_S = 30.0
@@ -186,11 +186,11 @@ class Proxy:
         if len(body) > _REQUEST_BYTES:
             raise _Bad(413, f"what is asked of a device has {_REQUEST_BYTES >> 20} MiB at most")
         try:
-            asked = json.loads(body)
+            asked = json.loads(body, parse_constant=_no_json)
         except RecursionError:
             asked = None
-        if not isinstance(asked, dict):
-            raise _Bad(400, "the body is no JSON object")
+        if not isinstance(asked, dict) or not _is_shallow(asked, _DEEPEST):
+            raise _Bad(400, "the body is no JSON object, or a deep one")
         _reply(worker, 200, "application/json", json.dumps(self._operated(self.operate, name, asked)).encode())
 
     def _operated(self, operate: Operate, name: str, asked: dict[str, Any]) -> dict[str, Any]:
@@ -297,6 +297,16 @@ class Proxy:
             if ready > 0:
                 worker.sendall(held[:ready])
                 held = held[ready:]
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _is_shallow(value: Any, left: int) -> bool:
+    """What is deep can be read, and then neither copied nor written."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left > 0 and all(_is_shallow(each, left - 1) for each in inside)
 
 
 def _in_base64(raw: bytes, before: int) -> bytes:

@@ -125,7 +125,27 @@ def test_what_a_killed_daemon_held_is_let_go_of_by_the_next(devices: Devices, bo
     after.close()
 
 
-@pytest.mark.parametrize("kept", ["", "{", "null", '["x"]', '{"17": 1}', "[99]"])
+def test_a_line_that_can_not_be_let_go_of_is_tried_again(devices: Devices, board: MockFactory, tmp_path: Path):
+    """Whatever another one does meanwhile: the others are let go of, and this one stays known."""
+    (tmp_path / "gpio.json").write_text("[17, 99]")
+    board.pin(17).function = "output"
+    devices.recover()
+    assert board.pin(17).function == "input"
+    assert json.loads((tmp_path / "gpio.json").read_text()) == [99]
+    devices.operate("gpio/18", {"do": "set"})
+    assert json.loads((tmp_path / "gpio.json").read_text()) == [18, 99]
+    devices.close()
+    assert json.loads((tmp_path / "gpio.json").read_text()) == [99]
+
+
+def test_a_line_that_others_hold_is_not_taken_for_ours(devices: Devices, board: MockFactory, tmp_path: Path):
+    """Or the next daemon would make an input of it."""
+    with gpiozero.OutputDevice(17, initial_value=True), pytest.raises(DeviceFailure, match="GPIO17 can't be used"):
+        devices.operate("gpio/17", {"do": "set"})
+    assert not (tmp_path / "gpio.json").exists()
+
+
+@pytest.mark.parametrize("kept", ["", "{", "null", '["x"]', '{"17": 1}', "[99]", "[Infinity]", "[" * 5000])
 def test_junk_where_the_lines_are_kept_keeps_nobody_from_starting(board: MockFactory, tmp_path: Path, kept: str):
     (tmp_path / "gpio.json").write_text(kept)
     Devices(tmp_path).recover()
@@ -174,7 +194,7 @@ def test_without_a_board_it_says_so(devices: Devices, monkeypatch: pytest.Monkey
     """As on this machine: gpiozero finds no way to a header."""
     monkeypatch.setattr(gpiozero.Device, "pin_factory", None)
     monkeypatch.delenv("GPIOZERO_PIN_FACTORY", raising=False)
-    with pytest.raises(DeviceFailure, match=r"agentd\[gpio\]|GPIO can't be used"):
+    with pytest.raises(DeviceFailure, match=r"is not installed|GPIO can't be used"):
         devices.operate("gpio/17", {"do": "set"})
 
 
