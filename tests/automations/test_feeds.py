@@ -242,28 +242,3 @@ def test_a_folder_that_may_not_be_read_says_so(store: Store, tmp_path: Path):
             await feed.until_true(lambda _: "not a folder" in feed.feed.trouble)
 
     asyncio.run(go())
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else for a moment")
-def test_a_folder_of_others_is_told_of_and_watched_when_it_may_be_read(store: Store, tmp_path: Path):
-    async def go() -> None:
-        inbox = tmp_path / "inbox"
-        inbox.mkdir()
-        (inbox / "a").touch()
-        async with Feed(store, inbox).running() as feed:
-            await feed.until("a")
-            inbox.chmod(0o700)
-            for parent in (tmp_path, *tmp_path.parents[:-2]):
-                parent.chmod(parent.stat().st_mode | 0o011)
-            os.seteuid(65534)
-            try:
-                feed.feed._rung.set()
-                await feed.until_true(lambda _: "Permission denied" in feed.feed.trouble)
-            finally:
-                os.seteuid(0)
-            (inbox / "b").touch()
-            feed.feed._rung.set()
-            await feed.until("a", "b")
-            assert feed.feed.trouble == ""
-
-    asyncio.run(go())

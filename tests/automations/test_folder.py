@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,6 +121,23 @@ def test_what_fits_is_files_and_no_links_nor_hidden_ones(tmp_path: Path):
     assert names(tmp_path) == {"a.txt", "b.pdf"}
     assert names(tmp_path, pattern="*.txt", recursive=True) == {"a.txt", "sub/c.txt", "sub/deep/d.txt"}
     assert names(tmp_path, pattern=".*") == {".hidden.txt"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else for a moment")
+def test_a_folder_of_others_says_so(tmp_path: Path):
+    """This thread alone is somebody else meanwhile (setfsuid(2)): another one would stir up all threads of the tests."""
+    for parent in (tmp_path, *tmp_path.parents[:-2]):
+        parent.chmod(parent.stat().st_mode | 0o011)
+    inbox = tmp_path / "inbox"
+    inbox.mkdir(mode=0o700)
+    setfsuid = ctypes.CDLL(None).setfsuid
+    setfsuid(65534)
+    try:
+        with pytest.raises(FolderGone, match="inbox can't be read: Permission denied"):
+            look(FileTrigger(path=str(inbox)), str(inbox))
+    finally:
+        setfsuid(0)
+    assert look(FileTrigger(path=str(inbox)), str(inbox)).files == {}
 
 
 def test_names_that_are_no_text_are_files_too(tmp_path: Path):

@@ -494,7 +494,7 @@ class World:
         assert self.victim.stdout
         text = b""
         while b"%d " % signal.SIGWINCH not in text:
-            if not select.select([self.victim.stdout], [], [], 5)[0]:
+            if not select.select([self.victim.stdout], [], [], 60)[0]:
                 return ["the process does not answer"]
             text += os.read(self.victim.stdout.fileno(), 4096)
         return [f"signal {number} to the process" for number in map(int, text.split()) if number != signal.SIGWINCH]
