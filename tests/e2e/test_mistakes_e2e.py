@@ -26,6 +26,7 @@ from agentd.errors import AgentdError, Reason
 from agentd.v1 import budget_pb2, run_pb2, token_pb2
 from tests.e2e.conftest import DaemonProcess
 from tests.e2e.device import QUICK, Device, seen
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,13 +66,6 @@ def refusal(call: Callable[[], object]) -> AgentdError:
     with pytest.raises(AgentdError) as caught:
         call()
     return caught.value
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # Mistakes in agentd.toml

@@ -18,15 +18,10 @@ from agentd.client import Client
 from agentd.v1 import budget_pb2
 from tests.e2e.conftest import DaemonProcess
 from tests.e2e.device import QUICK, Device, seen
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def asked(port: int) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:

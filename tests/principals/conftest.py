@@ -9,7 +9,7 @@ import pytest
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
 from tests.e2e.conftest import DaemonProcess
-from tests.principals.wire import free_port
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

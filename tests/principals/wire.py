@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import struct
 import time
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from grpc_status import rpc_status
 from agentd.v1 import system_pb2, system_pb2_grpc
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
     from tests.e2e.conftest import DaemonProcess
@@ -92,12 +92,6 @@ def outcome(target: str, *metadata: tuple[str, str | bytes], timeout_s: float = 
         except grpc.RpcError as e:
             return reason(e)[0] or e.code().name  # type: ignore[attr-defined]
     return "ok"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def descriptors(daemon: DaemonProcess) -> int:

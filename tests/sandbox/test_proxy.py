@@ -179,7 +179,7 @@ def test_answers_of_every_kind_come_through(bench: Bench, status: int, chunked: 
 
 def test_a_tunnel_carries_both_ways_unchanged(bench: Bench):
     """Ten megabytes there and back, and the end of one side first."""
-    with socket.create_server(("127.0.0.1", bench.plain + 1 if bench.plain < 65000 else 0)) as server:
+    with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         data = bytes(range(256)) * 40_000
 
