@@ -99,7 +99,8 @@ class Lines:
             else:
                 _log.warning("GPIO%d is an input again: a daemon that held it was killed", line)
                 self._stuck.discard(line)
-        self._keep(())
+        with contextlib.suppress(OSError):  # then they are made inputs once more at the next start
+            self._keep(())
 
     def close(self) -> None:
         """All outputs become inputs, and pulses end."""

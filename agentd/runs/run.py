@@ -7,13 +7,14 @@ import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from agentd.budgets import Priority, Usage
 from agentd.engine.prompt import Called, Part, Responded, Said, Turn
 from agentd.errors import Reason, RequestError
 from agentd.grants import Labels
 from agentd.grants import State as ApprovalState
+from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -152,6 +153,26 @@ class Run:
     trigger: str = ""
     triggered_by: str = ""
     approval_s: float = 0.0
+
+    @classmethod
+    def asked_for(cls, asked: RunRequest, wait_s: float) -> Self:
+        """A new one, which waits for so long at most unless it was asked for with a time."""
+        now = time.time_ns()
+        return cls(
+            *(new_id(), asked.principal, asked.prompt, asked.session or new_id(), State.QUEUED, now),
+            labels=asked.labels,
+            priority=asked.priority,
+            start_by_ns=asked.start_by_ns or now + int(wait_s * 1e9),
+            budget=asked.budget,
+            within=asked.within,
+            token=asked.token,
+            rehearse=asked.rehearse,
+            tools=asked.tools,
+            direct=asked.direct,
+            trigger=asked.trigger,
+            triggered_by=asked.triggered_by,
+            approval_s=asked.approval_s,
+        )
 
     @property
     def ended(self) -> bool:

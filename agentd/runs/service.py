@@ -139,24 +139,8 @@ class Runs:
         return principal if self._quotas and self._quotas.counts_tokens(principal) else ""
 
     def _new(self, asked: RunRequest) -> Run:
-        now = time.time_ns()
         policy = self._admission.policy
-        wait_s = policy.defer_s if asked.priority is Priority.BACKGROUND else policy.wait_s
-        return Run(
-            *(new_id(), asked.principal, asked.prompt, asked.session or new_id(), State.QUEUED, now),
-            labels=asked.labels,
-            priority=asked.priority,
-            start_by_ns=asked.start_by_ns or now + int(wait_s * 1e9),
-            budget=asked.budget,
-            within=asked.within,
-            token=asked.token,
-            rehearse=asked.rehearse,
-            tools=asked.tools,
-            direct=asked.direct,
-            trigger=asked.trigger,
-            triggered_by=asked.triggered_by,
-            approval_s=asked.approval_s,
-        )
+        return Run.asked_for(asked, policy.defer_s if asked.priority is Priority.BACKGROUND else policy.wait_s)
 
     def _loop(self, live: Live) -> Loop:
         run = live.run
