@@ -1,6 +1,6 @@
 #!/bin/sh
 # Run the sandbox's tests on another architecture: boot Debian's kernel for it in qemu and run them inside.
-#   scripts/emulate.sh [aarch64|armhf|armhf-on-aarch64] [ARGUMENTS OF PYTEST]     default: aarch64 tests/sandbox
+#   scripts/emulate.sh [aarch64|armhf|armhf-on-aarch64] [ARGUMENTS OF PYTEST]     default: aarch64 tests/sandbox and the lines of its GPIO chip
 #
 # The filters know system calls by numbers that differ between architectures, and the broker reads structures whose
 # layout does. qemu's user mode has no seccomp, so only a whole machine, with a real kernel of that architecture, says
@@ -26,16 +26,20 @@ packages="base-files busybox-static coreutils curl dash e2fsprogs findutils grep
     python3 sed tzdata util-linux"
 modules="kernel/fs/ext4 kernel/fs/jbd2 kernel/fs/mbcache.ko* kernel/drivers/block/loop.ko* kernel/lib/*crc* kernel/crypto/crc32*"
 requirements="pytest>=8.3 hypothesis>=6.120 pyseccomp>=0.1.2"
+board="gpiozero>=2.0.1 lgpio>=0.2.2 pydantic>=2.10 apsw>=3.50"  # for tests/devices/test_board.py
 
 machine=aarch64
 case ${1:-} in
 aarch64 | armhf | armhf-on-aarch64) machine=$1 && shift ;;
 esac
-[ $# -gt 0 ] || set -- tests/sandbox
+if [ $# -eq 0 ]; then
+    set -- tests/sandbox
+    [ "$machine" != aarch64 ] || set -- "$@" tests/devices/test_board.py
+fi
 
 # Of the programs and of the kernel: Debian's name for the architecture. Then pip's name for it.
 case $machine in
-aarch64) programs=arm64 kernel=arm64 wheels=aarch64 ;;
+aarch64) programs=arm64 kernel=arm64 wheels=aarch64 requirements="$requirements $board" ;;
 armhf) programs=armhf kernel=armhf wheels=armv7l ;;
 armhf-on-aarch64) programs=armhf kernel=arm64 wheels=armv7l ;;
 esac
@@ -148,7 +152,7 @@ make_base() {
     # shellcheck disable=SC2086
     timeout 900 "$python" -m pip -qq install --disable-pip-version-check --target "$root/opt/site" \
         --only-binary :all: --implementation cp --python-version "${version#python}" \
-        --platform "manylinux_2_17_$wheels" --platform "manylinux2014_$wheels" --platform "linux_$wheels" $requirements ||
+        --platform "manylinux_2_34_$wheels" --platform "manylinux_2_28_$wheels" --platform "manylinux_2_17_$wheels" --platform "manylinux2014_$wheels" --platform "linux_$wheels" $requirements ||
         fail "pytest and hypothesis can't be fetched"
     say "packing them"
     pack "$root" "$1"
@@ -172,7 +176,7 @@ fi
 # What differs from run to run: the work tree, the arguments, and the first process.
 guest=$work/guest
 mkdir -p "$guest/repository"
-(cd "$repository" && tar -c --exclude __pycache__ sandbox tests tools pyproject.toml) | tar -x --no-same-owner -C "$guest/repository"
+(cd "$repository" && tar -c --exclude __pycache__ --exclude '*.gguf' agentd sandbox tests tools pyproject.toml) | tar -x --no-same-owner -C "$guest/repository"
 chmod -R a+rX "$guest/repository"
 if [ -t 1 ]; then colour=yes; else colour=no; fi
 for argument in "$@"; do
@@ -181,7 +185,8 @@ done >"$work/arguments"
 {
     cat <<'END'
 #!/bin/sh
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 PYTHONPATH=/opt/site:/repository/sandbox
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C.UTF-8 PYTHONPATH=/opt/site:/repository/sandbox:/repository
+export AGENTD_EMULATED=1
 export HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis
 finish() { echo "emulate-result: $*"; sync; busybox poweroff -f; }
 trap 'finish the first process ended' EXIT

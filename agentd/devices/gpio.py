@@ -76,10 +76,10 @@ class Lines:
                 on = self._read(gpiozero, line, request.pull)
             else:
                 on = self._switch(gpiozero, line, request)
-        except gpiozero.GPIOZeroError as e:
-            raise DeviceFailure(f"GPIO{line} can't be used: {e or type(e).__name__}") from None
-        except OSError as e:
-            raise DeviceFailure(f"GPIO{line} can't be used: {e.strerror or e}") from None
+        except DeviceFailure:
+            raise
+        except Exception as e:  # of gpiozero's and of lgpio's many kinds: no such line, one that others hold
+            raise DeviceFailure(f"GPIO{line} can't be used: {str(e).strip(chr(39)) or type(e).__name__}") from None
         return {"line": line, "value": "on" if on else "off"}
 
     def recover(self) -> None:
@@ -128,7 +128,8 @@ class Lines:
 
     def _library(self) -> Any:
         """Without a choice of the user's it is lgpio: what gpiozero falls back to claims no line, and others use it, too."""
-        os.environ.setdefault("LG_WD", str(self._folder))  # it makes pipes in the working folder, which may be `/`
+        os.environ.setdefault("LG_WD", str(self._folder))  # it makes pipes in the working folder, which may be `/`,
+        here = os.getcwd()  # and goes there itself
         try:
             import gpiozero  # noqa: PLC0415 - an extra, and half a second on a Pi
 
@@ -140,6 +141,8 @@ class Lines:
             raise DeviceFailure(f"{e.name} is not installed: `{extras.install('gpio')}`, then restart agentd") from None
         except Exception as e:  # a library's, and of many kinds: no board, no right to use it
             raise DeviceFailure(f"this device's GPIO can't be used: {e}") from None
+        finally:
+            os.chdir(here)
         return gpiozero
 
     def _read(self, gpiozero: Any, line: int, pull: str) -> bool:
