@@ -14,6 +14,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/box" "$work/told"
+"$venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --target "$work/site" .
 export work packages version
 # shellcheck disable=SC2016
 if ! unshare --mount --pid --fork --uts --cgroup --propagation private sh -eu -c '
@@ -38,11 +39,13 @@ mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
 mount --rbind /dev "$root/dev"
 mount -t tmpfs none "$root/run"
 mount -t tmpfs none "$root/tmp"
-mkdir -p "$root/opt/agentd/told"
+mkdir -p "$root/opt/agentd/told" "$root/opt/agentd/site" "$root/opt/agentd/packages"
 mount --bind "$work/told" "$root/opt/agentd/told"
+mount --bind "$work/site" "$root/opt/agentd/site"
+mount --bind "$packages" "$root/opt/agentd/packages"
 "/usr/bin/python$version" -m venv --without-pip "$root/opt/agentd"
 sed -i "s|^$root||" "$root/opt/agentd/pyvenv.cfg"
-printf "%s\nimport site; site.addsitedir(\"%s\")\n" "" "$packages" > "$root/opt/agentd/lib/python$version/site-packages/agentd.pth"
+printf "%s\n" /opt/agentd/site /opt/agentd/packages > "$root/opt/agentd/lib/python$version/site-packages/agentd.pth"
 printf "#!/opt/agentd/bin/python\nimport sys\nfrom agentd.cli import main\nsys.exit(main())\n" > "$root/opt/agentd/bin/agentd"
 chmod 755 "$root/opt/agentd/bin/agentd"
 cp scripts/systemd-inside.sh "$root/opt/agentd/try.sh"
