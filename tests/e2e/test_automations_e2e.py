@@ -412,13 +412,14 @@ def test_tools_that_are_not_there_are_told_of_with_what_to_do(house: House):
 
 def test_what_the_model_says_is_done_and_was_not_is_on_record(house: House):
     """It answers whatever its tool says; the history has the tool's word."""
-    house.write("look", 'prompt = "read missing.txt"\n[on.file]\npath = "HOME/inbox"\n')
+    house.tools = f'sysfs = "{house.root}/sys"\n'
+    house.write("look", 'prompt = "how is the battery"\n[on.file]\npath = "HOME/inbox"\n')
     house.start()
     with Client(house.socket) as client:
         (house.inbox / "a.txt").touch()
         until(lambda: states(client) == [Event.STATE_SUCCEEDED])
         (event,) = client.automations.events()
-        assert event.note == f"files.read: {house.home}/missing.txt does not exist"
+        assert event.note == "system.battery: no battery found"
 
 
 def test_a_flood_of_calls_is_taken_or_refused_and_harms_nobody(house: House):
