@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     "grants": {"store", "audit", "devices", "errors"},
     "principals": {"grants", "store", "audit", "errors"},
     "calls": {"grants", "journal", "audit", "devices", "store", "errors", "config", "tasks"},
-    "runs": {"engine", "budgets", "calls", "grants", "store", "errors"},
+    "runs": {"engine", "budgets", "calls", "grants", "store", "errors", "tasks"},
     "automations": {"runs", "budgets", "grants", "store", "config", "errors", "tasks"},
     "api": {
         "automations",

@@ -81,14 +81,8 @@ def pull(model: str, mirror: str, file: Path | None, *, as_json: bool) -> None:
         return
     console.print(f"[green]here:[/] {shown(str(path))}")
     if not entry.sha256:
-        console.print(
-            "[dim]its SHA-256 is in no catalogue"
-            + (
-                ": nobody can say whether it is the right one[/]"
-                if file
-                else ": it was held against the server's, if that names one[/]"
-            )
-        )
+        held = "nobody can say whether it is the right one" if file else "it was held against the server's, if that names one"
+        console.print(f"[dim]its SHA-256 is in no catalogue: {held}[/]")
     console.print(f"[dim]agentd models use {shown(model if known.catalogue.named(model) else str(path))}[/]")
 
 

@@ -61,6 +61,7 @@ class Lines:
         """What nobody could let go of yet."""
         self._lock = threading.Lock()
         self._closed = False
+        self._gpiozero: Any = None
 
     def request(self, name: str) -> type[BaseModel]:
         match = _NAME.fullmatch(name)
@@ -127,23 +128,16 @@ class Lines:
             self._kept.unlink(missing_ok=True)
 
     def _library(self) -> Any:
-        """Without a choice of the user's it is lgpio: what gpiozero falls back to claims no line, and others use it, too."""
-        os.environ.setdefault("LG_WD", str(self._folder))  # it makes pipes in the working folder, which may be `/`,
-        here = os.getcwd()  # and goes there itself
-        try:
-            import gpiozero  # noqa: PLC0415 - an extra, and half a second on a Pi
-
-            if gpiozero.Device.pin_factory is None and "GPIOZERO_PIN_FACTORY" not in os.environ:
-                from gpiozero.pins.lgpio import LGPIOFactory  # noqa: PLC0415
-
-                gpiozero.Device.pin_factory = LGPIOFactory()
-        except ImportError as e:
-            raise DeviceFailure(f"{e.name} is not installed: `{extras.install('gpio')}`, then restart agentd") from None
-        except Exception as e:  # a library's, and of many kinds: no board, no right to use it
-            raise DeviceFailure(f"this device's GPIO can't be used: {e}") from None
-        finally:
-            os.chdir(here)
-        return gpiozero
+        """Loaded once. Raises DeviceFailure."""
+        with self._lock:  # one thread: the working folder is everybody's
+            if self._gpiozero is None:
+                os.environ.setdefault("LG_WD", str(self._folder))  # lgpio makes pipes in the working folder, which may be `/`,
+                here = os.getcwd()  # and goes there itself
+                try:
+                    self._gpiozero = _load()
+                finally:
+                    os.chdir(here)
+            return self._gpiozero
 
     def _read(self, gpiozero: Any, line: int, pull: str) -> bool:
         with self._lock:
@@ -186,3 +180,19 @@ class Lines:
         except BaseException:
             self._keep(self._outputs)
             raise
+
+
+def _load() -> Any:
+    """Without a choice of the user's it is lgpio: what gpiozero falls back to claims no line, and others use it, too."""
+    try:
+        import gpiozero  # noqa: PLC0415 - an extra, and half a second on a Pi
+
+        if gpiozero.Device.pin_factory is None and "GPIOZERO_PIN_FACTORY" not in os.environ:
+            from gpiozero.pins.lgpio import LGPIOFactory  # noqa: PLC0415
+
+            gpiozero.Device.pin_factory = LGPIOFactory()
+    except ImportError as e:
+        raise DeviceFailure(f"{e.name} is not installed: `{extras.install('gpio')}`, then restart agentd") from None
+    except Exception as e:  # a library's, and of many kinds: no board, no right to use it
+        raise DeviceFailure(f"this device's GPIO can't be used: {e}") from None
+    return gpiozero

@@ -155,7 +155,7 @@ class Run:
     approval_s: float = 0.0
 
     @classmethod
-    def asked_for(cls, asked: RunRequest, wait_s: float) -> Self:
+    def of(cls, asked: RunRequest, wait_s: float) -> Self:
         """A new one, which waits for so long at most unless it was asked for with a time."""
         now = time.time_ns()
         return cls(

@@ -19,6 +19,7 @@ from agentd.runs.live import Live
 from agentd.runs.loop import Caller, Limits, Loop, Model, ModelSettings
 from agentd.runs.run import Run, RunEvent, RunRequest, State, StopReason
 from agentd.store import new_id
+from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,7 +74,6 @@ class Runs:
         self._settings, self._limits = settings, limits
         self._quotas, self._used, self._is_known, self._prepare = quotas, used, is_known, prepare
         self._live: dict[str, Live] = {}
-        self._keeping: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     async def create(self, asked: RunRequest) -> Run:
@@ -90,7 +90,8 @@ class Runs:
         if self._quotas:
             self._quotas.require(asked.principal)
         ticket = self._admitted(asked)
-        live = Live(self._new(asked), ticket)
+        policy = self._admission.policy
+        live = Live(Run.of(asked, policy.defer_s if asked.priority is Priority.BACKGROUND else policy.wait_s), ticket)
         try:
             kept = await self._records.insert(live.run, asked.request_id or None)
             if kept.id != live.run.id:
@@ -137,10 +138,6 @@ class Runs:
     def _key(self, principal: str) -> str:
         """Two that may use only so many tokens together are not to count on the same ones."""
         return principal if self._quotas and self._quotas.counts_tokens(principal) else ""
-
-    def _new(self, asked: RunRequest) -> Run:
-        policy = self._admission.policy
-        return Run.asked_for(asked, policy.defer_s if asked.priority is Priority.BACKGROUND else policy.wait_s)
 
     def _loop(self, live: Live) -> Loop:
         run = live.run
@@ -321,8 +318,6 @@ class Runs:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_TIMEOUT_S)
-        if self._keeping:
-            await asyncio.wait(self._keeping, timeout=STOP_TIMEOUT_S)
 
     async def _go(self, live: Live, loop: Loop) -> None:
         end: dict[str, Any]
@@ -368,10 +363,7 @@ class Runs:
             transcript=tuple(loop.transcript),
         )
         self._admission.leave(live.ticket)
-        keeping = asyncio.create_task(self._keep(live, ended), name=f"keep run {live.run.id}")
-        self._keeping.add(keeping)
-        keeping.add_done_callback(self._keeping.discard)
-        await asyncio.shield(keeping)
+        await to_its_end(self._keep(live, ended))  # whoever cancels it now is to see its end, too
 
     def _overdue(self, live: Live) -> dict[str, Any]:
         """One that has begun ends with what it has."""

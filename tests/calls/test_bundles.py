@@ -73,6 +73,14 @@ def test_what_a_device_means_is_not_the_bundles_to_say(tmp_path: Path, device: s
     assert (tool.manifest.asks, tool.manifest.gives_private, tool.manifest.sends) == (asks, private, sends)
 
 
+@pytest.mark.parametrize(("ask", "private"), [(True, False), (False, True), (False, False)])
+def test_a_bundle_may_say_more_of_itself(tmp_path: Path, *, ask: bool, private: bool):
+    """What costs money, or gives back what nobody else is to know, without any device."""
+    said = f'effect = "files"\nask = {str(ask).lower()}\nprivate = {str(private).lower()}'
+    (tool,) = load([bundle(tmp_path, GOOD.replace('effect = "files"', said))]).tools.values()
+    assert (tool.manifest.asks, tool.manifest.gives_private) == (ask, private)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

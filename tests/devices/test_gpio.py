@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import pytest
 from agentd_sandbox import DeviceFailure
 from gpiozero.pins.mock import MockFactory
 
-from agentd.devices import Devices
+from agentd.devices import Devices, gpio
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -157,6 +158,26 @@ def test_the_lines_are_let_go_of_when_the_daemon_stops(devices: Devices, board: 
     assert board.pin(17).function == "input"
     with pytest.raises(DeviceFailure, match="stopping"):
         devices.operate("gpio/17", {"do": "set"})
+
+
+def test_the_working_folder_stays_where_it_is(board: MockFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """lgpio goes to its own when it is loaded, here as often as four threads ask for the first line at once."""
+    here, load = os.getcwd(), gpio._load
+
+    def loaded() -> Any:
+        os.chdir(tmp_path)
+        time.sleep(0.02)
+        return load()
+
+    monkeypatch.setattr(gpio, "_load", loaded)
+    devices = Devices(tmp_path)
+    threads = [threading.Thread(target=devices.operate, args=(f"gpio/{n}/read", {})) for n in (4, 5, 6, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    devices.close()
+    assert os.getcwd() == here
 
 
 @pytest.mark.parametrize("name", ["", "017", "-1", "1e1", "GPIO17", "17/", "../17", "100", "1\n", "๑", "17/reads", "/read"])
