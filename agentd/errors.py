@@ -85,6 +85,7 @@ class Reason(Enum):
     PLAN_CHANGED = Code.FAILED_PRECONDITION, "plan is out of date"
     UNDO_CONFLICT = Code.FAILED_PRECONDITION, "changed since"
     STORE_FULL = Code.RESOURCE_EXHAUSTED, "disk full"
+    DESCRIPTORS_SHORT = Code.RESOURCE_EXHAUSTED, "too few file descriptors"
     STORE_DAMAGED = Code.FAILED_PRECONDITION, "store damaged"
     STORE_LOCKED = Code.FAILED_PRECONDITION, "state folder in use"
     AUDIT_CLOSED = Code.FAILED_PRECONDITION, "audit log closed"

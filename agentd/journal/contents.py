@@ -83,14 +83,14 @@ class Contents:
         self._folder = folder
         self._cannot_clone: set[int] = set()
 
-    def keep(self, source: int, *, limit: int, goes: bool = False, grows: bool = False) -> Kept:
+    def keep(self, source: int, *, limit: int | None, goes: bool = False, grows: bool = False) -> Kept:
         """The content of a file that is open to be read; durable when it returns, except for what is inline.
 
         `goes` says that this file is about to be removed or replaced, `grows` that it can only be appended to.
         Raises TooLarge past `limit` bytes, OSError.
         """
         status = os.fstat(source)
-        if status.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise TooLarge
         with open(source, "rb", closefd=False) as file:
             head = _read(file, INLINE_BYTES + 1)
@@ -100,7 +100,7 @@ class Contents:
                 file.seek(0)
                 return Kept(_digest(first(_pieces(file), status.st_size)), length=status.st_size)
             kept = self._clone(file, status) or (self._name(file, status) if goes else None)
-            return kept or self._copy(file, limit)
+            return kept or self._copy(file, status.st_size if limit is None else limit)
 
     def keep_first(self, source: int, length: int) -> Kept:
         """A copy of the first bytes of a file that is open to be read: it may be changed otherwise from now on."""

@@ -13,12 +13,12 @@ from agentd.journal.contents import Kept, first
 from agentd.journal.state import PathState, opened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from agentd.journal.contents import Contents
     from agentd.store import Store
 
-_OF_CALL = """SELECT path, before, content, object, length, after, result, result_object FROM pre_image WHERE call = ?
+_OF_CALL = """SELECT n, path, before, content, object, length, after, result, result_object FROM pre_image WHERE call = ?
               ORDER BY n"""
 _LATER = """SELECT before, content, object FROM journal JOIN pre_image USING (call)
             WHERE path = ?1 AND begun > (SELECT begun FROM journal WHERE call = ?2) AND coalesce(content, object) IS NOT NULL
@@ -39,15 +39,17 @@ class Image:
     content: Kept = _NOTHING
     after: PathState | None = None
     result: Kept = _NOTHING
+    n: int = 0
+    """Its place among those of the call."""
 
     @property
     def changed(self) -> bool:
-        return self.after is not None and not self.after.same_as(self.before)
+        return self.after is not None and self.after.differs_from(self.before)
 
     def reversed(self) -> Image:
         """The change the other way round: from what the call has made to what was there."""
         assert self.after is not None
-        return Image(self.call, self.path, self.after, self.result, self.before, self.content)
+        return Image(self.call, self.path, self.after, self.result, self.before, self.content, self.n)
 
 
 class Images:
@@ -65,7 +67,7 @@ class Images:
 
     def chunks(self, image: Image) -> Iterator[bytes]:
         """A file as it was before, in pieces. Raises JournalError (NOT_UNDOABLE) if that is missing or not what it was."""
-        if image.before.kind != "file":
+        if image.before.kind != "file" or not image.before.digest:
             return
         shown = os.fsdecode(image.path)
         if image.content.length:
@@ -143,6 +145,7 @@ def _content_of(path: bytes) -> Iterator[bytes]:
 
 def _image(
     call: str,
+    n: int,
     path: bytes,
     before: str,
     content: bytes | None,
@@ -154,4 +157,24 @@ def _image(
 ) -> Image:
     was, became = PathState.from_json(before), PathState.from_json(after) if after else None
     kept = Kept(was.digest, content, name, length)
-    return Image(call, path, was, kept, became, Kept(became.digest if became else "", result, result_name))
+    return Image(call, path, was, kept, became, Kept(became.digest if became else "", result, result_name), n)
+
+
+def times_around(images: Iterable[Image], *, left: bool = False) -> dict[bytes, int]:
+    """When directories had been changed before the first of these changes in each; with `left`, after the last of them.
+
+    A directory's time is changed by each name that comes or goes in it, so it is noted with every path.
+    """
+    times: dict[bytes, int] = {}
+    for image in images:
+        state = image.after if left else image.before
+        if state is None:
+            continue
+        for path, ns in ((image.path, state.mtime_ns if state.kind == "folder" else 0), (_above(image.path), state.around_ns)):
+            if ns and (left or path not in times):
+                times[path] = ns
+    return times
+
+
+def _above(path: bytes) -> bytes:
+    return os.path.dirname(path)

@@ -1,8 +1,7 @@
-"""Transactions over paths, undo of a call, recovery after a kill.
+"""Transactions over paths: former states kept before a change, and the end of each call on record.
 
-The order is what counts: pre-image durable together with the intent event, then the change, then the end event.
-A transaction that has no end when the daemon starts is rolled back; what recovery overwrites is kept as a
-pre-image of the recovery itself.
+The order is what counts: pre-image durable together with the intent event, then the change, then the end event. A transaction
+that has no end when the daemon starts is rolled back (`recovery`).
 """
 
 from __future__ import annotations
@@ -10,25 +9,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import os
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from agentd.audit import Event, FileOperation, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
+from agentd.journal.flushing import make_all_durable
 from agentd.journal.images import GIVE_UP, Image, Images
-from agentd.journal.plan import Selection, Ways, finished_since
+from agentd.journal.places import Granting
+from agentd.journal.plan import Selection, Ways
+from agentd.journal.recovery import Recovery
+from agentd.journal.restoring import Failure
 from agentd.journal.retention import Keep, Retention
 from agentd.journal.rollback import Rollbacks, Undone
-from agentd.journal.state import PathState, keep, look, make_durable, put_back, sweep
-from agentd.journal.transaction import Taker, Transaction
-from agentd.store import new_id
+from agentd.journal.state import ABSENT, PathState, as_it_was, keep, look_anyhow
+from agentd.journal.transaction import Taker, Transaction, unreadable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import apsw
@@ -38,16 +40,17 @@ if TYPE_CHECKING:
     from agentd.store import Store
 
 
-_log = logging.getLogger(__name__)
 _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
             VALUES (?, 'open', ?, ?, ?, ?, ?, ?)"""
 _IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length) VALUES (?, ?, ?, ?, ?, ?, ?)"
-_IN_FULL = "UPDATE pre_image SET content = ?, object = ?, length = 0 WHERE call = ? AND path = ?"
-_AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND path = ?"
+_AGAIN = "UPDATE pre_image SET before = ?, content = ?, object = ?, length = ? WHERE call = ? AND n = ?"
+_AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND n = ?"
+_BATCH = 500
+"""Rows of one commit: others' commits come in between."""
 
 
 class Journal:
-    """Undo records in the store; large pre-images in the folder `objects` beside it."""
+    """Undo records in the store; large pre-images in the directory `objects` beside it."""
 
     def __init__(self, store: Store, audit: AuditLog, objects: Path, bounds: Keep) -> None:
         self._store, self._audit = store, audit
@@ -56,72 +59,103 @@ class Journal:
         self._bounds = bounds
         self.retention = Retention(store, audit, objects.parent, self._contents, bounds)
         self._images = Images(store, self._contents)
+        self.recovery = Recovery(self, store, audit, self._images, self._contents)
         self.rollbacks = Rollbacks(self, store, audit, self._images)
         self._counting = threading.Lock()
         self._begun = int(store.read(lambda db: db.execute("SELECT coalesce(max(begun), 0) FROM journal").get))
 
-    def begin(self, call: str, intent: Event, declared: Iterable[bytes] = (), replaced: Iterable[bytes] = ()) -> Transaction:
+    def begin(self, call: str, intent: Event, declared: Iterable[bytes] = ()) -> Transaction:
         """Record the intent and the present state of paths in one commit.
 
-        Of `declared` paths, which a tool may change, large files are taken later; `replaced` ones are about to be put back.
-        Raises JournalError (NOT_UNDOABLE) if a content is too large to keep, StoreError if it can't be written.
+        Of `declared` paths, which a tool may change, large files are taken later. Raises JournalError (NOT_UNDOABLE) if a
+        content is too large to keep, StoreError if it can't be written.
         """
-        with self._counting:
-            self._begun += 1
-            transaction = Transaction(self, call, self._begun)
+        transaction = self._new(call)
         named = list(declared)
         if named:
-            self.retention.require_space()
-        wanted = self._taker.at_once(named)
-        self.capture(transaction, wanted | dict.fromkeys(replaced, "replace"), intent)
+            self.retention.require_space(named)
+        self.capture(transaction, self._taker.at_once(named), intent)
         return transaction
+
+    def begin_restoring(
+        self, call: str, intent: Event, paths: Iterable[bytes], failures: list[Failure] | None = None
+    ) -> Transaction:
+        """As `begin`, for paths that are about to be restored: what is there is kept however large it is.
+
+        With `failures`, paths that can't be kept are noted there instead of ending it.
+        """
+        transaction = self._new(call, limited=False)
+        self.capture(transaction, dict.fromkeys(paths, "replace"), intent, failures)
+        return transaction
+
+    def _new(self, call: str, *, limited: bool = True) -> Transaction:
+        with self._counting:
+            self._begun += 1
+            return Transaction(self, call, self._begun, limited=limited)
 
     def foresee(self, paths: Iterable[bytes]) -> str:
         """Why changing these paths could not be undone, as far as can be said beforehand; empty if it could."""
         return self._taker.foresee(paths)
 
-    def capture(self, transaction: Transaction, paths: Mapping[bytes, Operation], intent: Event | None) -> None:
+    def capture(
+        self,
+        transaction: Transaction,
+        paths: Mapping[bytes, Operation],
+        intent: Event | None,
+        failures: list[Failure] | None = None,
+    ) -> None:
         """Add pre-images of paths to a transaction; with `intent`, the event and the transaction itself too.
 
-        A path maps to what is about to happen to it. Raises JournalError (NOT_UNDOABLE), StoreError.
+        A path maps to what is about to happen to it. Raises JournalError (NOT_UNDOABLE, DESCRIPTORS_SHORT), StoreError.
         """
         images: list[Image] = []
+        closed: dict[bytes, Operation] = {}
         try:
             for path, operation in paths.items():
-                images.append(self._taker.take(transaction, path, operation))
+                with _noting(path, failures):
+                    try:
+                        images.append(self._taker.take(transaction, path, operation))
+                    except OSError:
+                        closed[path] = operation
+                        if noted := self._taker.note(transaction, path):
+                            images.append(noted)
+            self._write_images(transaction, images, intent)
         except AgentdError:
             self._part(images)
             raise
-        new = [image for image in images if image.path not in transaction.images]
-        known = [image for image in images if image.path in transaction.images]
-        first = len(transaction.images)
+        if closed:
+            self._capture_closed(transaction, closed, failures)
+
+    def _capture_closed(
+        self, transaction: Transaction, paths: Mapping[bytes, Operation], failures: list[Failure] | None
+    ) -> None:
+        """Their modes are on record by now: the owner may be permitted to read them for a while."""
+        images: list[Image] = []
+        with Granting(lambda path: self.note_mode(transaction, path)) as granting:
+            for path, operation in paths.items():
+                with _noting(path, failures):
+                    try:
+                        image = granting.reading(lambda: self._taker.take(transaction, path, operation), path)  # noqa: B023
+                    except OSError as e:
+                        raise unreadable(path, e) from e
+                    images.append(replace(image, before=as_it_was(image.before, path, granting)))
+        self._write_images(transaction, images, None)
+
+    def _write_images(self, transaction: Transaction, images: Sequence[Image], intent: Event | None) -> None:
+        numbered = _numbered(transaction, images)
+        known = [image for image in numbered if image.path in transaction.images]
+        new = [image for image in numbered if image.path not in transaction.images]
 
         def commit(db: apsw.Connection) -> None:
             if intent is not None:
                 self._audit.append(db, intent)
-                effect = intent.tool.effect if intent.tool else ""
-                row = (
-                    transaction.call,
-                    transaction.begun,
-                    time.time_ns(),
-                    intent.run,
-                    intent.session,
-                    intent.principal,
-                    effect,
-                )
-                db.execute(_BEGIN, row)
-            for n, image in enumerate(new, first):
-                kept, before = image.content, image.before.to_json()
-                db.execute(_IMAGE, (image.call, n, image.path, before, kept.inline, kept.object, kept.length))
-            in_full = [(i.content.inline, i.content.object, i.call, i.path) for i in known]
-            db.executemany(_IN_FULL, in_full)
+                who = (intent.run, intent.session, intent.principal, intent.tool.effect if intent.tool else "")
+                db.execute(_BEGIN, (transaction.call, transaction.begun, time.time_ns(), *who))
+            db.executemany(_IMAGE, ((i.call, i.n, i.path, i.before.to_json(), *_columns(i.content)) for i in new))
+            db.executemany(_AGAIN, ((i.before.to_json(), *_columns(i.content), i.call, i.n) for i in known))
 
-        try:
-            self._store.write(commit)
-        except AgentdError:
-            self._part(images)
-            raise
-        transaction.images.update({image.path: image for image in images})
+        self._store.write(commit)
+        transaction.images.update({image.path: image for image in numbered})
 
     def _part(self, images: Iterable[Image]) -> None:
         """A file that was to be kept as it is, but is still in its place, is somebody's again, and nobody else's."""
@@ -139,128 +173,148 @@ class Journal:
     ) -> tuple[FileTouched, ...]:
         """Record the end; `settled` are other calls and the states that this one brings them to, in the same commit.
 
-        `undoes` are the calls that this one has put back.
+        `undoes` are the calls that this one has undone.
         """
         after, files = self._settled(transaction)
         results = {path: self._result(path, state, INLINE_BYTES) for path, state in after.items() if path in files}
 
         def commit(db: apsw.Connection) -> None:
-            self._record_results(db, transaction, after, results)
             done = (json.dumps(list(undoes)), transaction.call)
             db.execute("UPDATE journal SET state = 'done', undoes = ? WHERE call = ?", done)
             db.executemany("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
             self._audit.append(db, event.model_copy(update={"files": tuple(files.values()), "undoable": bool(files)}))
 
         try:
-            self._end(commit)
-        except AgentdError:  # a change without its record must not stand; the next start closes the transaction
-            self._put_back(transaction)
+            self._end(commit, self._results(transaction, after, results))
+        except AgentdError:  # a change without its record must not stand
+            self.restore(transaction)
             raise
         self._part(transaction.images.values())
         return tuple(files.values())
 
     def rehearse(self, transaction: Transaction, event: Event) -> tuple[FileTouched, ...]:
-        """Keep what a call has made of each path, put everything back, and record it: nothing has happened, but could.
+        """Keep what a call has made of each path, restore everything, and record it: nothing has happened, but could.
 
-        Raises JournalError (NOT_UNDOABLE) if a result is too large to keep, StoreError: everything is put back then, too.
+        Raises JournalError (NOT_UNDOABLE) if a result is too large to keep, StoreError: everything is restored then, too.
         """
         after, files = self._settled(transaction)
         try:
             results = {path: self._result(path, after[path], self._bounds.file_bytes) for path in files}
         finally:
-            self._put_back(transaction)
+            self.restore(transaction)
 
         def commit(db: apsw.Connection) -> None:
-            self._record_results(db, transaction, after, results)
             db.execute("UPDATE journal SET state = ? WHERE call = ?", ("rehearsed" if files else "done", transaction.call))
             self._audit.append(db, event.model_copy(update={"files": tuple(files.values()), "undoable": False}))
 
-        self._end(commit)
+        self._end(commit, self._results(transaction, after, results))
         self._part(transaction.images.values())
         return tuple(files.values())
 
-    def _record_results(
-        self, db: apsw.Connection, transaction: Transaction, after: Mapping[bytes, PathState], results: Mapping[bytes, Kept]
-    ) -> None:
+    def _results(
+        self, transaction: Transaction, after: Mapping[bytes, PathState], results: Mapping[bytes, Kept]
+    ) -> list[tuple[object, ...]]:
+        rows: list[tuple[object, ...]] = []
         for path, state in after.items():
             kept = results.get(path, Kept())
-            db.execute(_AFTER, (state.to_json(), kept.inline, kept.object, transaction.call, path))
+            rows.append((state.to_json(), kept.inline, kept.object, transaction.call, transaction.images[path].n))
+        return rows
 
     def _settled(self, transaction: Transaction) -> tuple[dict[bytes, PathState], dict[bytes, FileTouched]]:
-        """What the call has left, durable, and what of it is new. Raises JournalError with everything put back."""
+        """What the call has left, durable, and what of it is new. Raises JournalError with everything restored."""
         try:
-            after = {path: _after(path) for path in transaction.images}
-            files = {
-                path: touched
-                for path, image in transaction.images.items()
-                if (touched := _touched(path, image.before, after[path])) is not None
-            }
-            for path in files:
-                make_durable(path)
+            with Granting(lambda path: self.note_mode(transaction, path)) as granting:
+                after = {path: _after(path, granting) for path in transaction.images}
+                files = {
+                    path: touched
+                    for path, image in transaction.images.items()
+                    if (touched := _touched(path, image.before, after[path])) is not None
+                }
+                make_all_durable(files, one_by_one=not granting.used)
         except OSError as e:  # what can't be read or made durable is no end: a disk that fails may not keep it
-            self._put_back(transaction)
+            self.restore(transaction)
             shown = os.fsdecode(e.filename) if e.filename else "what it changed"
             raise JournalError(
                 Reason.NOT_UNDOABLE,
-                f"The call was put back: {shown} could not be read or made durable after it: {e.strerror}.",
+                f"The call was rolled back: {shown} could not be read or made durable after it: {e.strerror}.",
                 hint="Check the disk.",
                 metadata={"call": transaction.call},
             ) from e
         return after, files
+
+    def note_mode(self, transaction: Transaction, path: bytes) -> None:
+        """What is about to be given another mode for a while gets its own again, whatever happens in between."""
+        if path not in transaction.images:
+            self.capture(transaction, {path: "write"}, None)
 
     def _result(self, path: bytes, state: PathState, limit: int) -> Kept:
         """What a call has made of a file: small ones to be shown and merged later, all of a rehearsal to be applied."""
         if state.kind != "file":
             return Kept()
         try:
-            again, kept = keep(path, self._contents, limit=limit)
+            with Granting() as granting:
+                again, kept = granting.reading(lambda: keep(path, self._contents, limit=limit), path)
         except (OSError, TooLarge) as e:
             if limit == INLINE_BYTES:
                 return Kept()
             shown = os.fsdecode(path)
-            message = f"What the call made of {shown} can't be kept to be looked at, so it was put back."
+            message = f"What the call made of {shown} can't be kept to be looked at, so it was rolled back."
             raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown}) from e
         return kept if again.digest == state.digest else Kept()
 
-    def _put_back(self, transaction: Transaction) -> None:
-        """Undo what a call that did not end well has changed. What fails stays open for the next start.
+    def restore(self, transaction: Transaction) -> None:
+        """Undo what a call that did not end well has changed. What fails is kept on a list, and tried again.
 
-        A path that another call has changed since, and finished, is that call's.
+        Raises JournalError if anything is left.
         """
-        failed: list[str] = []
-        theirs = finished_since(self._store, transaction.begun, transaction.images)
-        for image in _restoring(transaction.images.values()):
-            if image.path in theirs:
-                continue
-            try:
-                if not look(image.path).same_as(image.before):
-                    put_back(image.path, image.before, self._images.chunks(image))
-            except OSError as e:
-                failed.append(f"{os.fsdecode(image.path)} ({e.strerror})")
-            except JournalError as e:
-                failed.append(e.message)
-        if failed:
+        failures = self.recovery.restore(transaction)
+        if failures:
+            named = self.recovery.left_over(transaction.call, failures)
             raise JournalError(
                 Reason.NOT_UNDOABLE,
-                f"The call failed, and this could not be put back: {', '.join(failed)}.",
-                hint="The next start of agentd tries again; what is there then is kept, too.",
+                f"The call failed, and this could not be restored: {named}.",
+                hint="agentd goes on trying; `agentd recover` tries at once and says what is in the way.",
                 metadata={"call": transaction.call},
             )
 
     def roll_back(self, transaction: Transaction, event: Event) -> None:
-        """Put everything back and record the end of a call that has had no effect. Raises JournalError, StoreError."""
-        self._put_back(transaction)
+        """Restore everything and record the end of a call that has had no effect.
+
+        Raises JournalError if something could not be restored: that is on record, too, and is tried again. StoreError.
+        """
+        left: JournalError | None = None
+        try:
+            self.restore(transaction)
+        except JournalError as e:
+            left = e
+            event = event.model_copy(update={"detail": {**(event.detail or {}), "left": e.message}})
 
         def commit(db: apsw.Connection) -> None:
-            db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (transaction.call,))
-            db.execute(GIVE_UP, (transaction.call,))
+            if left is None:
+                db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (transaction.call,))
+                db.execute(GIVE_UP, (transaction.call,))
             self._audit.append(db, event)
 
         self._end(commit)
         self._part(transaction.images.values())
+        if left is not None:
+            raise left
 
-    def _end(self, commit: Callable[[apsw.Connection], None]) -> None:
-        """What has begun is ended even on a full disk: there is space set aside for that."""
+    def _end(self, commit: Callable[[apsw.Connection], None], results: Sequence[tuple[object, ...]] = ()) -> None:
+        """Many results come in commits of their own before: without the end they mean nothing."""
+        early = len(results) // _BATCH * _BATCH
+        for start in range(0, early, _BATCH):
+            batch = results[start : start + _BATCH]
+            self.write_end(lambda db, batch=batch: db.executemany(_AFTER, batch))  # type: ignore[misc]
+
+        def end(db: apsw.Connection) -> None:
+            db.executemany(_AFTER, results[early:])
+            commit(db)
+
+        self.write_end(end)
+
+    def write_end(self, commit: Callable[[apsw.Connection], object]) -> None:
+        """A commit that something which has begun needs to end, on a full disk from what is set aside. Raises StoreError."""
         try:
             self._store.write(commit)
         except AgentdError as e:
@@ -269,82 +323,56 @@ class Journal:
             self._store.write(commit)
 
     def undo(self, call: str, principal: str) -> Undone:
-        """Put back all that a call changed. Raises JournalError (UNDO_CONFLICT) and does nothing if any path is
-        not as the call left it; NOT_UNDOABLE for a call that changed nothing or is undone already.
+        """Undo all that a call changed. Raises JournalError (UNDO_CONFLICT) and does nothing if any path is not as the call
+        left it; NOT_UNDOABLE for a call that changed nothing or is undone already.
         """
         return self.rollbacks.apply(self.rollbacks.plan(Selection(calls=(call,)), Ways()), principal)
 
     def recover(self) -> list[str]:
-        """Roll back what a killed daemon left open, newest first; returns the calls. What can't be put back is logged."""
-        query = "SELECT call, begun FROM journal WHERE state = 'open' ORDER BY begun DESC"
-        open_calls = self._store.read(lambda db: [(str(call), int(begun)) for call, begun in db.execute(query)])
-        if open_calls:
-            self._contents.part_all()
-        # Decided for all before the first is put back: a recovery is a finished call, too.
-        images = {call: self._images.of(call) for call, _ in open_calls}
-        theirs = {
-            call: finished_since(self._store, begun, [image.path for image in images[call]]) for call, begun in open_calls
-        }
-        for call, _ in open_calls:
-            try:
-                self._recover(call, [image for image in images[call] if image.path not in theirs[call]])
-            except (OSError, AgentdError) as e:  # one file that can't be had must not keep the daemon from starting
-                _log.error("call %s is still open, some of its changes can't be put back now: %s", call, e)
-        return [call for call, _ in open_calls]
+        """Roll back what a killed daemon left open, newest first; returns the calls."""
+        return self.recovery.recover()
 
-    def _recover(self, call: str, images: list[Image]) -> None:
-        for folder in {os.path.dirname(image.path) for image in images}:
-            sweep(folder)
-        changed = [image for image in images if not look(image.path).same_as(image.before)]
-        recovery = new_id()
-        detail = {"recovers": call, "paths": [os.fsdecode(image.path) for image in changed]}
-        intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
-        transaction = self.begin(recovery, intent, replaced=[image.path for image in changed])
-        for image in _restoring(changed):
-            put_back(image.path, image.before, self._images.chunks(image))
-        end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
-        self.finish(transaction, end, [(call, "rolled_back")])
 
-    def why_not(self, call: str) -> JournalError:
-        """Why there is nothing of a call to put back."""
-        state = self._store.read(lambda db: db.execute("SELECT state FROM journal WHERE call = ?", (call,)).get)
-        if state is None:
-            known = self._audit.entries(call=call, limit=1)
-            why = "changes nothing that can be put back" if known else "is not known"
-            reason = Reason.NOT_UNDOABLE if known else Reason.CALL_NOT_FOUND
+def _columns(kept: Kept) -> tuple[bytes | None, str | None, int]:
+    return kept.inline, kept.object, kept.length
+
+
+def _numbered(transaction: Transaction, images: Sequence[Image]) -> list[Image]:
+    """Each with its place among those of the call: a known path keeps its own."""
+    count = len(transaction.images)
+    numbered = []
+    for image in images:
+        if known := transaction.images.get(image.path):
+            numbered.append(replace(image, n=known.n))
         else:
-            reason = Reason.NOT_UNDOABLE
-            why = {
-                "undone": "is undone already",
-                "open": "is still running",
-                "rehearsed": "was rehearsed and put back",
-                "applied": "was rehearsed, and applied as another call",
-                "dropped": "was rehearsed and dropped",
-            }.get(str(state), "changed nothing")
-        hint = "`agentd audit list` shows the calls."
-        return JournalError(reason, f"Call {call} {why}.", hint=hint, metadata={"call": call})
+            numbered.append(replace(image, n=count))
+            count += 1
+    return numbered
 
 
-def _restoring(images: Iterable[Image]) -> list[Image]:
-    """The order to put paths back in: first what is to go, deepest first; then what is to come, from the top."""
-    known = list(images)
-    going = [image for image in known if image.before.kind == "absent"]
-    coming = [image for image in known if image.before.kind != "absent"]
-    return sorted(going, key=lambda i: -i.path.count(b"/")) + sorted(coming, key=lambda i: i.path.count(b"/"))
+@contextlib.contextmanager
+def _noting(path: bytes, failures: list[Failure] | None) -> Iterator[None]:
+    """With `failures`, an error of this path is put there."""
+    try:
+        yield
+    except AgentdError as e:
+        if failures is None:
+            raise
+        failures.append(Failure(path, e.message.rstrip(".")))
 
 
-def _after(path: bytes) -> PathState:
+def _after(path: bytes, granting: Granting) -> PathState:
     """Raises OSError. A way that leads elsewhere now has nothing of the call at its end."""
     try:
-        return look(path)
+        return look_anyhow(path, granting)
     except OSError as e:
         if e.errno == errno.ELOOP:
-            return PathState("absent")
+            return ABSENT
         raise
 
 
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:
-    if before.same_as(after):
+    if not after.differs_from(before):
         return None
     if before.kind == "absent":
         operation: FileOperation = "create"

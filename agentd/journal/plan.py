@@ -6,17 +6,22 @@ What it is now and should not be, somebody else has made of it: that is theirs.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from agentd.errors import JournalError, Reason, RequestError
 from agentd.journal.contents import TooLarge
+from agentd.journal.images import times_around
 from agentd.journal.merge import merge
-from agentd.journal.state import PathState, look, take
+from agentd.journal.places import parents
+from agentd.journal.state import ABSENT, PathState, look, take
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -119,6 +124,8 @@ class Plan:
     calls: tuple[str, ...]
     paths: tuple[PathPlan, ...]
     not_undoable: tuple[str, ...]
+    times: Mapping[bytes, int] = field(default_factory=dict, compare=False, repr=False)
+    """When directories had been changed before all that, where nobody has changed them since."""
 
     @property
     def digest(self) -> str:
@@ -128,8 +135,8 @@ class Plan:
                 p.path.hex(),
                 p.verdict.value,
                 p.forced,
-                p.now.to_json(),
-                p.target.to_json(),
+                p.now.essence,
+                p.target.essence,
                 hashlib.sha256(p.merged or b"").hexdigest(),
             ]
             for p in self.paths
@@ -145,6 +152,19 @@ class _Chain:
     others: Sequence[tuple[int, str]] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the selected calls have had to do with: paths that are to be gone, and all that they have touched."""
+
+    going: frozenset[bytes]
+    touched: frozenset[bytes]
+
+    @classmethod
+    def of(cls, chains: Mapping[bytes, _Chain], images: Iterable[Image]) -> _Known:
+        going = (path for path, chain in chains.items() if chain.images[0][1].before.kind == "absent")
+        return cls(frozenset(going), frozenset(image.path for image in images))
+
+
 class Planner:
     def __init__(self, store: Store, images: Images) -> None:
         self._store, self._images = store, images
@@ -153,8 +173,10 @@ class Planner:
         """Reads, and changes nothing. Raises JournalError (NOT_UNDOABLE), RequestError (CALL_NOT_FOUND, BAD_FIELD)."""
         rows = self._selected(selection)
         chains: dict[bytes, _Chain] = {}
+        images: list[Image] = []
         for call, begun, _effect in rows:
             for image in self._images.of(call):
+                images.append(image)
                 if image.changed and _is_within(image.path, selection.paths):
                     chains.setdefault(image.path, _Chain()).images.append((begun, image))
         calls = tuple(call for call, _, _ in rows)
@@ -162,13 +184,14 @@ class Planner:
             others = _finished(self._store, min(chain.images[0][0] for chain in chains.values()), chains)
             for path, chain in chains.items():
                 chain.others = [(begun, call) for begun, call in others.get(path, ()) if call not in calls]
-        going = {path for path, chain in chains.items() if chain.images[0][1].before.kind == "absent"}
-        paths = tuple(self._path(path, chain, going, ways) for path, chain in sorted(chains.items()))
+        known = _Known.of(chains, images)
+        paths = _held_up(tuple(self._path(path, chain, known, ways) for path, chain in sorted(chains.items())))
         if selection.rehearsed:
             paths = tuple(replace(planned, why=_REHEARSED.get(planned.verdict, planned.why)) for planned in paths)
         touched = {call for planned in paths for call in planned.calls}
         outside = tuple(call for call, _, effect in rows if effect in ("external", "physical"))
-        return Plan(selection, ways, tuple(call for call in calls if call in touched), paths, outside)
+        times = _times(images, paths)
+        return Plan(selection, ways, tuple(call for call in calls if call in touched), paths, outside, times)
 
     def _selected(self, selection: Selection) -> list[tuple[str, int, str]]:
         """(call, begun, effect), oldest first. Undone ones count only where all that happened is meant."""
@@ -193,11 +216,11 @@ class Planner:
         query = f"SELECT call, begun, effect FROM journal WHERE {' AND '.join(clauses)} ORDER BY begun"  # noqa: S608
         return self._store.read(lambda db: [(str(c), int(b), str(e)) for c, b, e in db.execute(query, values)])
 
-    def _path(self, path: bytes, chain: _Chain, going: set[bytes], ways: Ways) -> PathPlan:
+    def _path(self, path: bytes, chain: _Chain, known: _Known, ways: Ways) -> PathPlan:
         first, last = chain.images[0][1], chain.images[-1][1]
         assert last.after is not None
-        now = _now(path)
-        verdict, why = self._verdict(path, chain, now, going)
+        now = _now(path, last.after, known)
+        verdict, why = self._verdict(path, chain, now, known)
         merged = None
         if verdict is Verdict.CONFLICT and ways.merge and (merged := self._merged(first, last, now)) is not None:
             verdict, why = Verdict.MERGE, "changed since, elsewhere in the text: both changes are kept"
@@ -205,11 +228,11 @@ class Planner:
         own = tuple(dict.fromkeys(image.call for _, image in chain.images))
         return PathPlan(path, verdict, why, now, first.before, own, first, last, forced, merged)
 
-    def _verdict(self, path: bytes, chain: _Chain, now: PathState, going: set[bytes]) -> tuple[Verdict, str]:
+    def _verdict(self, path: bytes, chain: _Chain, now: PathState, known: _Known) -> tuple[Verdict, str]:
         first, last = chain.images[0][1], chain.images[-1][1]
         target, left = first.before, last.after
         assert left is not None
-        if now.same_as(target):
+        if now.same_as(target) and not _only_times(now, left, target):
             return Verdict.ALREADY, "it is so already"
         if not now.same_as(left):
             return _foreign(chain, now, left)
@@ -219,9 +242,9 @@ class Planner:
             self._images.check(first)
         except JournalError as e:
             return Verdict.MISSING_PREIMAGE, e.message
-        if target.kind == "absent" and now.kind == "folder" and (name := _stranger(path, going)):
+        if target.kind != "folder" and now.kind == "folder" and (name := _stranger(path, known.going)):
             return Verdict.CONFLICT, f"the folder holds {name}, which these calls did not make"
-        if why := _forbidden(path):
+        if why := _forbidden(path, known.touched):
             return Verdict.NO_PERMISSION, why
         if target.kind == "absent":
             return Verdict.DELETE_CREATED, "it was not there before"
@@ -251,11 +274,13 @@ def _finished(store: Store, begun: int, paths: Collection[bytes]) -> Mapping[byt
 
     One scan for all of them: an index of paths would cost every call a page of writes.
     """
-    query = """SELECT path, begun, call FROM journal JOIN pre_image USING (call)
+    query = """SELECT path, begun, call, before, after FROM journal JOIN pre_image USING (call)
                WHERE state = 'done' AND begun > ? AND after IS NOT NULL AND before != after ORDER BY begun"""
     wanted, found = set(paths), dict[bytes, list[tuple[int, str]]]()
-    for path, at, call in store.read(lambda db: [row for row in db.execute(query, (begun,)) if row[0] in wanted]):
-        found.setdefault(path, []).append((int(at), str(call)))
+    rows = store.read(lambda db: [row for row in db.execute(query, (begun,)) if row[0] in wanted])
+    for path, at, call, before, after in rows:
+        if PathState.from_json(after).differs_from(PathState.from_json(before)):
+            found.setdefault(path, []).append((int(at), str(call)))
     return found
 
 
@@ -271,14 +296,55 @@ def _is_within(path: bytes, roots: Iterable[bytes]) -> bool:
     return not chosen or any(path == root or path.startswith(root.rstrip(b"/") + b"/") for root in chosen)
 
 
-def _now(path: bytes) -> PathState:
+def _now(path: bytes, left: PathState, known: _Known) -> PathState:
+    """What is there, as far as it can be told without touching anything. Where the way is closed or leads elsewhere because of
+    what these calls have done to a directory above, that directory comes back first.
+    """
     try:
-        return look(path)
-    except OSError:  # the way there leads elsewhere by now
+        return look(path, left)
+    except OSError as e:
+        ours = any(parent in known.touched for parent in parents(path))
+        if e.errno == errno.ELOOP and ours:
+            return ABSENT
+        if e.errno == errno.EACCES and (ours or path in known.touched):
+            return left if ours else replace(left, digest="")
         return PathState("other")
 
 
-def _stranger(folder: bytes, going: set[bytes]) -> str:
+def _only_times(now: PathState, left: PathState, target: PathState) -> bool:
+    """Whether the calls have changed nothing but a time, or which file it is a name of, and nobody has since."""
+    return now.same_as(left) and left.same_as(target) and left.differs_from(target) and now.mtime_ns == left.mtime_ns
+
+
+def _held_up(paths: tuple[PathPlan, ...]) -> tuple[PathPlan, ...]:
+    """What lies in a directory that stays as somebody else has made it stays, too."""
+    blocked = {planned.path for planned in paths if planned.blocks and planned.target.kind == "folder"}
+    return tuple(
+        replace(planned, verdict=Verdict.CONFLICT, why=f"{os.fsdecode(above)} is in the way", forced=False)
+        if planned.does and (above := next((p for p in parents(planned.path) if p in blocked), b""))
+        else planned
+        for planned in paths
+    )
+
+
+def _times(images: Sequence[Image], paths: Iterable[PathPlan]) -> dict[bytes, int]:
+    """Of directories in which all that was changed goes back, and nobody else has changed anything since."""
+    stays = {p.path for p in paths if not (p.does or p.verdict is Verdict.ALREADY) or p.merged is not None}
+    planned = {p.path for p in paths}
+    stays |= {image.path for image in images if image.changed and image.path not in planned}
+    mixed = {os.path.dirname(path) for path in stays} | stays
+    left = times_around(images, left=True)
+    found = {}
+    for directory, ns in times_around(images).items():
+        with contextlib.suppress(OSError):
+            if directory not in mixed and (
+                not os.path.lexists(directory) or os.lstat(directory).st_mtime_ns == left.get(directory)
+            ):
+                found[directory] = ns
+    return found
+
+
+def _stranger(folder: bytes, going: Collection[bytes]) -> str:
     """Something in a folder that is to go which does not go with it."""
     try:
         with os.scandir(folder) as entries:
@@ -287,11 +353,15 @@ def _stranger(folder: bytes, going: set[bytes]) -> str:
         return ""
 
 
-def _forbidden(path: bytes) -> str:
-    """Why its folder can't be written to; a folder that is not there may be one that comes back first."""
-    folder = os.path.dirname(path)
-    if os.path.lexists(folder) and not os.access(
-        folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
-    ):
-        return f"{os.fsdecode(folder)} can't be written to"
-    return ""
+def _forbidden(path: bytes, touched: Collection[bytes]) -> str:
+    """Why its directory can't be written to. One that these calls have touched is made writable for as long as it takes."""
+    directory = os.path.dirname(path)
+    try:
+        status = os.lstat(directory)
+    except OSError:  # it comes back first
+        return ""
+    if directory in touched and status.st_uid == os.geteuid():
+        return ""
+    if not stat.S_ISDIR(status.st_mode) or any(parent in touched for parent in parents(directory)):
+        return ""
+    return "" if os.access(directory, os.W_OK | os.X_OK) else f"{os.fsdecode(directory)} can't be written to"

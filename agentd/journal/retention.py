@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _RESERVE_BYTES = 4 * _MIB
+_PART = 50  # of a file system that calls write to is to be free: a small one has less to lose than the store's
 _ARRIVING_S = 60  # what nothing refers to may be new: its row comes in a moment
 _OBJECTS = "SELECT call, object, result_object FROM pre_image WHERE object IS NOT NULL OR result_object IS NOT NULL"
 _NAMED = 32  # calls in the event of an eviction
@@ -56,17 +57,27 @@ class Retention:
         self._folder, self._reserve = folder, folder / "reserve"
         self.hold_reserve()
 
-    def require_space(self) -> None:
-        """Raises JournalError (STORE_FULL) while the disk is nearly full: an undo could not be promised."""
-        space = os.statvfs(self._folder)
+    def require_space(self, paths: Iterable[bytes]) -> None:
+        """Raises JournalError (STORE_FULL) while the disk of the store, or one that `paths` are on, is nearly full: an undo could
+        not be promised.
+        """
+        self._require_space(os.fsencode(self._folder), self.keep.low_space_bytes)
+        for directory in {_existing(path) for path in paths}:
+            space = os.statvfs(directory)
+            least = min(self.keep.low_space_bytes, space.f_blocks * space.f_frsize // _PART)
+            self._require_space(directory, least)
+
+    @staticmethod
+    def _require_space(directory: bytes, least: int) -> None:
+        space = os.statvfs(directory)
         left = space.f_bavail * space.f_frsize
-        if left < self.keep.low_space_bytes:
+        if left < least:
             raise JournalError(
                 Reason.STORE_FULL,
-                f"Only {left // _MIB} MiB are left on the disk of {self._folder}; nothing that changes files runs below "
-                f"{self.keep.low_space_bytes // _MIB}.",
+                f"Only {left // _MIB} MiB are left on the disk of {os.fsdecode(directory)}; nothing that changes files there runs "
+                f"below {least // _MIB}.",
                 hint="Free some space, or lower journal.low_space_mib.",
-                metadata={"left_mib": str(left // _MIB)},
+                metadata={"left_mib": str(left // _MIB), "path": os.fsdecode(directory)},
             )
 
     def hold_reserve(self) -> None:
@@ -132,6 +143,13 @@ class Retention:
             db.execute(GIVE_UP, (call,))
         detail = {"calls": calls[:_NAMED], "count": len(calls)}
         self._audit.append(db, Event(kind="journal.evict", principal="agentd", detail=detail))
+
+
+def _existing(path: bytes) -> bytes:
+    """The nearest directory that is there."""
+    while not os.path.isdir(path) and path not in (b"/", b""):
+        path = os.path.dirname(path)
+    return path or b"/"
 
 
 def _rows(db: apsw.Connection) -> list[tuple[str, int, str, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -14,11 +15,12 @@ from agentd.errors import JournalError, Reason
 from agentd.journal.contents import TooLarge
 from agentd.journal.images import GIVE_UP
 from agentd.journal.plan import Plan, Planner, Verdict
-from agentd.journal.state import PathState, put_back, take
+from agentd.journal.restoring import Restoring, Target
+from agentd.journal.state import PathState, take
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Mapping, Sequence
 
     import apsw
 
@@ -31,6 +33,13 @@ if TYPE_CHECKING:
 
 _SHOWN_BYTES = 1 << 20
 _NAMED = 5  # paths in an error
+_STATES = {
+    "undone": "is undone already",
+    "open": "is still running",
+    "rehearsed": "was rehearsed and rolled back",
+    "applied": "was rehearsed, and applied as another call",
+    "dropped": "was rehearsed and dropped",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +82,9 @@ class Rollbacks:
         """What would be done, path by path. Nothing is touched. Raises what the planner raises."""
         return self._planner.plan(selection, ways)
 
-    def apply(self, plan: Plan, principal: str) -> Undone:
-        """Carry out a plan that was just made. All of it or nothing, unless it is partial.
+    def apply(self, plan: Plan, principal: str, progress: Callable[[int], None] = lambda _count: None) -> Undone:
+        """Carry out a plan that was just made. All of it or nothing, unless it is partial. `progress` is called with how many
+        paths are done, now and then, on this thread.
 
         Raises JournalError: UNDO_CONFLICT, NOT_UNDOABLE; StoreError. Then everything is as it was.
         """
@@ -86,9 +96,9 @@ class Rollbacks:
             raise self._nothing(plan)
         done = self._complete(plan)
         event = self._event(plan, done, principal)
-        transaction = self._journal.begin(event.call, event, replaced=[planned.path for planned in chosen])
+        transaction = self._journal.begin_restoring(event.call, event, [planned.path for planned in chosen])
         try:
-            self._put_back(transaction, chosen)
+            self._restore(transaction, plan, chosen, progress)
         except (OSError, JournalError) as e:
             why = e.message if isinstance(e, JournalError) else f"{os.fsdecode(e.filename)} can't be put back: {e.strerror}"
             transaction.roll_back(event.model_copy(update={"kind": "call.abort", "error": why}))
@@ -138,20 +148,27 @@ class Rollbacks:
                 Reason.CALL_NOT_FOUND, f"Call {call} is no rehearsal that waits.", hint=hint, metadata={"call": call}
             )
 
-    def _put_back(self, transaction: Transaction, chosen: Iterable[PathPlan]) -> None:
+    def _restore(
+        self, transaction: Transaction, plan: Plan, chosen: Sequence[PathPlan], progress: Callable[[int], None]
+    ) -> None:
         """Raises OSError. What the transaction has captured is what was planned for: nobody came in between."""
-        for planned in in_order(chosen):
-            captured = transaction.images[planned.path].before
-            if not captured.same_as(planned.now):
-                raise OSError(0, "it was changed while it was being put back", os.fsdecode(planned.path))
-            target, content = planned.target, self._images.chunks(planned.first)
-            if planned.merged is not None:
-                content = iter([planned.merged])
-                target = replace(planned.now, digest=hashlib.sha256(planned.merged).hexdigest())
-            try:
-                put_back(planned.path, target, content)
-            except OSError as e:
-                raise OSError(e.errno, e.strerror, planned.path) from e
+        for planned in chosen:
+            if not transaction.images[planned.path].before.same_as(planned.now):
+                raise OSError(0, "it was changed while it was being restored", os.fsdecode(planned.path))
+        targets = [self._target(planned, plan.times) for planned in chosen]
+        before_granting = functools.partial(self._journal.note_mode, transaction)
+        failures = Restoring(targets, transaction.mark, plan.times, before_granting, progress).run()
+        if failures:
+            raise OSError(0, failures[0].why, os.fsdecode(failures[0].path))
+
+    def _target(self, planned: PathPlan, times: Mapping[bytes, int]) -> Target:
+        if planned.merged is not None:
+            digest = hashlib.sha256(planned.merged).hexdigest()
+            return Target(planned.path, replace(planned.now, digest=digest, inode="", links=1), lambda: [planned.merged or b""])
+        state = planned.target
+        if state.kind == "folder":  # its time is that of what is in it, which somebody else may have changed since
+            state = replace(state, mtime_ns=times.get(planned.path, planned.now.mtime_ns or state.mtime_ns))
+        return Target(planned.path, state, lambda: self._images.chunks(planned.first))
 
     def _complete(self, plan: Plan) -> tuple[str, ...]:
         """The calls of which nothing is left when the plan is carried out."""
@@ -174,9 +191,26 @@ class Rollbacks:
 
     def _nothing(self, plan: Plan) -> JournalError:
         if len(plan.selection.calls) == 1:
-            return self._journal.why_not(plan.selection.calls[0])
+            return self._why_not(plan.selection.calls[0])
         hint = "`agentd audit list` shows the calls."
         return JournalError(Reason.NOT_UNDOABLE, "There is nothing to put back in what was selected.", hint=hint)
+
+    def _why_not(self, call: str) -> JournalError:
+        """Why there is nothing of a call to undo."""
+        state = self._store.read(lambda db: db.execute("SELECT state FROM journal WHERE call = ?", (call,)).get)
+        reason, left = Reason.NOT_UNDOABLE, self._journal.recovery.left(call)
+        hint = "`agentd audit list` shows the calls."
+        if state is None:
+            known = self._audit.entries(call=call, limit=1)
+            why = "changes nothing that can be undone" if known else "is not known"
+            reason = Reason.NOT_UNDOABLE if known else Reason.CALL_NOT_FOUND
+        elif left:
+            paths = f"{len(left)} path{'s' * (len(left) != 1)}"
+            why = f"failed, and {paths} could not be restored yet: {os.fsdecode(left[0].path)}: {left[0].why}"
+            hint = f"`agentd recover {call}` tries again."
+        else:
+            why = _STATES.get(str(state), "changed nothing")
+        return JournalError(reason, f"Call {call} {why}.", hint=hint, metadata={"call": call})
 
     # -- showing
 
@@ -199,14 +233,6 @@ class Rollbacks:
             return take(planned.path, limit=_SHOWN_BYTES)[1]
         except (OSError, TooLarge):
             return None
-
-
-def in_order(chosen: Iterable[PathPlan]) -> list[PathPlan]:
-    """First what is to go, deepest first; then what is to come, from the top."""
-    known = list(chosen)
-    going = [planned for planned in known if planned.target.kind == "absent"]
-    coming = [planned for planned in known if planned.target.kind != "absent"]
-    return sorted(going, key=lambda p: -p.path.count(b"/")) + sorted(coming, key=lambda p: p.path.count(b"/"))
 
 
 def _difference(path: bytes, old: PathState, new: PathState, before: bytes | None, after: bytes | None) -> Difference:

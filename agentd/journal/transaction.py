@@ -10,14 +10,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import Refusal
+from agentd_sandbox.paths import WalkError
 
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, TooLarge
 from agentd.journal.images import Image
-from agentd.journal.state import keep, opened
+from agentd.journal.state import keep, opened, without_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from agentd_sandbox import Change
     from agentd_sandbox.recorder import Operation
@@ -28,6 +29,19 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _GOES = frozenset({"remove", "replace"})
+_AHEAD = 512  # paths whose states are taken before they are removed, in one commit with that of the first
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+Seen = tuple[int, int, int, int]
+"""Inode, length, and the times of the last changes of content and of anything: the same ones mean the same state."""
+
+
+class CannotKeep(JournalError):
+    """The former state of a path can't be kept, so it may not be changed; `errno` is what the tool gets."""
+
+    def __init__(self, code: int, path: bytes, message: str, *, hint: str = "", **metadata: str) -> None:
+        reason = Reason.DESCRIPTORS_SHORT if code in _NO_DESCRIPTORS else Reason.NOT_UNDOABLE
+        super().__init__(reason, message, hint=hint, metadata={"path": os.fsdecode(path), **metadata})
+        self.errno = code
 
 
 @dataclass(slots=True)
@@ -40,35 +54,93 @@ class Transaction:
     images: dict[bytes, Image] = field(default_factory=dict)
     size: int = 0
     """Bytes of all contents that were kept for it."""
+    limited: bool = True
+    """Whether what is kept of it is bounded: not where former states are restored."""
+    _ahead: dict[bytes, Seen] = field(default_factory=dict)
+    """Paths whose states were taken ahead, and how each was then."""
+    _removed: dict[bytes, int] = field(default_factory=dict)
+    """How many commits the removal of names of a directory has taken so far."""
+
+    @property
+    def mark(self) -> bytes:
+        """Part of the names of files that take the place of others: nobody else's have it."""
+        return os.fsencode(self.call)
 
     def before_changes(self, changes: Sequence[Change]) -> frozenset[bytes]:
         """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
         wanted: dict[bytes, Operation] = {}
         for change in changes:
             image = self.images.get(change.path)
-            if image is None or (image.content.length and change.operation != "append"):
+            if image is None or (image.content.length and change.operation != "append") or self._is_stale(change.path):
                 wanted[change.path] = change.operation
         if not wanted:
             return frozenset()
         try:
+            if len(changes) == 1 and changes[0].operation == "remove":
+                self._take_ahead(changes[0].path)
             self._journal.capture(self, wanted, None)
+        except CannotKeep as e:
+            raise Refusal(e.errno, str(e)) from None
         except JournalError as e:
             raise Refusal(errno.EFBIG, str(e)) from None
         except AgentdError as e:
             raise Refusal(errno.ENOSPC if e.reason is Reason.STORE_FULL else errno.EIO, str(e)) from None
         return frozenset(path for path in wanted if self.images[path].content.as_it_is)
 
+    def _is_stale(self, path: bytes) -> bool:
+        """Whether somebody has changed a path since its state was taken ahead."""
+        seen = self._ahead.pop(path, None)
+        return seen is not None and seen != _seen(path)
+
+    def _take_ahead(self, path: bytes) -> None:
+        """Whoever removes several names of a directory often removes them all: each commit takes twice as many as the last.
+
+        One commit for each of thousands of files would take a minute.
+        """
+        directory = os.path.dirname(path)
+        taken = self._removed[directory] = self._removed.get(directory, 0) + 1
+        if taken < 2:
+            return
+        names = _small(directory, self.images.keys() | {path}, min(_AHEAD, 1 << taken))
+        with contextlib.suppress(AgentdError):  # each is taken by itself then, or refused
+            self._journal.capture(self, dict.fromkeys(names, "write"), None)
+            self._ahead.update((path, seen) for path, seen in names.items() if path in self.images)
+
     def finish(self, event: Event) -> tuple[FileTouched, ...]:
         """Record the end of the call with what it changed; durable when it returns."""
         return self._journal.finish(self, event)
 
     def rehearse(self, event: Event) -> tuple[FileTouched, ...]:
-        """Keep what the call has made of each path, put everything back, and record that."""
+        """Keep what the call has made of each path, restore everything, and record that."""
         return self._journal.rehearse(self, event)
 
     def roll_back(self, event: Event) -> None:
-        """Put everything back and record that the call had no effect."""
+        """Restore everything and record that the call had no effect."""
         self._journal.roll_back(self, event)
+
+
+def _seen(path: bytes) -> Seen | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _small(directory: bytes, known: Iterable[bytes], count: int) -> Mapping[bytes, Seen]:
+    """Files and symlinks in a directory whose content goes into the store itself, and how each is now."""
+    found: dict[bytes, Seen] = {}
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            path = os.path.join(directory, entry.name)
+            if path in known or not (entry.is_file(follow_symlinks=False) or entry.is_symlink()):
+                continue
+            status = entry.stat(follow_symlinks=False)
+            if status.st_size <= INLINE_BYTES and (entry.is_symlink() or status.st_mode & stat.S_IRUSR):
+                found[path] = status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            if len(found) >= count:
+                break
+    return found
 
 
 class Taker:
@@ -78,35 +150,41 @@ class Taker:
         self._contents, self._bounds = contents, bounds
 
     def take(self, transaction: Transaction, path: bytes, operation: Operation) -> Image:
-        """Raises JournalError (NOT_UNDOABLE), StoreError."""
-        shown = os.fsdecode(path)
+        """Raises OSError (EACCES) if something of ours has to be made accessible first, CannotKeep, StoreError."""
         how = {"goes": operation in _GOES, "grows": operation == "append"}
+        limit = self._bounds.file_bytes if transaction.limited else None
+        known = transaction.images.get(path)
         try:
-            if path in transaction.images:
-                return self._in_full(transaction.images[path])
-            state, kept = keep(path, self._contents, limit=self._bounds.file_bytes, **how)
+            if known and known.content.length:
+                return self._in_full(known)
+            state, kept = keep(path, self._contents, limit=limit, **how)
         except TooLarge:
             raise self._too_large(path) from None
         except OSError as e:
-            raise JournalError(
-                Reason.NOT_UNDOABLE,
-                f"{shown} can't be read for the journal: {e.strerror}.",
-                hint="Check the path and its permissions.",
-                metadata={"path": shown},
-            ) from e
+            if e.errno == errno.EACCES and _is_ours(path, e):
+                raise
+            raise unreadable(path, e) from e
         if state.kind == "other":
-            message = f"{shown} is neither a file nor a folder nor a link, so changing it could not be undone."
-            raise JournalError(Reason.NOT_UNDOABLE, message, metadata={"path": shown})
+            message = f"{os.fsdecode(path)} is a device, so changing it could not be undone."
+            raise CannotKeep(errno.EPERM, path, message)
         transaction.size += self._contents.size(kept.object) if kept.object else len(kept.inline or b"")
-        if transaction.size > self._bounds.call_bytes:
-            limit = self._bounds.call_bytes // _MIB
-            raise JournalError(
-                Reason.NOT_UNDOABLE,
-                f"The call has changed more than the {limit} MiB the journal keeps of one, so the rest could not be undone.",
+        if transaction.limited and transaction.size > self._bounds.call_bytes:
+            limit_mib = self._bounds.call_bytes // _MIB
+            raise CannotKeep(
+                errno.EFBIG,
+                path,
+                f"The call has changed more than the {limit_mib} MiB the journal keeps of one, so the rest could not be undone.",
                 hint="Raise journal.call_limit_mib in agentd.toml if it must be.",
-                metadata={"limit_mib": str(limit)},
+                limit_mib=str(limit_mib),
             )
-        return Image(transaction.call, path, state, kept)
+        return Image(transaction.call, path, state, kept, n=known.n if known else 0)
+
+    def note(self, transaction: Transaction, path: bytes) -> Image | None:
+        """Of a file that can't be read yet: all but its content. None if not even its directory may be searched."""
+        try:
+            return Image(transaction.call, path, without_content(path))
+        except OSError:
+            return None
 
     def _in_full(self, image: Image) -> Image:
         """Of a file that was only appended to so far: its first bytes, before something else happens to them."""
@@ -118,7 +196,7 @@ class Taker:
 
     def at_once(self, paths: Iterable[bytes]) -> dict[bytes, Operation]:
         """Those of the declared paths whose state is best taken with the intent: large files wait until something happens to
-        them, as that says whether they must be copied. Raises JournalError (NOT_UNDOABLE) if one is larger than is kept.
+        them, as that says whether they must be copied. Raises CannotKeep if one is larger than is kept.
         """
         small: dict[bytes, Operation] = {}
         for path in paths:
@@ -143,14 +221,32 @@ class Taker:
             return f"it would change {whole // _MIB} MiB, more than the {limit} MiB the journal keeps of a call"
         return ""
 
-    def _too_large(self, path: bytes) -> JournalError:
+    def _too_large(self, path: bytes) -> CannotKeep:
         shown, limit = os.fsdecode(path), self._bounds.file_bytes // _MIB
-        return JournalError(
-            Reason.NOT_UNDOABLE,
+        return CannotKeep(
+            errno.EFBIG,
+            path,
             f"{shown} is larger than the {limit} MiB the journal keeps, so changing it could not be undone.",
             hint="Raise journal.file_limit_mib in agentd.toml if it must be changed.",
-            metadata={"path": shown, "limit_mib": str(limit)},
+            limit_mib=str(limit),
         )
+
+
+def unreadable(path: bytes, error: OSError) -> CannotKeep:
+    shown, code = os.fsdecode(path), error.errno or errno.EIO
+    if code in _NO_DESCRIPTORS:
+        message = f"agentd has no file descriptor left to keep {shown}, so it may not be changed now."
+        return CannotKeep(code, path, message, hint="Raise the limit of open files: `ulimit -n`, or LimitNOFILE= in the unit.")
+    message = f"{shown} can't be read for the journal: {error.strerror}."
+    return CannotKeep(errno.EACCES, path, message, hint="Check the path and its permissions.")
+
+
+def _is_ours(path: bytes, error: OSError) -> bool:
+    """Whether what may not be read, or the directory that may not be searched, is the daemon's own user's."""
+    closed = os.path.dirname(error.reached) if isinstance(error, WalkError) else path
+    with contextlib.suppress(OSError):
+        return os.lstat(closed).st_uid == os.geteuid()
+    return isinstance(error, WalkError)  # below another one that may not be searched, either
 
 
 def _size(path: bytes) -> int:

@@ -172,6 +172,17 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ) STRICT, WITHOUT ROWID;
         """,
     ),
+    (
+        "0012_what_could_not_be_restored",
+        """
+        -- Paths of calls that have ended, or were cut off, which could not be brought back to what they were: why, since when,
+        -- and what was found there (NULL if it could not be read).
+        CREATE TABLE leftover (
+            call TEXT NOT NULL, path BLOB NOT NULL, why TEXT NOT NULL, since_ns INTEGER NOT NULL, found TEXT,
+            PRIMARY KEY (call, path)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    ),
 )
 
 

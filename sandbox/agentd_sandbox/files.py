@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel
+from agentd_sandbox.limits import LARGEST_FILE
 from agentd_sandbox.paths import Resolved, reopen, resolve
 from agentd_sandbox.reach import DEVICES, Reach
 from agentd_sandbox.recorder import Change, Recorder
@@ -35,6 +36,8 @@ class Files(Reach):
 
     recorder: Recorder
     made_up: Mapping[bytes, bytes] = field(default_factory=dict)
+    largest: int = LARGEST_FILE
+    """Bytes that a file may be made to have."""
     appends: bool = True
     """Whether what is opened to be appended to can't be changed otherwise without the broker's knowing."""
     _appended: list[bytes] = field(default_factory=list)
@@ -87,7 +90,7 @@ class Files(Reach):
         anew = bool(flags & os.O_TRUNC) and target.real not in DEVICES
         if changes and target.real in self._record((self._manner(target, flags, anew=anew), target.real)):
             with self._named(target.real) as place:
-                return renewed(target, place, flags & _KEPT_FLAGS)
+                return renewed(target, place, flags & _KEPT_FLAGS, self.recorder.mark)
         opened = reopen(target.descriptor, flags & _KEPT_FLAGS)
         if anew:
             os.ftruncate(opened, 0)
@@ -301,14 +304,17 @@ class Files(Reach):
     def truncate(self, path: bytes, length: int) -> None:
         with self._to_change(path) as target:
             self._fit_to_open(target, changes=True)
+            if length > max(self.largest, target.status.st_size):  # as RLIMIT_FSIZE has it for what the worker does itself
+                raise OSError(errno.EFBIG, "length")
             self._record(("write", target.real))
             os.truncate(f"/proc/self/fd/{target.descriptor}", length)
 
     def change_mode(self, path: bytes, mode: int) -> None:
-        """Never set-uid, set-gid or sticky."""
+        """Never set-uid, set-gid or sticky, but for what a directory has of those already: chmod(1) asks to leave them."""
         with self._to_change(path) as target:
             self._record(("write", target.real))
-            os.chmod(f"/proc/self/fd/{target.descriptor}", mode & 0o777)
+            kept = target.status.st_mode & mode & (stat.S_ISGID | stat.S_ISVTX) if target.is_folder else 0
+            os.chmod(f"/proc/self/fd/{target.descriptor}", mode & 0o777 | kept)
 
     def change_owner(self, path: bytes, owner: int, group: int, *, follow: bool) -> None:
         """To what they are already: a worker has no privilege to give files away."""

@@ -275,6 +275,11 @@ def _rename(source: tuple[int, bytes], target: tuple[int, bytes], flags: int) ->
     check(_syscall(ctypes.c_long(number), *arguments), "renameat2")
 
 
+def flush_file_system(descriptor: int) -> None:
+    """Write out all that is changed on the file system of an open descriptor, syncfs(2). Raises OSError."""
+    check(_libc.syncfs(descriptor), "syncfs")
+
+
 def tell(file: str | os.PathLike[str], text: str) -> None:
     """One write(2) into a file of procfs or cgroupfs: they take a value whole."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CLOEXEC)

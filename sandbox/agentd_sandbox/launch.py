@@ -53,6 +53,8 @@ class Ended:
 class _Unrecorded:
     """Nothing is kept for undoing: whoever runs a program like this keeps his own copies."""
 
+    mark = b"test"
+
     def before_changes(self, changes: Sequence[Change]) -> None:
         pass
 

@@ -6,10 +6,11 @@ import resource
 from dataclasses import dataclass
 
 _MIB = 1 << 20
+LARGEST_FILE = 64 * _MIB
 _BY_PROCESS = {
     resource.RLIMIT_AS: 512 * _MIB,
     resource.RLIMIT_CPU: 60,
-    resource.RLIMIT_FSIZE: 64 * _MIB,
+    resource.RLIMIT_FSIZE: LARGEST_FILE,
     resource.RLIMIT_NOFILE: 256,
     resource.RLIMIT_CORE: 0,
 }

@@ -36,6 +36,10 @@ class Change:
 class Recorder(Protocol):
     """Makes the former state of paths durable before they are changed."""
 
+    @property
+    def mark(self) -> bytes:
+        """Part of the names of files that are to take the place of others, so that nobody else's are taken for one."""
+
     def before_changes(self, changes: Sequence[Change]) -> frozenset[bytes] | None:
         """Return once the states are on disk; raise Refusal if they can't be kept.
 

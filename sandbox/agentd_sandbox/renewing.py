@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -15,25 +16,39 @@ if TYPE_CHECKING:
 _NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def renewed(old: Resolved, place: Resolved, flags: int) -> int:
-    """A descriptor of the new file, open with `flags`. `place` is where `old` is, with its folder.
+def renewed(old: Resolved, place: Resolved, flags: int, mark: bytes) -> int:
+    """A descriptor of the new file, open with `flags`. `place` is where `old` is, with its folder; `mark` is the call's.
 
     There is no moment without a file by that name. Raises OSError (EAGAIN) if somebody has put another one there.
     """
-    temporary = b".agentd-" + secrets.token_hex(8).encode()
+    temporary = b".agentd-" + mark + b"-" + secrets.token_hex(4).encode()
     opened = os.open(temporary, flags | _NEW, 0o600, dir_fd=place.parent)
     try:
         _make_like(opened, old)
-        kernel.exchange(place.parent, temporary, place.name)
-        if not os.path.samestat(os.stat(temporary, dir_fd=place.parent, follow_symlinks=False), old.status):
-            kernel.exchange(place.parent, temporary, place.name)
-            raise OSError(errno.EAGAIN, "replaced")
+        _take_its_name(old, place, temporary)
     except OSError:
         os.close(opened)
         raise
     finally:
-        os.unlink(temporary, dir_fd=place.parent)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=place.parent)
     return opened
+
+
+def _take_its_name(old: Resolved, place: Resolved, temporary: bytes) -> None:
+    try:
+        kernel.exchange(place.parent, temporary, place.name)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOSYS):
+            raise
+        # A file system that can't exchange two names: looked at first, and replaced a moment later.
+        if not os.path.samestat(os.stat(place.name, dir_fd=place.parent, follow_symlinks=False), old.status):
+            raise OSError(errno.EAGAIN, "replaced") from None
+        os.rename(temporary, place.name, src_dir_fd=place.parent, dst_dir_fd=place.parent)
+        return
+    if not os.path.samestat(os.stat(temporary, dir_fd=place.parent, follow_symlinks=False), old.status):
+        kernel.exchange(place.parent, temporary, place.name)
+        raise OSError(errno.EAGAIN, "replaced")
 
 
 def _make_like(descriptor: int, model: Resolved) -> None:

@@ -62,6 +62,8 @@ MANY = 10_000
 class Silent:
     """A recorder that agrees to everything: what the journal costs is measured elsewhere."""
 
+    mark = b"test"
+
     def before_changes(self, changes: Sequence[Change]) -> None:
         pass
 

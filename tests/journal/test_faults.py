@@ -75,6 +75,8 @@ def tree(home: Path) -> Tree:
 class Unrecorded:
     """Keeps nothing: what comes of operations without a journal."""
 
+    mark = b"test"
+
     def before_changes(self, changes: Sequence[Change]) -> None:
         pass
 

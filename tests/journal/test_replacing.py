@@ -206,11 +206,12 @@ def test_a_folder_of_100000_entries(tmp_path: Path):
 
 def test_what_is_refused_half_way_leaves_no_file_in_two_places(desk: Desk):
     """The first of several paths was taken as it is, the second can't be: the first is its owner's alone again."""
-    os.mkfifo(desk.home / "fifo")
+    (desk.home / "huge").touch()
+    os.truncate(desk.home / "huge", 1 << 40)
     transaction, _files = desk.begin()
     with pytest.raises(Refusal):
         transaction.before_changes(
-            [Change("replace", os.fsencode(desk.file)), Change("write", os.fsencode(desk.home / "fifo"))]
+            [Change("replace", os.fsencode(desk.file)), Change("write", os.fsencode(desk.home / "huge"))]
         )
     assert desk.file.stat().st_nlink == 1
     transaction.roll_back(Event(kind="call.abort", call=transaction.call))
@@ -327,7 +328,7 @@ def test_a_file_system_that_becomes_read_only_in_the_middle(device: Path, tmp_pa
     transaction, files = desk.begin()
     desk.rewrite(files)
     subprocess.run(["mount", "-o", "remount,ro", device], check=True)
-    with pytest.raises(JournalError, match="could not be put back"):
+    with pytest.raises(JournalError, match="could not be restored"):
         transaction.roll_back(Event(kind="call.abort", call=transaction.call))
     assert len(desk.journal.recover()) == 1  # logged, and left open
     subprocess.run(["mount", "-o", "remount,rw", device], check=True)

@@ -44,6 +44,8 @@ SECRET = "agentd-breakout-canary"
 class Silent:
     """A recorder that agrees to everything."""
 
+    mark = b"test"
+
     def before_changes(self, changes: Sequence[Change]) -> None:
         pass
 
@@ -265,6 +267,7 @@ if libc.mount(b"none", b"/", None, 0x44000, None) or libc.mount(b"none", b"/dev"
 open("/dev/null", "w").close()  # a plain file will do: it is the name that the broker knows
 from agentd_sandbox import Access, Job, PathRule, Sandbox
 class Silent:
+    mark = b"test"
     def before_changes(self, changes): pass
 program, tool, arguments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 inside = "/dev/inside"  # on the same file system: what another one refuses is not the broker's merit

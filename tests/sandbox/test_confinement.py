@@ -42,6 +42,8 @@ class Recorded:
     changes: list[tuple[str, bytes, bytes | None]] = field(default_factory=list)
     refuse: bool = False
 
+    mark = b"test"
+
     def before_changes(self, changes: Sequence[Change]) -> None:
         if self.refuse:
             raise Refusal(28, "no space for the pre-image")

@@ -627,6 +627,8 @@ def test_unconfined_the_attack_works(attack: Attack, world: World, ground: Groun
 class Silent:
     """A recorder that keeps nothing."""
 
+    mark = b"test"
+
     def before_changes(self, changes: Sequence[Change]) -> None:
         return
 

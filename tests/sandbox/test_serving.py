@@ -112,6 +112,8 @@ class Slow:
     waiting: threading.Event = field(default_factory=threading.Event)
     answers: threading.Event = field(default_factory=threading.Event)
 
+    mark = b"test"
+
     def before_changes(self, changes: Sequence[Change]) -> None:
         if any(b"slow" in change.path for change in changes):
             self.waiting.set()

@@ -1,0 +1,153 @@
+"""Paths of the journal, reached without following a symlink; and directories and files that are made usable for a while.
+
+What a call has changed may lie in a directory that even its owner may not search by now, and a file may not be readable.
+The journal has to look there, and to change it back. It gives the owner that permission for as long as it takes, and each
+mode is what it was afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from agentd_sandbox.paths import Resolved, WalkError, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+_PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_DIRECTORY, _FILE = 0o700, 0o600
+_DENIED = (errno.EACCES, errno.EPERM)
+
+
+def at(path: bytes) -> Resolved:
+    """A real path with its directory. Raises WalkError if the way is broken; OSError (ELOOP) if it leads elsewhere now."""
+    place = _as_spelled(path) or resolve(path, follow=False)
+    if place.real != path:
+        with place:
+            raise OSError(errno.ELOOP, "the way there now leads elsewhere", os.fsdecode(path))
+    return place
+
+
+def reach(path: bytes) -> Resolved | None:
+    """As `at`, or None if not even its directory is there."""
+    try:
+        return at(path)
+    except WalkError as e:
+        if e.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        raise
+
+
+def _as_spelled(path: bytes) -> Resolved | None:
+    """Two opens instead of a walk, where the kernel says that the directory is called what was asked for."""
+    directory, _, name = path.rpartition(b"/")
+    if not name or name in (b".", b".."):
+        return None
+    try:
+        parent = os.open(directory or b"/", _PATH_FLAGS | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        if os.readlink(b"/proc/self/fd/%d" % parent) == (directory or b"/"):
+            try:
+                found = os.open(name, _PATH_FLAGS, dir_fd=parent)
+            except FileNotFoundError:
+                found = -1
+            return Resolved(path, parent, name, found)
+    except OSError:
+        pass
+    os.close(parent)
+    return None
+
+
+@dataclass(slots=True)
+class Granting:
+    """Gives the owner of paths the use of them, and takes it back.
+
+    `before` is called with a path before its mode is changed: to note on disk what its mode was. What it raises stops it.
+    """
+
+    before: Callable[[bytes], None] = lambda _path: None
+    _modes: dict[bytes, tuple[int, int, tuple[int, int]]] = field(default_factory=dict)
+    """Path to the mode it had, the mode it was given, and which one it is (device, inode)."""
+
+    def __enter__(self) -> Granting:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.take_back()
+
+    def reading(self, do: Callable[[], T], path: bytes) -> T:
+        """Do something that reads what is at a path; where its owner may not, permit it and do it again. Raises OSError."""
+        return self._permitting(do, path)
+
+    def changing(self, do: Callable[[], T], path: bytes) -> T:
+        """Do something that changes the name of a path, in the same way: its directory has to be writable."""
+        return self._permitting(do, os.path.dirname(path))
+
+    def _permitting(self, do: Callable[[], T], needed: bytes) -> T:
+        while True:
+            try:
+                return do()
+            except OSError as e:
+                # A walk fails at a name in a directory that can't be searched.
+                held = os.path.dirname(e.reached) if isinstance(e, WalkError) else needed
+                if e.errno not in _DENIED or not self.give(held):
+                    raise
+
+    def give(self, path: bytes) -> bool:
+        """Let the owner use a directory or read a file, if that is us and we may not."""
+        try:
+            place = at(path) if path != b"/" else None
+        except WalkError as e:
+            return e.errno in _DENIED and self.give(os.path.dirname(e.reached))
+        except OSError:
+            return False
+        if place is None:
+            return False
+        with place:
+            return place.exists and self._give(place, path)
+
+    def _give(self, place: Resolved, path: bytes) -> bool:
+        status = place.status
+        mode = stat.S_IMODE(status.st_mode)
+        wanted = mode | (_DIRECTORY if stat.S_ISDIR(status.st_mode) else _FILE)
+        usual = stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)
+        if wanted == mode or not usual or status.st_uid != os.geteuid():
+            return False
+        if path not in self._modes:
+            self.before(path)
+        os.chmod(f"/proc/self/fd/{place.descriptor}", wanted)
+        self._modes[path] = mode, wanted, (status.st_dev, status.st_ino)
+        return True
+
+    @property
+    def used(self) -> bool:
+        return bool(self._modes)
+
+    def mode_of(self, path: bytes) -> int | None:
+        """The mode that a path has without this permission; None if it was given none."""
+        entry = self._modes.get(path)
+        return entry[0] if entry else None
+
+    def take_back(self) -> None:
+        """Deepest first: each has its mode again, unless it was given another one meanwhile."""
+        for path in sorted(self._modes, key=lambda p: -p.count(b"/")):
+            mode, given, identity = self._modes.pop(path)
+            with contextlib.suppress(OSError), at(path) as place:
+                status = place.status if place.exists else None
+                if status and (status.st_dev, status.st_ino) == identity and stat.S_IMODE(status.st_mode) == given:
+                    os.chmod(f"/proc/self/fd/{place.descriptor}", mode)
+
+
+def parents(path: bytes) -> Iterator[bytes]:
+    """The directories above a path, nearest first, without the root."""
+    while (path := os.path.dirname(path)) not in (b"/", b""):
+        yield path

@@ -1,0 +1,267 @@
+"""What calls that did not end well have changed, restored: at once, at the next start, and again for as long as anything is left.
+
+What a killed daemon left open is rolled back at the start: nobody knows any more what the call had made of each path, so what
+is there is kept first, as a call of its own that can be undone. A path that can't be restored never stops the others. It is put
+on a list with the reason and what was there then; it is tried again while the daemon runs, as long as nobody has changed it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from agentd.audit import Event
+from agentd.errors import AgentdError
+from agentd.journal.images import GIVE_UP, times_around
+from agentd.journal.places import Granting
+from agentd.journal.plan import finished_since
+from agentd.journal.restoring import Failure, Restoring, Target, sweep
+from agentd.journal.state import PathState, look, look_anyhow
+from agentd.journal.transaction import Transaction
+from agentd.store import new_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    import apsw
+
+    from agentd.audit import AuditLog
+    from agentd.journal.contents import Contents
+    from agentd.journal.images import Image, Images
+    from agentd.journal.journal import Journal
+    from agentd.store import Store
+
+_log = logging.getLogger(__name__)
+_NAMED = 5  # paths in a message
+_CHANGED = "somebody has changed it since; `agentd recover --force` overwrites it and keeps their version"
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A path that a call changed and that could not be restored. `left` is what was there then; None if it could not be read."""
+
+    call: str
+    path: bytes
+    why: str
+    since_ns: int
+    left: PathState | None
+
+
+class Recovery:
+    def __init__(self, journal: Journal, store: Store, audit: AuditLog, images: Images, contents: Contents) -> None:
+        self._journal, self._store, self._audit = journal, store, audit
+        self._images, self._contents = images, contents
+        self._busy = threading.Lock()
+        self._count = len(self.left())
+
+    @property
+    def count(self) -> int:
+        """How many paths are left."""
+        return self._count
+
+    def left(self, call: str = "") -> list[Left]:
+        """The paths that could not be restored yet, of one call or of all, oldest first."""
+        query = "SELECT call, path, why, since_ns, found FROM leftover WHERE ? IN ('', call) ORDER BY since_ns, call, path"
+        rows = self._store.read(lambda db: list(db.execute(query, (call,))))
+        return [Left(str(c), p, str(w), int(s), PathState.from_json(f) if f else None) for c, p, w, s, f in rows]
+
+    # -- a call that has failed
+
+    def restore(self, transaction: Transaction) -> list[Failure]:
+        """Bring every path of a call back to what it was; returns what could not be. A path that another call has changed
+        since, and finished, is that call's.
+        """
+        theirs = finished_since(self._store, transaction.begun, transaction.images)
+        return self._restore(transaction, [i for i in transaction.images.values() if i.path not in theirs])
+
+    def _restore(self, transaction: Transaction, images: Iterable[Image]) -> list[Failure]:
+        return self.restoring(images, transaction).run()
+
+    def restoring(self, images: Iterable[Image], transaction: Transaction) -> Restoring:
+        """Paths on their way to what they were before; `transaction` is the call that does it."""
+        ordered = sorted(images, key=lambda image: image.n)
+        times = times_around(ordered)
+        targets = [Target(i.path, _with_time(i.before, times.get(i.path)), self._content(i)) for i in ordered]
+
+        def before_granting(path: bytes) -> None:
+            if path not in transaction.images:
+                self._journal.capture(transaction, {path: "write"}, None)
+
+        return Restoring(targets, transaction.mark, times, before_granting)
+
+    def _content(self, image: Image) -> Callable[[], Iterable[bytes]]:
+        return lambda: self._images.chunks(image)
+
+    def left_over(self, call: str, failures: Sequence[Failure]) -> str:
+        """Put paths on the list of what is left. Returns them in words."""
+        now = time.time_ns()
+        rows = [(call, failure.path, failure.why, now, _found(failure.path)) for failure in failures]
+
+        def note(db: apsw.Connection) -> None:
+            db.executemany("INSERT OR REPLACE INTO leftover (call, path, why, since_ns, found) VALUES (?, ?, ?, ?, ?)", rows)
+
+        try:
+            self._journal.write_end(note)
+        except AgentdError as e:  # the next start finds the call open
+            _log.error("call %s: what is left of it can't be written down: %s", call, e)
+        self._recount()
+        named = _named(failures)
+        _log.error("call %s: could not be restored, and is tried again: %s", call, named)
+        return named
+
+    def _recount(self) -> None:
+        self._count = len(self.left())
+
+    # -- what a killed daemon has left open
+
+    def recover(self) -> list[str]:
+        """Roll back what has no end, newest first; returns the calls. What can't be restored is on the list of what is left."""
+        query = "SELECT call, begun FROM journal WHERE state = 'open' ORDER BY begun DESC"
+        open_calls = self._store.read(lambda db: [(str(call), int(begun)) for call, begun in db.execute(query)])
+        if open_calls:
+            self._contents.part_all()
+        # Decided for all before the first is restored: a recovery is a finished call, too.
+        images = {call: self._images.of(call) for call, _ in open_calls}
+        theirs = {
+            call: finished_since(self._store, begun, [image.path for image in images[call]]) for call, begun in open_calls
+        }
+        again = {left.call for left in self.left()}
+        for call, _ in open_calls:
+            try:
+                if call in again:
+                    self._retry(call, force=False)
+                else:
+                    self._recover(call, [image for image in images[call] if image.path not in theirs[call]])
+            except (OSError, AgentdError) as e:  # one call that can't be had must not keep the daemon from starting
+                _log.error("call %s is still open, it can't be recovered now: %s", call, e)
+        return [call for call, _ in open_calls]
+
+    def _recover(self, call: str, images: list[Image]) -> None:
+        """As a call of its own: what is there now is kept, and can be had again."""
+        for directory in {os.path.dirname(image.path) for image in images}:
+            try:
+                sweep(directory, call)
+            except OSError as e:
+                _log.warning("call %s: its temporary files can't be removed in %s: %s", call, os.fsdecode(directory), e)
+        changed, failures = self._differing(images)
+        recovery = new_id()
+        detail = _detail(call, changed)
+        intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
+        transaction = self._journal.begin_restoring(recovery, intent, [image.path for image in changed], failures)
+        kept = [image for image in images if image.path in transaction.images or image not in changed]
+        failures += self._restore(transaction, kept)
+        end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
+        self._journal.finish(transaction, end, [] if failures else [(call, "rolled_back")])
+        if failures:
+            self.left_over(call, failures)
+
+    def _differing(self, images: Iterable[Image]) -> tuple[list[Image], list[Failure]]:
+        changed: list[Image] = []
+        failures: list[Failure] = []
+        for image in images:
+            try:
+                with Granting() as granting:
+                    now = look_anyhow(image.path, granting, image.before)
+            except OSError as e:
+                failures.append(Failure(image.path, e.strerror or str(e)))
+                continue
+            if now.differs_from(image.before):
+                changed.append(image)
+        return changed, failures
+
+    # -- what is left
+
+    def retry(self, calls: Collection[str] = (), *, force: bool = False) -> list[Left]:
+        """Try again what is left, of these calls or of all; returns what still is. With `force`, what somebody has changed
+        since is overwritten, after their version was kept. Raises StoreError.
+        """
+        with self._busy:
+            for call in dict.fromkeys(left.call for left in self.left()):
+                if not calls or call in calls:
+                    self._retry(call, force=force)
+            return [left for left in self.left() if not calls or left.call in calls]
+
+    def _retry(self, call: str, *, force: bool) -> None:
+        left = {each.path: each for each in self.left(call)}
+        images = [image for image in self._images.of(call) if image.path in left]
+        changed = {image.path for image in images if not force and self._is_changed(left[image.path], image)}
+        wanted = [image for image in images if image.path not in changed]
+        failures = [Failure(path, _CHANGED) for path in changed]
+        failures += self._overwrite(call, wanted) if force else self._restore(self._reopened(call), wanted)
+        self._settle(call, failures)
+
+    def _reopened(self, call: str) -> Transaction:
+        """A call that has not ended well goes on: what else must be noted on the way belongs to it."""
+        begun = self._store.read(lambda db: db.execute("SELECT begun FROM journal WHERE call = ?", (call,)).get)
+        images = {image.path: image for image in self._images.of(call)}
+        return Transaction(self._journal, call, int(begun), images, limited=False)
+
+    def _overwrite(self, call: str, images: Sequence[Image]) -> list[Failure]:
+        """As a call of its own: what somebody has made of these paths is kept, and can be had again."""
+        failures: list[Failure] = []
+        recovery, detail = new_id(), _detail(call, images)
+        intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
+        transaction = self._journal.begin_restoring(recovery, intent, [image.path for image in images], failures)
+        failures += self._restore(transaction, [image for image in images if image.path in transaction.images])
+        end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
+        self._journal.finish(transaction, end)
+        return failures
+
+    @staticmethod
+    def _is_changed(left: Left, image: Image) -> bool:
+        """Whether somebody has made something else of it than what was left there, and than what it is to be."""
+        if left.left is None:
+            return False
+        try:
+            now = look(image.path, left.left)
+        except OSError:
+            return False
+        return now.differs_from(left.left) and now.differs_from(image.before)
+
+    def _settle(self, call: str, failures: Sequence[Failure]) -> None:
+        still = {failure.path: failure.why for failure in failures}
+
+        def settle(db: apsw.Connection) -> None:
+            paths = [path for (path,) in db.execute("SELECT path FROM leftover WHERE call = ?", (call,))]
+            gone = [(call, path) for path in paths if path not in still]
+            if gone:
+                detail = {"recovers": call, "paths": [os.fsdecode(p) for _, p in gone[:_NAMED]], "count": len(gone)}
+                self._audit.append(db, Event(kind="call.recovered", principal="agentd", call=call, detail=detail))
+            db.executemany("DELETE FROM leftover WHERE call = ? AND path = ?", gone)
+            db.executemany(
+                "UPDATE leftover SET why = ?3 WHERE call = ?1 AND path = ?2", ((call, p, w) for p, w in still.items())
+            )
+            if not still:
+                db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (call,))
+                db.execute(GIVE_UP, (call,))
+
+        self._journal.write_end(settle)
+        self._recount()
+        if not still:
+            _log.info("call %s: what was left of it is restored", call)
+
+
+def _detail(call: str, images: Sequence[Image]) -> dict[str, object]:
+    return {"recovers": call, "paths": [os.fsdecode(image.path) for image in images[:_NAMED]], "count": len(images)}
+
+
+def _with_time(state: PathState, mtime_ns: int | None) -> PathState:
+    if state.kind != "folder" or mtime_ns is None:
+        return state
+    return replace(state, mtime_ns=mtime_ns)
+
+
+def _found(path: bytes) -> str | None:
+    try:
+        return look(path).to_json()
+    except OSError:
+        return None
+
+
+def _named(failures: Sequence[Failure]) -> str:
+    more = f" and {len(failures) - _NAMED} more" if len(failures) > _NAMED else ""
+    return ", ".join(map(str, failures[:_NAMED])) + more

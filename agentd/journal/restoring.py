@@ -1,0 +1,428 @@
+"""Paths brought back to former states, many at once, in the order in which that can be done.
+
+One path at a time, in whatever order, loses files: a directory that has its read-only mode again takes no content, and one
+that may not be searched hides what is below it. So all paths go through the same steps together:
+
+1. what is in the way, or is to be gone, is removed, deepest first: that frees space, too;
+2. directories are made, from the top;
+3. files, symlinks, FIFOs and sockets get their contents, in a new file that takes the name in one step;
+4. what was left because something still needed it is removed;
+5. modes, owners, attributes and times, deepest first.
+
+Where the owner of a directory may not use it, that is permitted for as long as it takes. What fails is reported, and never
+stops the rest. All of it can be done again at any time, with the same result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agentd_sandbox import kernel
+from agentd_sandbox.paths import WalkError
+
+from agentd.errors import JournalError
+from agentd.journal.contents import write_with_holes
+from agentd.journal.flushing import make_all_durable
+from agentd.journal.places import Granting, at, parents, reach
+from agentd.journal.state import ABSENT, ATTRIBUTES, NO_ATTRIBUTES, PathState, is_file, look, look_anyhow
+
+if TYPE_CHECKING:
+    from agentd_sandbox.paths import Resolved
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNLINKABLE = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS)
+_STEPS = 5
+_PROGRESS_EVERY = 100
+TEMPORARY = b".agentd-"
+"""How the names of files begin that take the place of others; the call's id follows, so that nobody else's are taken for one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a path is to become. `content` gives a file's in pieces; what it raises leaves the path as it is."""
+
+    path: bytes
+    state: PathState
+    content: Callable[[], Iterable[bytes]] = tuple
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A path that could not be brought back, and why."""
+
+    path: bytes
+    why: str
+
+    def __str__(self) -> str:
+        return f"{os.fsdecode(self.path)} ({self.why})"
+
+
+@dataclass(slots=True)
+class Restoring:
+    """Brings paths to their targets. `mark` is the call that does it; `times` are of directories that are no targets.
+
+    `before_granting` is called with a directory that is no target before its mode is changed for a while; `progress` with
+    how many paths are done.
+    """
+
+    targets: Iterable[Target]
+    mark: bytes
+    times: Mapping[bytes, int] = field(default_factory=dict)
+    before_granting: Callable[[bytes], None] = lambda _path: None
+    progress: Callable[[int], None] = lambda _count: None
+    failures: dict[bytes, Failure] = field(default_factory=dict)
+    _granting: Granting = field(init=False)
+    _targets: dict[bytes, Target] = field(init=False)
+    _now: dict[bytes, PathState] = field(default_factory=dict)
+    _changed: set[bytes] = field(default_factory=set)
+    _steps: int = 0
+    _sources: dict[str, bytes] = field(default_factory=dict)
+    """Where a file is that is to have several names: by its former device and inode."""
+
+    def __post_init__(self) -> None:
+        self._targets = {target.path: target for target in self.targets}
+        self._granting = Granting(lambda path: None if path in self._targets else self.before_granting(path))
+
+    def run(self) -> list[Failure]:
+        """All steps; returns what could not be done. What was done is durable."""
+        with self._granting:
+            for path, target in self._targets.items():
+                with self._noted(path):
+                    self._now[path] = look_anyhow(path, self._granting, target.state)
+            self._note_sources()
+            down = sorted(self._targets, key=lambda p: -p.count(b"/"))
+            up = down[::-1]
+            for paths, step in ((down, self._clear), (up, self._make_directory), (up, self._fill), (down, self._clear_late)):
+                for path in paths:
+                    self._attempt(path, step)
+            for path in sorted(self._targets.keys() | self.times.keys(), key=lambda p: -p.count(b"/")):
+                if path in self._targets:
+                    self._attempt(path, self._set_attributes)
+                else:
+                    self._set_time(path)
+        with self._noted(next(iter(self._targets), b"")):
+            make_all_durable(self._changed, one_by_one=not self._granting.used)
+        return list(self.failures.values())
+
+    def _attempt(self, path: bytes, step: Callable[[Target, PathState], None]) -> None:
+        self._steps += 1
+        if self._steps % _PROGRESS_EVERY == 0:
+            self.progress(self._steps // _STEPS)
+        if path in self.failures or path not in self._now:
+            return
+        with self._noted(path):
+            step(self._targets[path], self._now[path])
+
+    @contextlib.contextmanager
+    def _noted(self, path: bytes) -> Iterator[None]:
+        """A failure is the path's own."""
+        try:
+            yield
+        except JournalError as e:
+            self.failures.setdefault(path, Failure(path, e.message.rstrip(".")))
+        except OSError as e:
+            self.failures.setdefault(path, Failure(path, e.strerror or str(e)))
+
+    # -- names
+
+    def _clear(self, target: Target, now: PathState) -> None:
+        """Remove what is to be gone, or is of another kind; what another name is to be made of waits."""
+        if now.kind == "absent" or now.kind == target.state.kind:
+            return
+        if target.state.kind == "absent" and self._is_source(target.path, now) and not self._is_in_the_way(target.path):
+            return
+        try:
+            self._remove(target.path, now)
+        except OSError as e:
+            late = target.state.kind == "absent" and e.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if not late:
+                raise
+
+    def _is_in_the_way(self, path: bytes) -> bool:
+        """Whether a directory above it is to be something else."""
+        above = (self._targets[parent].state.kind for parent in parents(path) if parent in self._targets)
+        return any(kind not in ("folder", "absent") for kind in above)
+
+    def _clear_late(self, target: Target, now: PathState) -> None:
+        if target.state.kind == "absent" and self._now[target.path].kind != "absent":
+            self._remove(target.path, now)
+
+    def _remove(self, path: bytes, now: PathState) -> None:
+        def remove() -> None:
+            with at(path) as place:
+                self._require_same(place, now)
+                (os.rmdir if now.kind == "folder" else os.unlink)(place.name, dir_fd=place.parent)
+
+        try:
+            self._granting.changing(remove, path)
+        except WalkError as e:
+            if e.errno not in (errno.ENOENT, errno.ENOTDIR):  # gone with its directory
+                raise
+        except FileNotFoundError:
+            pass
+        self._became(path, ABSENT)
+
+    @staticmethod
+    def _require_same(place: Resolved, now: PathState) -> None:
+        """Nobody has put something else there since it was looked at."""
+        if place.exists and now.inode and now.inode != f"{place.status.st_dev}:{place.status.st_ino}":
+            raise OSError(errno.EAGAIN, "it was changed while it was being restored", os.fsdecode(place.real))
+
+    def _became(self, path: bytes, state: PathState) -> None:
+        self._now[path] = state
+        self._changed.add(path)
+
+    def _make_directory(self, target: Target, now: PathState) -> None:
+        if target.state.kind != "folder" or now.kind == "folder":
+            return
+
+        def make() -> None:
+            with at(target.path) as place:
+                os.mkdir(place.name, 0o700, dir_fd=place.parent)
+
+        self._granting.changing(make, target.path)
+        self._became(target.path, PathState("folder", 0o700))
+
+    # -- contents
+
+    def _fill(self, target: Target, now: PathState) -> None:
+        state = target.state
+        match state.kind:
+            case "absent" | "folder":
+                return
+            case "file":
+                self._fill_file(target, now)
+            case "link" | "fifo" | "socket":
+                if (now.kind, now.target) != (state.kind, state.target):
+                    self._replace(target, lambda place, name: _make_special(place, name, state))
+            case _:
+                raise OSError(errno.EINVAL, f"a {state.kind} can't be restored")
+
+    def _fill_file(self, target: Target, now: PathState) -> None:
+        state = target.state
+        if not state.digest:  # only its mode is known: nothing else of it was to be changed
+            return
+        source = self._sources.get(state.inode, b"")
+        if source and source != target.path:
+            if now.kind == "file" and now.inode == self._now_at(source).inode:
+                return
+            if self._link(target, source):
+                return
+        elif now.kind == "file" and now.digest == state.digest:
+            return
+        self._write(target, now)
+        if state.inode in self._linked():
+            self._sources[state.inode] = target.path
+
+    def _write(self, target: Target, now: PathState) -> None:
+        try:
+            self._replace(target, lambda place, name: _write_file(place, name, target))
+        except OSError as e:
+            if e.errno not in _FULL or now.kind != "file" or now.links != 1:
+                raise
+            # No space for a second copy: what is there is given up first. A kill in between is no harm: what it was and what
+            # it is to become are both on disk until this call has ended.
+            self._granting.reading(lambda: _write_over(target, now), target.path)
+            self._became(target.path, target.state)
+
+    def _replace(self, target: Target, make: Callable[[Resolved, bytes], None]) -> None:
+        """Make something new under another name, and give it the path's in one step."""
+        name = TEMPORARY + self.mark + b"-" + secrets.token_hex(4).encode()
+
+        def replace() -> None:
+            with at(target.path) as place:
+                self._require_same(place, self._now[target.path])
+                try:
+                    make(place, name)
+                    if self._now[target.path].kind == "absent":
+                        kernel.rename_to_new((place.parent, name), (place.parent, place.name))
+                    else:
+                        os.rename(name, place.name, src_dir_fd=place.parent, dst_dir_fd=place.parent)
+                except (OSError, JournalError):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=place.parent)
+                    raise
+
+        self._granting.changing(replace, target.path)
+        self._became(target.path, PathState(target.state.kind, digest=target.state.digest, target=target.state.target))
+
+    # -- several names of one file
+
+    def _linked(self) -> set[str]:
+        return {t.state.inode for t in self._targets.values() if t.state.inode and t.state.links > 1 and t.state.kind == "file"}
+
+    def _note_sources(self) -> None:
+        """Where the files that are to have several names are now: under a name that stays, goes, or was not touched."""
+        linked = self._linked()
+        if not linked:
+            return
+        for path, now in self._now.items():
+            state = self._targets[path].state
+            if now.inode in linked and now.kind == "file" and self._is_wanted(now):
+                stays = state.kind == "file" and state.inode == now.inode
+                if stays or now.inode not in self._sources:
+                    self._sources[now.inode] = path
+        for target in self._targets.values():
+            state = target.state
+            if state.twin and state.inode not in self._sources:
+                beside = os.path.join(os.path.dirname(target.path), os.fsencode(state.twin))
+                with contextlib.suppress(OSError):
+                    found = self._now[beside] = look(beside)
+                    if found.inode == state.inode and found.digest == state.digest:
+                        self._sources[state.inode] = beside
+
+    def _is_wanted(self, now: PathState) -> bool:
+        """Whether the file has the content that its names are to have."""
+        return any(
+            target.state.inode == now.inode and target.state.digest == now.digest
+            for target in self._targets.values()
+            if target.state.kind == "file" and target.state.links > 1
+        )
+
+    def _is_source(self, path: bytes, now: PathState) -> bool:
+        return now.kind == "file" and self._sources.get(now.inode) == path
+
+    def _now_at(self, path: bytes) -> PathState:
+        with contextlib.suppress(OSError), at(path) as place:
+            if is_file(place):
+                return PathState("file", inode=f"{place.status.st_dev}:{place.status.st_ino}")
+        return ABSENT
+
+    def _link(self, target: Target, source: bytes) -> bool:
+        """Whether the path is another name of the file at `source` now; not where there are no hard links."""
+
+        def link(place: Resolved, name: bytes) -> None:
+            with at(source) as other:
+                if not other.exists:
+                    raise OSError(errno.EXDEV, "gone")
+                os.link(f"/proc/self/fd/{other.descriptor}", name, dst_dir_fd=place.parent, follow_symlinks=True)
+
+        try:
+            self._granting.reading(lambda: at(source).__exit__(), source)
+            self._replace(target, link)
+        except OSError as e:
+            if e.errno in _UNLINKABLE:
+                return False
+            raise
+        return True
+
+    # -- what they are known by
+
+    def _set_attributes(self, target: Target, now: PathState) -> None:
+        state = target.state
+        if state.kind == "absent" or now.kind == "absent":
+            return
+
+        def set_all() -> None:
+            with at(target.path) as place:
+                if place.exists:
+                    _set_owner(place, state)
+                    if state.kind != "link":
+                        _set_mode(place, state)
+                    os.utime(
+                        place.name, ns=(place.status.st_atime_ns, state.mtime_ns), dir_fd=place.parent, follow_symlinks=False
+                    )
+
+        if target.path in self._changed or self._has_other_attributes(target.path, state):
+            self._granting.reading(set_all, target.path)
+            self._changed.add(target.path)
+
+    def _has_other_attributes(self, path: bytes, state: PathState) -> bool:
+        """Its contents are right, and so may be all else. A directory's time is changed by every name in it."""
+        now = self._now[path]
+        return state.kind == "folder" or now.mode != state.mode or now.differs_from(state)
+
+    def _set_time(self, directory: bytes) -> None:
+        """Of a directory around targets: it was changed by what was in it, and is changed back."""
+        with contextlib.suppress(OSError):
+            place = self._granting.reading(lambda: reach(directory), directory)
+            if place is not None:
+                with place:
+                    if place.is_folder and place.status.st_mtime_ns != self.times[directory]:
+                        there = f"/proc/self/fd/{place.descriptor}"
+                        os.utime(there, ns=(place.status.st_atime_ns, self.times[directory]))
+
+
+def sweep(directory: bytes, mark: str) -> None:
+    """Remove the files that a killed call has left in a directory under names that were to be given up. Raises OSError."""
+    place = reach(directory)
+    if place is None:
+        return
+    beginning = TEMPORARY + os.fsencode(mark) + b"-"
+    with place:
+        if place.is_folder:
+            before = place.status.st_mtime_ns
+            names = [
+                name for name in os.listdir(os.fsencode(f"/proc/self/fd/{place.descriptor}")) if name.startswith(beginning)
+            ]
+            for name in names:
+                os.unlink(name, dir_fd=place.descriptor)
+            if names:
+                os.utime(f"/proc/self/fd/{place.descriptor}", ns=(place.status.st_atime_ns, before))
+
+
+def _make_special(place: Resolved, name: bytes, state: PathState) -> None:
+    if state.kind == "link":
+        os.symlink(os.fsencode(state.target), name, dir_fd=place.parent)
+    else:
+        kind = stat.S_IFIFO if state.kind == "fifo" else stat.S_IFSOCK
+        os.mknod(name, kind | 0o600, dir_fd=place.parent)
+
+
+def _write_file(place: Resolved, name: bytes, target: Target) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(name, flags, 0o600, dir_fd=place.parent), "wb") as file:
+        _write_content(file.fileno(), target)
+
+
+def _write_over(target: Target, now: PathState) -> None:
+    with at(target.path) as place:
+        Restoring._require_same(place, now)
+        descriptor = os.open(f"/proc/self/fd/{place.descriptor}", os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+        try:
+            _write_content(descriptor, target)
+        finally:
+            os.close(descriptor)
+
+
+def _write_content(descriptor: int, target: Target) -> None:
+    with open(descriptor, "wb", closefd=False) as file:
+        if target.state.holes:
+            write_with_holes(target.content(), file)
+        else:
+            file.writelines(target.content())
+
+
+def _set_owner(place: Resolved, state: PathState) -> None:
+    if (place.status.st_uid, place.status.st_gid) != (state.uid, state.gid):
+        with contextlib.suppress(PermissionError):  # another owner's: only root can, and the content matters more
+            os.chown(place.name, state.uid, state.gid, dir_fd=place.parent, follow_symlinks=False)
+
+
+def _set_mode(place: Resolved, state: PathState) -> None:
+    """Attributes first: an access list is part of the mode, and some can't be set on what may not be written."""
+    there = f"/proc/self/fd/{place.descriptor}"
+    if state.attributes is not None:
+        _set_extended(there, dict(state.attributes))
+    os.chmod(there, state.mode)
+
+
+def _set_extended(there: str, wanted: dict[str, str]) -> None:
+    """As far as the file system has such things: content and mode matter more."""
+    try:
+        present = {name for name in os.listxattr(there) if name.startswith(ATTRIBUTES)}
+        for name in present - wanted.keys():
+            os.removexattr(there, name)
+        for name, value in wanted.items():
+            if name not in present or os.getxattr(there, name).hex() != value:
+                os.setxattr(there, name, bytes.fromhex(value))
+    except OSError as e:
+        if e.errno not in NO_ATTRIBUTES:
+            raise
