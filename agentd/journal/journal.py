@@ -7,7 +7,6 @@ that has no end when the daemon starts is rolled back (`recovery`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import threading
@@ -26,7 +25,7 @@ from agentd.journal.recovery import Recovery
 from agentd.journal.restoring import Failure
 from agentd.journal.retention import Keep, Retention
 from agentd.journal.rollback import Rollbacks, Undone
-from agentd.journal.state import ABSENT, PathState, as_it_was, keep, look_anyhow
+from agentd.journal.state import PathState, as_it_was, keep, look_anyhow
 from agentd.journal.transaction import Taker, Transaction, unreadable
 
 if TYPE_CHECKING:
@@ -116,7 +115,8 @@ class Journal:
                     try:
                         images.append(self._taker.take(transaction, path, operation))
                     except OSError:
-                        closed[path] = operation
+                        # Kept as it is, it could not be read later, either.
+                        closed[path] = "write" if operation in ("remove", "replace") else operation
                         if noted := self._taker.note(transaction, path):
                             images.append(noted)
             self._write_images(transaction, images, intent)
@@ -224,12 +224,13 @@ class Journal:
         """What the call has left, durable, and what of it is new. Raises JournalError with everything restored."""
         try:
             with Granting(lambda path: self.note_mode(transaction, path)) as granting:
-                after = {path: _after(path, granting) for path in transaction.images}
+                after = {path: look_anyhow(path, granting) for path in transaction.images}
                 files = {
                     path: touched
                     for path, image in transaction.images.items()
                     if (touched := _touched(path, image.before, after[path])) is not None
                 }
+                self._add_directories(transaction, after, files, granting)
                 make_all_durable(files, one_by_one=not granting.used)
         except OSError as e:  # what can't be read or made durable is no end: a disk that fails may not keep it
             self.restore(transaction)
@@ -241,6 +242,25 @@ class Journal:
                 metadata={"call": transaction.call},
             ) from e
         return after, files
+
+    def _add_directories(
+        self, transaction: Transaction, after: dict[bytes, PathState], files: dict[bytes, FileTouched], granting: Granting
+    ) -> None:
+        """Directories of which nothing but the time is different: what was made in them has gone again."""
+        around = {os.path.dirname(path) for path in files} | after.keys()
+        images: dict[bytes, Image] = {}
+        for path, image in transaction.images.items():
+            directory, former = os.path.dirname(path), image.before.around_ns
+            if directory in around or directory in images or former == after[path].around_ns:
+                continue
+            state = look_anyhow(directory, granting)
+            if state.kind == "folder" and state.mtime_ns != former:
+                images[directory] = Image(transaction.call, directory, replace(state, mtime_ns=former))
+                after[directory] = state
+        if images:
+            self._write_images(transaction, list(images.values()), None)
+            touched = {path: _touched(path, image.before, after[path]) for path, image in images.items()}
+            files |= {path: each for path, each in touched.items() if each}
 
     def note_mode(self, transaction: Transaction, path: bytes) -> None:
         """What is about to be given another mode for a while gets its own again, whatever happens in between."""
@@ -359,16 +379,6 @@ def _noting(path: bytes, failures: list[Failure] | None) -> Iterator[None]:
         if failures is None:
             raise
         failures.append(Failure(path, e.message.rstrip(".")))
-
-
-def _after(path: bytes, granting: Granting) -> PathState:
-    """Raises OSError. A way that leads elsewhere now has nothing of the call at its end."""
-    try:
-        return look_anyhow(path, granting)
-    except OSError as e:
-        if e.errno == errno.ELOOP:
-            return ABSENT
-        raise
 
 
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:

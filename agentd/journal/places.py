@@ -45,6 +45,16 @@ def reach(path: bytes) -> Resolved | None:
         raise
 
 
+def reach_ours(path: bytes) -> Resolved | None:
+    """As `reach`, or None too if the way leads elsewhere: for what comes back with the directory that was there."""
+    try:
+        return reach(path)
+    except OSError as e:
+        if e.errno == errno.ELOOP:
+            return None
+        raise
+
+
 def _as_spelled(path: bytes) -> Resolved | None:
     """Two opens instead of a walk, where the kernel says that the directory is called what was asked for."""
     directory, _, name = path.rpartition(b"/")
@@ -132,10 +142,13 @@ class Granting:
     def used(self) -> bool:
         return bool(self._modes)
 
-    def mode_of(self, path: bytes) -> int | None:
-        """The mode that a path has without this permission; None if it was given none."""
-        entry = self._modes.get(path)
-        return entry[0] if entry else None
+    def mode_of(self, inode: str) -> int | None:
+        """The mode that a file or directory (`DEVICE:INODE`) has without this permission; None if it was given none."""
+        return next((mode for mode, _, (device, number) in self._modes.values() if inode == f"{device}:{number}"), None)
+
+    def forget(self, path: bytes) -> None:
+        """It has got the mode that it is to have."""
+        self._modes.pop(path, None)
 
     def take_back(self) -> None:
         """Deepest first: each has its mode again, unless it was given another one meanwhile."""

@@ -20,7 +20,7 @@ from agentd.errors import JournalError, Reason, RequestError
 from agentd.journal.contents import TooLarge
 from agentd.journal.images import times_around
 from agentd.journal.merge import merge
-from agentd.journal.places import parents
+from agentd.journal.places import parents, reach_ours
 from agentd.journal.state import ABSENT, PathState, look, take
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ class Plan:
     not_undoable: tuple[str, ...]
     times: Mapping[bytes, int] = field(default_factory=dict, compare=False, repr=False)
     """When directories had been changed before all that, where nobody has changed them since."""
+    others: tuple[bytes, ...] = field(default=(), compare=False, repr=False)
+    """Paths that the calls have touched and left as they were, and that may be other names of files which they have changed."""
 
     @property
     def digest(self) -> str:
@@ -190,8 +192,9 @@ class Planner:
             paths = tuple(replace(planned, why=_REHEARSED.get(planned.verdict, planned.why)) for planned in paths)
         touched = {call for planned in paths for call in planned.calls}
         outside = tuple(call for call, _, effect in rows if effect in ("external", "physical"))
-        times = _times(images, paths)
-        return Plan(selection, ways, tuple(call for call in calls if call in touched), paths, outside, times)
+        names = tuple(image.path for image in images if image.before.links > 1 and not image.changed)
+        named = tuple(call for call in calls if call in touched)
+        return Plan(selection, ways, named, paths, outside, _times(images, paths), names)
 
     def _selected(self, selection: Selection) -> list[tuple[str, int, str]]:
         """(call, begun, effect), oldest first. Undone ones count only where all that happened is meant."""
@@ -244,7 +247,7 @@ class Planner:
             return Verdict.MISSING_PREIMAGE, e.message
         if target.kind != "folder" and now.kind == "folder" and (name := _stranger(path, known.going)):
             return Verdict.CONFLICT, f"the folder holds {name}, which these calls did not make"
-        if why := _forbidden(path, known.touched):
+        if _renames(now, target) and (why := _forbidden(path, known.touched)):
             return Verdict.NO_PERMISSION, why
         if target.kind == "absent":
             return Verdict.DELETE_CREATED, "it was not there before"
@@ -336,12 +339,21 @@ def _times(images: Sequence[Image], paths: Iterable[PathPlan]) -> dict[bytes, in
     left = times_around(images, left=True)
     found = {}
     for directory, ns in times_around(images).items():
-        with contextlib.suppress(OSError):
-            if directory not in mixed and (
-                not os.path.lexists(directory) or os.lstat(directory).st_mtime_ns == left.get(directory)
-            ):
-                found[directory] = ns
+        if directory not in mixed and _is_as_left(directory, left.get(directory)):
+            found[directory] = ns
     return found
+
+
+def _is_as_left(directory: bytes, mtime_ns: int | None) -> bool:
+    """Whether nobody has changed a directory since, or it is to be made first."""
+    try:
+        place = reach_ours(directory)
+    except OSError:
+        return False
+    if place is None:
+        return True
+    with place:
+        return not place.is_folder or place.status.st_mtime_ns == mtime_ns
 
 
 def _stranger(folder: bytes, going: Collection[bytes]) -> str:
@@ -351,6 +363,12 @@ def _stranger(folder: bytes, going: Collection[bytes]) -> str:
             return next((os.fsdecode(entry.name) for entry in entries if folder + b"/" + entry.name not in going), "")
     except OSError:
         return ""
+
+
+def _renames(now: PathState, target: PathState) -> bool:
+    """Whether names in the directory have to change for it: not for modes, times and attributes."""
+    linked = now.links > 1 or target.links > 1
+    return now.kind != target.kind or now.digest != target.digest or now.target != target.target or linked
 
 
 def _forbidden(path: bytes, touched: Collection[bytes]) -> str:

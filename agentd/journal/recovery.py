@@ -19,7 +19,7 @@ from agentd.errors import AgentdError
 from agentd.journal.images import GIVE_UP, times_around
 from agentd.journal.places import Granting
 from agentd.journal.plan import finished_since
-from agentd.journal.restoring import Failure, Restoring, Target, sweep
+from agentd.journal.restoring import Failure, Restoring, Target
 from agentd.journal.state import PathState, look, look_anyhow
 from agentd.journal.transaction import Transaction
 from agentd.store import new_id
@@ -81,7 +81,7 @@ class Recovery:
     def _restore(self, transaction: Transaction, images: Iterable[Image]) -> list[Failure]:
         return self.restoring(images, transaction).run()
 
-    def restoring(self, images: Iterable[Image], transaction: Transaction) -> Restoring:
+    def restoring(self, images: Iterable[Image], transaction: Transaction, sweeps: bytes = b"") -> Restoring:
         """Paths on their way to what they were before; `transaction` is the call that does it."""
         ordered = sorted(images, key=lambda image: image.n)
         times = times_around(ordered)
@@ -91,7 +91,7 @@ class Recovery:
             if path not in transaction.images:
                 self._journal.capture(transaction, {path: "write"}, None)
 
-        return Restoring(targets, transaction.mark, times, before_granting)
+        return Restoring(targets, transaction.mark, times, before_granting, sweeps=sweeps)
 
     def _content(self, image: Image) -> Callable[[], Iterable[bytes]]:
         return lambda: self._images.chunks(image)
@@ -142,18 +142,13 @@ class Recovery:
 
     def _recover(self, call: str, images: list[Image]) -> None:
         """As a call of its own: what is there now is kept, and can be had again."""
-        for directory in {os.path.dirname(image.path) for image in images}:
-            try:
-                sweep(directory, call)
-            except OSError as e:
-                _log.warning("call %s: its temporary files can't be removed in %s: %s", call, os.fsdecode(directory), e)
         changed, failures = self._differing(images)
         recovery = new_id()
         detail = _detail(call, changed)
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
         transaction = self._journal.begin_restoring(recovery, intent, [image.path for image in changed], failures)
         kept = [image for image in images if image.path in transaction.images or image not in changed]
-        failures += self._restore(transaction, kept)
+        failures += self.restoring(kept, transaction, sweeps=os.fsencode(call)).run()
         end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
         self._journal.finish(transaction, end, [] if failures else [(call, "rolled_back")])
         if failures:

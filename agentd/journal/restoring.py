@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import logging
 import os
 import secrets
 import stat
@@ -30,14 +32,25 @@ from agentd_sandbox.paths import WalkError
 from agentd.errors import JournalError
 from agentd.journal.contents import write_with_holes
 from agentd.journal.flushing import make_all_durable
-from agentd.journal.places import Granting, at, parents, reach
+from agentd.journal.places import Granting, at, parents, reach, reach_ours
 from agentd.journal.state import ABSENT, ATTRIBUTES, NO_ATTRIBUTES, PathState, is_file, look, look_anyhow
 
 if TYPE_CHECKING:
     from agentd_sandbox.paths import Resolved
 
+_log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNLINKABLE = (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS)
+_UNLINKABLE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EPERM,
+    errno.EXDEV,
+    errno.EMLINK,
+    errno.ENOTSUP,
+    errno.EACCES,
+    errno.ENOSYS,
+)
 _STEPS = 5
 _PROGRESS_EVERY = 100
 TEMPORARY = b".agentd-"
@@ -77,17 +90,27 @@ class Restoring:
     times: Mapping[bytes, int] = field(default_factory=dict)
     before_granting: Callable[[bytes], None] = lambda _path: None
     progress: Callable[[int], None] = lambda _count: None
+    sweeps: bytes = b""
+    """A call that was killed: files that it has left under names that were to be given up are removed."""
+    others: Iterable[bytes] = ()
+    """Paths that may be other names of files among the targets."""
     failures: dict[bytes, Failure] = field(default_factory=dict)
     _granting: Granting = field(init=False)
     _targets: dict[bytes, Target] = field(init=False)
+    _linked: set[str] = field(init=False)
+    """Files that are to have several names."""
     _now: dict[bytes, PathState] = field(default_factory=dict)
     _changed: set[bytes] = field(default_factory=set)
+    _aside: list[bytes] = field(default_factory=list)
     _steps: int = 0
     _sources: dict[str, bytes] = field(default_factory=dict)
     """Where a file is that is to have several names: by its former device and inode."""
 
     def __post_init__(self) -> None:
         self._targets = {target.path: target for target in self.targets}
+        self._linked = {
+            t.state.inode for t in self._targets.values() if t.state.kind == "file" and t.state.links > 1 and t.state.inode
+        }
         self._granting = Granting(lambda path: None if path in self._targets else self.before_granting(path))
 
     def run(self) -> list[Failure]:
@@ -96,12 +119,16 @@ class Restoring:
             for path, target in self._targets.items():
                 with self._noted(path):
                     self._now[path] = look_anyhow(path, self._granting, target.state)
+            for directory in {os.path.dirname(path) for path in self._targets} if self.sweeps else ():
+                self._sweep(directory)
             self._note_sources()
+            self._save_sources()
             down = sorted(self._targets, key=lambda p: -p.count(b"/"))
             up = down[::-1]
             for paths, step in ((down, self._clear), (up, self._make_directory), (up, self._fill), (down, self._clear_late)):
                 for path in paths:
                     self._attempt(path, step)
+            self._remove_asides()
             for path in sorted(self._targets.keys() | self.times.keys(), key=lambda p: -p.count(b"/")):
                 if path in self._targets:
                     self._attempt(path, self._set_attributes)
@@ -130,13 +157,31 @@ class Restoring:
         except OSError as e:
             self.failures.setdefault(path, Failure(path, e.strerror or str(e)))
 
+    def _sweep(self, directory: bytes) -> None:
+        beginning = TEMPORARY + self.sweeps + b"-"
+
+        def sweep() -> None:
+            place = reach_ours(directory)
+            if place is None:
+                return
+            with place:
+                names = os.listdir(f"/proc/self/fd/{place.descriptor}") if place.is_folder else []
+                for name in names:
+                    if os.fsencode(name).startswith(beginning):
+                        os.unlink(name, dir_fd=place.descriptor)
+
+        try:
+            self._granting.changing(sweep, os.path.join(directory, b"."))
+        except OSError as e:
+            _log.warning("what a killed call has left in %s can't be removed: %s", os.fsdecode(directory), e)
+
     # -- names
 
     def _clear(self, target: Target, now: PathState) -> None:
         """Remove what is to be gone, or is of another kind; what another name is to be made of waits."""
         if now.kind == "absent" or now.kind == target.state.kind:
             return
-        if target.state.kind == "absent" and self._is_source(target.path, now) and not self._is_in_the_way(target.path):
+        if target.state.kind == "absent" and self._sources.get(now.inode) == target.path:
             return
         try:
             self._remove(target.path, now)
@@ -145,10 +190,42 @@ class Restoring:
             if not late:
                 raise
 
-    def _is_in_the_way(self, path: bytes) -> bool:
-        """Whether a directory above it is to be something else."""
-        above = (self._targets[parent].state.kind for parent in parents(path) if parent in self._targets)
-        return any(kind not in ("folder", "absent") for kind in above)
+    def _in_the_way(self, path: bytes) -> bytes:
+        """The topmost directory above a path that is to be something else, and so has to be emptied first."""
+        above = (p for p in parents(path) if p in self._targets)
+        return next((p for p in reversed(list(above)) if self._targets[p].state.kind not in ("folder", "absent")), b"")
+
+    def _save_sources(self) -> None:
+        """A name that is to be something else, or to go before the others are made of its file, is kept as another one."""
+        for path in [path for path in self._sources.values() if path in self._targets]:
+            state, now = self._targets[path].state, self._now[path]
+            above = self._in_the_way(path)
+            stays = state.kind == "file" and state.inode == now.inode
+            if above or not (stays or state.kind == "absent"):
+                with self._noted(path):
+                    self._granting.changing(
+                        lambda p=path, a=above or path: self._set_aside(p, os.path.dirname(a)), above or path
+                    )  # type: ignore[misc]
+
+    def _set_aside(self, path: bytes, directory: bytes) -> None:
+        aside = os.path.join(directory, self._temporary())
+        with at(path) as place, at(aside) as other:
+            try:
+                os.link(f"/proc/self/fd/{place.descriptor}", other.name, dst_dir_fd=other.parent, follow_symlinks=True)
+            except OSError as e:  # its content is written anew then
+                if e.errno == errno.EACCES:
+                    raise
+                return
+        self._sources[self._now[path].inode] = aside
+        self._aside.append(aside)
+
+    def _remove_asides(self) -> None:
+        for path in self._aside:
+            with contextlib.suppress(OSError), at(path) as place:
+                os.unlink(place.name, dir_fd=place.parent)
+
+    def _temporary(self) -> bytes:
+        return TEMPORARY + self.mark + b"-" + secrets.token_hex(4).encode()
 
     def _clear_late(self, target: Target, now: PathState) -> None:
         if target.state.kind == "absent" and self._now[target.path].kind != "absent":
@@ -211,14 +288,16 @@ class Restoring:
             return
         source = self._sources.get(state.inode, b"")
         if source and source != target.path:
-            if now.kind == "file" and now.inode == self._now_at(source).inode:
+            if now.kind == "file" and now.inode == self._inode_at(source):
                 return
             if self._link(target, source):
                 return
-        elif now.kind == "file" and now.digest == state.digest:
-            return
-        self._write(target, now)
-        if state.inode in self._linked():
+        # A file that has other names, too, is not this path's to change.
+        its_own = now.links == 1 or now.inode == state.inode
+        holes = now.holes or not state.holes
+        if not (now.kind == "file" and now.digest == state.digest and its_own and holes):
+            self._write(target, now)
+        if state.inode in self._linked:
             self._sources[state.inode] = target.path
 
     def _write(self, target: Target, now: PathState) -> None:
@@ -234,7 +313,7 @@ class Restoring:
 
     def _replace(self, target: Target, make: Callable[[Resolved, bytes], None]) -> None:
         """Make something new under another name, and give it the path's in one step."""
-        name = TEMPORARY + self.mark + b"-" + secrets.token_hex(4).encode()
+        name = self._temporary()
 
         def replace() -> None:
             with at(target.path) as place:
@@ -255,45 +334,41 @@ class Restoring:
 
     # -- several names of one file
 
-    def _linked(self) -> set[str]:
-        return {t.state.inode for t in self._targets.values() if t.state.inode and t.state.links > 1 and t.state.kind == "file"}
-
     def _note_sources(self) -> None:
         """Where the files that are to have several names are now: under a name that stays, goes, or was not touched."""
-        linked = self._linked()
-        if not linked:
+        if not self._linked:
             return
         for path, now in self._now.items():
             state = self._targets[path].state
-            if now.inode in linked and now.kind == "file" and self._is_wanted(now):
+            if now.inode in self._linked and now.kind == "file" and self._is_wanted(now):
                 stays = state.kind == "file" and state.inode == now.inode
                 if stays or now.inode not in self._sources:
                     self._sources[now.inode] = path
-        for target in self._targets.values():
-            state = target.state
-            if state.twin and state.inode not in self._sources:
-                beside = os.path.join(os.path.dirname(target.path), os.fsencode(state.twin))
-                with contextlib.suppress(OSError):
-                    found = self._now[beside] = look(beside)
-                    if found.inode == state.inode and found.digest == state.digest:
-                        self._sources[state.inode] = beside
+        beside = (
+            os.path.join(os.path.dirname(target.path), os.fsencode(target.state.twin))
+            for target in self._targets.values()
+            if target.state.twin
+        )
+        for path in (*beside, *self.others):
+            with contextlib.suppress(OSError):
+                found = look(path) if path not in self._targets else ABSENT
+                if found.inode in self._linked and found.inode not in self._sources and self._is_wanted(found):
+                    self._sources[found.inode] = path
 
     def _is_wanted(self, now: PathState) -> bool:
         """Whether the file has the content that its names are to have."""
         return any(
             target.state.inode == now.inode and target.state.digest == now.digest
             for target in self._targets.values()
-            if target.state.kind == "file" and target.state.links > 1
+            if target.state.kind == "file"
         )
 
-    def _is_source(self, path: bytes, now: PathState) -> bool:
-        return now.kind == "file" and self._sources.get(now.inode) == path
-
-    def _now_at(self, path: bytes) -> PathState:
+    @staticmethod
+    def _inode_at(path: bytes) -> str:
         with contextlib.suppress(OSError), at(path) as place:
             if is_file(place):
-                return PathState("file", inode=f"{place.status.st_dev}:{place.status.st_ino}")
-        return ABSENT
+                return f"{place.status.st_dev}:{place.status.st_ino}"
+        return ""
 
     def _link(self, target: Target, source: bytes) -> bool:
         """Whether the path is another name of the file at `source` now; not where there are no hard links."""
@@ -332,6 +407,7 @@ class Restoring:
 
         if target.path in self._changed or self._has_other_attributes(target.path, state):
             self._granting.reading(set_all, target.path)
+            self._granting.forget(target.path)
             self._changed.add(target.path)
 
     def _has_other_attributes(self, path: bytes, state: PathState) -> bool:
@@ -348,24 +424,6 @@ class Restoring:
                     if place.is_folder and place.status.st_mtime_ns != self.times[directory]:
                         there = f"/proc/self/fd/{place.descriptor}"
                         os.utime(there, ns=(place.status.st_atime_ns, self.times[directory]))
-
-
-def sweep(directory: bytes, mark: str) -> None:
-    """Remove the files that a killed call has left in a directory under names that were to be given up. Raises OSError."""
-    place = reach(directory)
-    if place is None:
-        return
-    beginning = TEMPORARY + os.fsencode(mark) + b"-"
-    with place:
-        if place.is_folder:
-            before = place.status.st_mtime_ns
-            names = [
-                name for name in os.listdir(os.fsencode(f"/proc/self/fd/{place.descriptor}")) if name.startswith(beginning)
-            ]
-            for name in names:
-                os.unlink(name, dir_fd=place.descriptor)
-            if names:
-                os.utime(f"/proc/self/fd/{place.descriptor}", ns=(place.status.st_atime_ns, before))
 
 
 def _make_special(place: Resolved, name: bytes, state: PathState) -> None:
@@ -417,12 +475,14 @@ def _set_mode(place: Resolved, state: PathState) -> None:
 def _set_extended(there: str, wanted: dict[str, str]) -> None:
     """As far as the file system has such things: content and mode matter more."""
     try:
-        present = {name for name in os.listxattr(there) if name.startswith(ATTRIBUTES)}
-        for name in present - wanted.keys():
+        present = {name: os.getxattr(there, name).hex() for name in os.listxattr(there) if name.startswith(ATTRIBUTES)}
+        if present == wanted:
+            return
+        os.chmod(there, stat.S_IMODE(os.stat(there).st_mode) | 0o600)  # or even its owner may not
+        for name in present.keys() - wanted.keys():
             os.removexattr(there, name)
         for name, value in wanted.items():
-            if name not in present or os.getxattr(there, name).hex() != value:
-                os.setxattr(there, name, bytes.fromhex(value))
+            os.setxattr(there, name, bytes.fromhex(value))
     except OSError as e:
         if e.errno not in NO_ATTRIBUTES:
             raise

@@ -96,7 +96,10 @@ class Rollbacks:
             raise self._nothing(plan)
         done = self._complete(plan)
         event = self._event(plan, done, principal)
-        transaction = self._journal.begin_restoring(event.call, event, [planned.path for planned in chosen])
+        paths = {planned.path for planned in chosen}
+        around = {os.path.dirname(path) for path in paths}
+        alone = [directory for directory in plan.times if directory not in paths | around]  # only their times change
+        transaction = self._journal.begin_restoring(event.call, event, [*paths, *alone])
         try:
             self._restore(transaction, plan, chosen, progress)
         except (OSError, JournalError) as e:
@@ -157,7 +160,7 @@ class Rollbacks:
                 raise OSError(0, "it was changed while it was being restored", os.fsdecode(planned.path))
         targets = [self._target(planned, plan.times) for planned in chosen]
         before_granting = functools.partial(self._journal.note_mode, transaction)
-        failures = Restoring(targets, transaction.mark, plan.times, before_granting, progress).run()
+        failures = Restoring(targets, transaction.mark, plan.times, before_granting, progress, others=plan.others).run()
         if failures:
             raise OSError(0, failures[0].why, os.fsdecode(failures[0].path))
 
@@ -167,7 +170,8 @@ class Rollbacks:
             return Target(planned.path, replace(planned.now, digest=digest, inode="", links=1), lambda: [planned.merged or b""])
         state = planned.target
         if state.kind == "folder":  # its time is that of what is in it, which somebody else may have changed since
-            state = replace(state, mtime_ns=times.get(planned.path, planned.now.mtime_ns or state.mtime_ns))
+            otherwise = planned.now.mtime_ns if planned.now.kind == "folder" else state.mtime_ns
+            state = replace(state, mtime_ns=times.get(planned.path, otherwise))
         return Target(planned.path, state, lambda: self._images.chunks(planned.first))
 
     def _complete(self, plan: Plan) -> tuple[str, ...]:

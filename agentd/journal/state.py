@@ -14,7 +14,7 @@ from agentd_sandbox.paths import reopen
 
 from agentd.journal.contents import Kept, TooLarge
 from agentd.journal.digests import digest
-from agentd.journal.places import reach
+from agentd.journal.places import reach, reach_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,8 +68,9 @@ class PathState:
         """Whether anything is different that can be restored: its time, or which file it is a name of, too."""
         if not self.same_as(other):
             return True
-        linked = (self.links > 1 or other.links > 1) and bool(self.inode and other.inode)
-        return self.mtime_ns != other.mtime_ns or (linked and self.inode != other.inode)
+        another = bool(self.inode and other.inode) and self.inode != other.inode
+        notable = self.links > 1 or other.links > 1 or (self.kind == "file" and self.holes != other.holes)
+        return self.mtime_ns != other.mtime_ns or (another and notable)
 
     @property
     def essence(self) -> tuple[object, ...]:
@@ -96,7 +97,10 @@ def look(path: bytes, known: PathState = ABSENT) -> PathState:
     """The present state of a real path, content digested but not kept. Raises OSError if it leads elsewhere now, or can't be
     read (PermissionError), except where it has not changed since it was `known`.
     """
-    place = reach(path)
+    return _look(reach(path), known)
+
+
+def _look(place: Resolved | None, known: PathState) -> PathState:
     if place is None:
         return ABSENT
     with place:
@@ -109,14 +113,16 @@ def look(path: bytes, known: PathState = ABSENT) -> PathState:
 
 
 def look_anyhow(path: bytes, granting: Granting, known: PathState = ABSENT) -> PathState:
-    """As `look`, also where its owner may not: the state is the one without what that takes. Raises OSError."""
-    return as_it_was(granting.reading(lambda: look(path, known), path), path, granting)
+    """As `look`, also where its owner may not: the state is the one without what that takes. What the way to it leads past is
+    not there. Raises OSError.
+    """
+    return as_it_was(granting.reading(lambda: _look(reach_ours(path), known), path), path, granting)
 
 
 def as_it_was(state: PathState, path: bytes, granting: Granting) -> PathState:
     """A state that was taken while the owner was permitted to, without that."""
-    mode = granting.mode_of(path)
-    if mode is None or state.kind == "absent":
+    mode = granting.mode_of(state.inode)
+    if mode is None:
         return state
     stamp = state.stamp or _stamp(os.lstat(path)) if state.kind == "file" and not mode & stat.S_IRUSR else state.stamp
     return replace(state, mode=mode, stamp=stamp)
@@ -140,13 +146,14 @@ def take(path: bytes, *, limit: int) -> tuple[PathState, bytes]:
 
 
 def keep(
-    path: bytes, contents: Contents, *, limit: int | None, goes: bool = False, grows: bool = False
+    path: bytes, contents: Contents, *, limit: int | None, goes: bool = False, grows: bool = False, ours: bool = False
 ) -> tuple[PathState, Kept]:
-    """The present state of a real path, with its content kept; `goes` and `grows` as in `Contents.keep`.
+    """The present state of a real path, with its content kept; `goes` and `grows` as in `Contents.keep`. With `ours`, what the
+    way to it leads past is not there.
 
     Raises TooLarge past `limit` bytes, PermissionError if it can't be read, OSError.
     """
-    place = reach(path)
+    place = reach_ours(path) if ours else reach(path)
     if place is None:
         return ABSENT, Kept()
     with place:
@@ -255,12 +262,15 @@ def _twin(place: Resolved, status: os.stat_result) -> str:
     return ""
 
 
-def _attributes(descriptor: int) -> tuple[tuple[str, str], ...]:
+def _attributes(descriptor: int) -> tuple[tuple[str, str], ...] | None:
+    """None if they may not be read."""
     there = f"/proc/self/fd/{descriptor}"
     try:
         names = sorted(name for name in os.listxattr(there) if name.startswith(ATTRIBUTES))
         return tuple((name, os.getxattr(there, name).hex()) for name in names)
     except OSError as e:
+        if e.errno in (errno.EACCES, errno.EPERM):
+            return None
         if e.errno in NO_ATTRIBUTES:
             return ()
         raise

@@ -151,13 +151,15 @@ class Taker:
 
     def take(self, transaction: Transaction, path: bytes, operation: Operation) -> Image:
         """Raises OSError (EACCES) if something of ours has to be made accessible first, CannotKeep, StoreError."""
-        how = {"goes": operation in _GOES, "grows": operation == "append"}
+        how = {"goes": operation in _GOES, "grows": operation == "append", "ours": not transaction.limited}
         limit = self._bounds.file_bytes if transaction.limited else None
         known = transaction.images.get(path)
         try:
             if known and known.content.length:
                 return self._in_full(known)
             state, kept = keep(path, self._contents, limit=limit, **how)
+            if state.kind == "folder" and state.attributes is None and os.lstat(path).st_uid == os.geteuid():
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except TooLarge:
             raise self._too_large(path) from None
         except OSError as e:

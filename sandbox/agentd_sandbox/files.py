@@ -388,9 +388,14 @@ def _none() -> bytes:
     raise OSError(errno.ENODATA, "attribute")
 
 
+def _raise(error: OSError) -> None:
+    """What can't be looked through can't be recorded: moving it would lose it."""
+    raise error
+
+
 def _tree(top: Resolved) -> Iterator[bytes]:
     """All paths of a folder, itself first. Follows no link."""
     yield top.real
-    for folder, folders, names, _descriptor in os.fwalk(b".", follow_symlinks=False, dir_fd=top.descriptor):
+    for folder, folders, names, _descriptor in os.fwalk(b".", onerror=_raise, follow_symlinks=False, dir_fd=top.descriptor):
         for name in (*folders, *names):
             yield top.real + folder[1:] + b"/" + name
