@@ -219,7 +219,7 @@ def test_a_daemon_starts_on_a_full_disk_recovers_reads_and_refuses(cramped: Daem
     before = tree(work)
     with Client(cramped.socket) as client:
         if interrupted:
-            pending = begin(client, "echo changed > a; rm b; mkdir d; sleep 1000", work)
+            pending = begin(client, "echo changed > a; rm b; mkdir d; sleep 30", work)
             wait_until(lambda: (work / "d").exists() or pending.is_over, what="a change")
             cramped.kill()
     if not interrupted:
