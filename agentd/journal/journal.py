@@ -19,7 +19,7 @@ from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
 from agentd.journal.flushing import make_all_durable
 from agentd.journal.images import GIVE_UP, Image, Images
-from agentd.journal.places import Granting
+from agentd.journal.places import Granting, parents
 from agentd.journal.plan import Selection, Ways
 from agentd.journal.recovery import Recovery
 from agentd.journal.restoring import Failure
@@ -69,8 +69,9 @@ class Journal:
         Of `declared` paths, which a tool may change, large files are taken later. Raises JournalError (NOT_UNDOABLE) if a
         content is too large to keep, StoreError if it can't be written.
         """
-        transaction = self._new(call)
         named = list(declared)
+        transaction = self._new(call)
+        transaction.roots = tuple(named)
         if named:
             self.retention.require_space(named)
         self.capture(transaction, self._taker.at_once(named), intent)
@@ -84,7 +85,10 @@ class Journal:
         With `failures`, paths that can't be kept are noted there instead of ending it.
         """
         transaction = self._new(call, limited=False)
-        self.capture(transaction, dict.fromkeys(paths, "replace"), intent, failures)
+        chosen = dict.fromkeys(paths, "replace")
+        around = {os.path.dirname(path) for path in chosen}
+        transaction.roots = tuple(path for path in around if not around.intersection(parents(path)))
+        self.capture(transaction, chosen, intent, failures)
         return transaction
 
     def _new(self, call: str, *, limited: bool = True) -> Transaction:

@@ -87,6 +87,7 @@ class Granting:
     before: Callable[[bytes], None] = lambda _path: None
     _modes: dict[bytes, tuple[int, int, tuple[int, int]]] = field(default_factory=dict)
     """Path to the mode it had, the mode it was given, and which one it is (device, inode)."""
+    _had: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> Granting:
         return self
@@ -103,14 +104,20 @@ class Granting:
         return self._permitting(do, os.path.dirname(path))
 
     def _permitting(self, do: Callable[[], T], needed: bytes) -> T:
-        while True:
-            try:
-                return do()
-            except OSError as e:
-                # A walk fails at a name in a directory that can't be searched.
-                held = os.path.dirname(e.reached) if isinstance(e, WalkError) else needed
-                if e.errno not in _DENIED or not self.give(held):
-                    raise
+        given = False
+        try:
+            while True:
+                try:
+                    return do()
+                except OSError as e:
+                    # A walk fails at a name in a directory that can't be searched.
+                    held = os.path.dirname(e.reached) if isinstance(e, WalkError) else needed
+                    if e.errno not in _DENIED or not self.give(held):
+                        raise
+                    given = given or held == needed
+        finally:
+            if given and needed in self._modes and not os.path.isdir(needed):
+                self._take_back(needed)  # it may have no name by the end of all this, but others
 
     def give(self, path: bytes) -> bool:
         """Let the owner use a directory or read a file, if that is us and we may not."""
@@ -136,15 +143,16 @@ class Granting:
             self.before(path)
         os.chmod(f"/proc/self/fd/{place.descriptor}", wanted)
         self._modes[path] = mode, wanted, (status.st_dev, status.st_ino)
+        self._had.setdefault(f"{status.st_dev}:{status.st_ino}", mode)
         return True
 
     @property
     def used(self) -> bool:
-        return bool(self._modes)
+        return bool(self._had)
 
     def mode_of(self, inode: str) -> int | None:
-        """The mode that a file or directory (`DEVICE:INODE`) has without this permission; None if it was given none."""
-        return next((mode for mode, _, (device, number) in self._modes.values() if inode == f"{device}:{number}"), None)
+        """The mode that a file or directory (`DEVICE:INODE`) had when it was permitted; None if it was not."""
+        return self._had.get(inode)
 
     def forget(self, path: bytes) -> None:
         """It has got the mode that it is to have."""
@@ -153,11 +161,14 @@ class Granting:
     def take_back(self) -> None:
         """Deepest first: each has its mode again, unless it was given another one meanwhile."""
         for path in sorted(self._modes, key=lambda p: -p.count(b"/")):
-            mode, given, identity = self._modes.pop(path)
-            with contextlib.suppress(OSError), at(path) as place:
-                status = place.status if place.exists else None
-                if status and (status.st_dev, status.st_ino) == identity and stat.S_IMODE(status.st_mode) == given:
-                    os.chmod(f"/proc/self/fd/{place.descriptor}", mode)
+            self._take_back(path)
+
+    def _take_back(self, path: bytes) -> None:
+        mode, given, identity = self._modes.pop(path)
+        with contextlib.suppress(OSError), at(path) as place:
+            status = place.status if place.exists else None
+            if status and (status.st_dev, status.st_ino) == identity and stat.S_IMODE(status.st_mode) == given:
+                os.chmod(f"/proc/self/fd/{place.descriptor}", mode)
 
 
 def parents(path: bytes) -> Iterator[bytes]:

@@ -348,8 +348,8 @@ def _is_as_left(directory: bytes, mtime_ns: int | None) -> bool:
     """Whether nobody has changed a directory since, or it is to be made first."""
     try:
         place = reach_ours(directory)
-    except OSError:
-        return False
+    except OSError as e:
+        return e.errno == errno.EACCES  # these calls have closed what is above it: nobody else has been there
     if place is None:
         return True
     with place:

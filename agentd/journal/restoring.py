@@ -97,6 +97,8 @@ class Restoring:
     failures: dict[bytes, Failure] = field(default_factory=dict)
     _granting: Granting = field(init=False)
     _targets: dict[bytes, Target] = field(init=False)
+    _files: dict[str, PathState] = field(init=False)
+    """What each file is to be, by its device and inode."""
     _linked: set[str] = field(init=False)
     """Files that are to have several names."""
     _now: dict[bytes, PathState] = field(default_factory=dict)
@@ -108,9 +110,9 @@ class Restoring:
 
     def __post_init__(self) -> None:
         self._targets = {target.path: target for target in self.targets}
-        self._linked = {
-            t.state.inode for t in self._targets.values() if t.state.kind == "file" and t.state.links > 1 and t.state.inode
-        }
+        files = [t.state for t in self._targets.values() if t.state.kind == "file" and t.state.inode]
+        self._files = {state.inode: state for state in files}
+        self._linked = {state.inode for state in files if state.links > 1}
         self._granting = Granting(lambda path: None if path in self._targets else self.before_granting(path))
 
     def run(self) -> list[Failure]:
@@ -202,10 +204,10 @@ class Restoring:
             above = self._in_the_way(path)
             stays = state.kind == "file" and state.inode == now.inode
             if above or not (stays or state.kind == "absent"):
+                beside = above or path
+                set_aside = functools.partial(self._set_aside, path, os.path.dirname(beside))
                 with self._noted(path):
-                    self._granting.changing(
-                        lambda p=path, a=above or path: self._set_aside(p, os.path.dirname(a)), above or path
-                    )  # type: ignore[misc]
+                    self._granting.changing(set_aside, beside)
 
     def _set_aside(self, path: bytes, directory: bytes) -> None:
         aside = os.path.join(directory, self._temporary())
@@ -344,24 +346,17 @@ class Restoring:
                 stays = state.kind == "file" and state.inode == now.inode
                 if stays or now.inode not in self._sources:
                     self._sources[now.inode] = path
-        beside = (
-            os.path.join(os.path.dirname(target.path), os.fsencode(target.state.twin))
-            for target in self._targets.values()
-            if target.state.twin
-        )
-        for path in (*beside, *self.others):
+        twins = (os.fsencode(target.state.twin) for target in self._targets.values() if target.state.twin)
+        for path in (*twins, *self.others):
             with contextlib.suppress(OSError):
-                found = look(path) if path not in self._targets else ABSENT
+                found = look(path, self._files.get(self._inode_at(path), ABSENT)) if path not in self._targets else ABSENT
                 if found.inode in self._linked and found.inode not in self._sources and self._is_wanted(found):
                     self._sources[found.inode] = path
 
     def _is_wanted(self, now: PathState) -> bool:
-        """Whether the file has the content that its names are to have."""
-        return any(
-            target.state.inode == now.inode and target.state.digest == now.digest
-            for target in self._targets.values()
-            if target.state.kind == "file"
-        )
+        """Whether it is the file that its names are to be of: numbers of inodes are used again."""
+        state = self._files.get(now.inode, ABSENT)
+        return state.digest == now.digest and (now.holes or not state.holes)
 
     @staticmethod
     def _inode_at(path: bytes) -> str:

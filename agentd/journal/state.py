@@ -28,7 +28,6 @@ NO_ATTRIBUTES = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES)  # of t
 ATTRIBUTES = ("user.", "system.posix_acl_")
 _CHUNK = 1 << 20
 _KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISLNK, "link"), (stat.S_ISREG, "file"), (stat.S_ISFIFO, "fifo"))
-_TWINS = 1000  # names of a directory that are looked at for another one of the same file
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class PathState:
     links: int = 1
     """How many names the file has."""
     twin: str = ""
-    """Another name of it in the same directory, if it has several."""
+    """The path of another name of it, if it has several and one is known."""
     around_ns: int = 0
     """When its directory was last changed."""
     stamp: str = ""
@@ -225,7 +224,6 @@ def file_state(place: Resolved, content: str) -> PathState:
         attributes=_attributes(place.descriptor),
         holes=status.st_blocks * 512 < status.st_size,
         links=status.st_nlink,
-        twin=_twin(place, status) if status.st_nlink > 1 else "",
         stamp="" if status.st_mode & stat.S_IRUSR else _stamp(status),
     )
 
@@ -249,17 +247,6 @@ def _plain(status: os.stat_result, around_ns: int) -> PathState:
         inode=f"{status.st_dev}:{status.st_ino}",
         around_ns=around_ns,
     )
-
-
-def _twin(place: Resolved, status: os.stat_result) -> str:
-    """Another name of the file beside it: what is removed can then come back as a name of the same file."""
-    with contextlib.suppress(OSError), os.scandir(f"/proc/self/fd/{place.parent}") as entries:
-        for count, entry in enumerate(entries):
-            if count > _TWINS:
-                break
-            if entry.inode() == status.st_ino and os.fsencode(entry.name) != place.name:
-                return entry.name
-    return ""
 
 
 def _attributes(descriptor: int) -> tuple[tuple[str, str], ...] | None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _GOES = frozenset({"remove", "replace"})
+_LOOKED_AT = 20_000  # names among which other names of a file are looked for
 _AHEAD = 512  # paths whose states are taken before they are removed, in one commit with that of the first
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 Seen = tuple[int, int, int, int]
@@ -54,11 +55,14 @@ class Transaction:
     images: dict[bytes, Image] = field(default_factory=dict)
     size: int = 0
     """Bytes of all contents that were kept for it."""
+    roots: tuple[bytes, ...] = ()
+    """What it may change, where other names of a file are looked for."""
     limited: bool = True
     """Whether what is kept of it is bounded: not where former states are restored."""
     _ahead: dict[bytes, Seen] = field(default_factory=dict)
     """Paths whose states were taken ahead, and how each was then."""
     _removed: dict[bytes, int] = field(default_factory=dict)
+    _names: dict[str, list[bytes]] | None = None
     """How many commits the removal of names of a directory has taken so far."""
 
     @property
@@ -106,6 +110,12 @@ class Transaction:
             self._journal.capture(self, dict.fromkeys(names, "write"), None)
             self._ahead.update((path, seen) for path, seen in names.items() if path in self.images)
 
+    def another_name(self, path: bytes, inode: str) -> str:
+        """Of a file with several, one that is not `path`: what is removed can then come back as a name of the same file."""
+        if self._names is None:
+            self._names = _linked(self.roots)
+        return os.fsdecode(next((name for name in self._names.get(inode, ()) if name != path), b""))
+
     def finish(self, event: Event) -> tuple[FileTouched, ...]:
         """Record the end of the call with what it changed; durable when it returns."""
         return self._journal.finish(self, event)
@@ -117,6 +127,24 @@ class Transaction:
     def roll_back(self, event: Event) -> None:
         """Restore everything and record that the call had no effect."""
         self._journal.roll_back(self, event)
+
+
+def _linked(roots: Iterable[bytes]) -> dict[str, list[bytes]]:
+    """Files that have several names, by device and inode, as far as a look of bounded length finds them."""
+    found: dict[str, list[bytes]] = {}
+    count = 0
+    for root in roots:
+        for directory, _, names in os.walk(root):
+            for name in names:
+                path = os.path.join(directory, name)
+                count += 1
+                with contextlib.suppress(OSError):
+                    status = os.lstat(path)
+                    if status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
+                        found.setdefault(f"{status.st_dev}:{status.st_ino}", []).append(path)
+            if count > _LOOKED_AT:
+                return found
+    return found
 
 
 def _seen(path: bytes) -> Seen | None:
@@ -158,6 +186,8 @@ class Taker:
             if known and known.content.length:
                 return self._in_full(known)
             state, kept = keep(path, self._contents, limit=limit, **how)
+            if state.links > 1:
+                state = replace(state, twin=transaction.another_name(path, state.inode))
             if state.kind == "folder" and state.attributes is None and os.lstat(path).st_uid == os.geteuid():
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except TooLarge:

@@ -271,7 +271,8 @@ def _outcome(
 
 def _exchange(worker: Waiting, serving: Serving, job: Job, cancelled: threading.Event) -> bytes:
     """Send the request and wait until the worker's answer is complete."""
-    request = {"bundle": job.bundle, "tool": job.tool, "arguments": dict(job.arguments), "variables": dict(job.variables)}
+    variables = {**job.variables, "deadline_s": f"{job.deadline_s:g}"}
+    request = {"bundle": job.bundle, "tool": job.tool, "arguments": dict(job.arguments), "variables": variables}
     body = json.dumps(request).encode()
     deadline = serving.broker.network.deadline
     cap = job.output_bytes + _OVERHEAD_BYTES

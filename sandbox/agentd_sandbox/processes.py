@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import struct
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +22,7 @@ ALL_PROCESSORS = os.sched_getaffinity(0)
 _PATH_MAX = 4096
 _PAGE = os.sysconf("SC_PAGESIZE")  # 16 KiB on a Raspberry Pi 5
 _KEPT_MEMORIES = 32
+_PATIENCE_S, _LOOK_AGAIN_S = 0.8, 0.002
 _MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) \S+ \S+ (\d+) *(.*)")
 
 
@@ -244,13 +246,22 @@ def share_no_processor(thread: int) -> None:
 
 
 def kill_descendants(process: int) -> None:
-    """Kill all that a subreaper has below it, until nothing is left."""
+    """Kill all that a subreaper has below it, until nothing is left, or only what is stuck in the kernel.
+
+    Such a process (a file system that does not answer) has been killed as well: it will run no instruction of its own any more,
+    and is not waited for. What a killed process has started becomes a child of the subreaper, and is found by the next look.
+    """
+    deadline = time.monotonic() + _PATIENCE_S
     while below := _below(process):
         for each in below:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(each, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
-            os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if time.monotonic() > deadline:
+            return
+        time.sleep(_LOOK_AGAIN_S)
 
 
 def _below(process: int) -> list[int]:
