@@ -30,6 +30,7 @@ from agentd_sandbox.network import split_authority
 
 from agentd.audit import Event, FileTouched, Payload, Peer, SandboxUse
 from agentd.calls.arguments import Arguments
+from agentd.calls.locks import Locks
 from agentd.calls.undoing import Undoing, lasts
 from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, asked, event, who
 from agentd.devices import is_node
@@ -57,7 +58,7 @@ _EXITS: Mapping[type, str] = {
     WorkerOffence: "offence",
     OutputTooLarge: "output",
 }
-CONCURRENT_CALLS = 4  # workers at a time: each costs a process and a thread
+CONCURRENT_CALLS = 8  # workers at a time: each costs a process and a thread
 
 
 class Calls:
@@ -86,10 +87,12 @@ class Calls:
         self._level, self._places = level, places
         self._profile, self._keep_outputs = level.filter_digest, keep_outputs
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
-        self._changing = asyncio.Lock()
-        self.undoing = Undoing(journal, audit, self._changing)
+        self._locks = Locks()
+        self.undoing = Undoing(journal, audit, self._locks)
         self._running: dict[str, tuple[Prepared, threading.Event, float]] = {}
         """What is executed, what tells it that it may no longer, since when."""
+        self._waiting: dict[str, tuple[Prepared, asyncio.AbstractEventLoop, float]] = {}
+        """What waits for others that change the same files, and since when."""
         permission.grants.changed = self._look_again
         self._threads = ThreadPoolExecutor(CONCURRENT_CALLS, thread_name_prefix="broker")
 
@@ -99,6 +102,11 @@ class Calls:
     def running(self) -> list[tuple[Prepared, float]]:
         """What is executed now, and for how many seconds."""
         return [(prepared, time.monotonic() - begun) for prepared, _, begun in list(self._running.values())]
+
+    def waiting(self) -> list[tuple[Prepared, float, tuple[str, ...]]]:
+        """What waits for calls that change the same files: for how many seconds, and for which ones."""
+        now = time.monotonic()
+        return [(prepared, now - begun, self._locks.waits_for(call)) for call, (prepared, _, begun) in self._waiting.items()]
 
     async def call(self, request: CallRequest) -> CallResult:
         """`prepare` and `execute`: raises what they raise, and QuotaSpent."""
@@ -150,11 +158,21 @@ class Calls:
         A tool that says it failed is a result. Raises ToolError (TOOL_TIMEOUT, TOOL_FAILED), SandboxError,
         JournalError (NOT_UNDOABLE), StoreError: then nothing of the call remains but its record.
         """
-        if not any(scope.kind == "write" for scope in prepared.scopes):
+        trees = [_tree(scope) for scope in prepared.scopes if scope.kind == "write"]
+        if not trees:
             return await self._in_thread(prepared)
-        # One change at a time: a call that fails is put back, and must not take another's change with it.
-        async with self._changing:
-            return await self._in_thread(prepared)
+        # One change of a path at a time: a call that fails is rolled back, and must not take another's change with it.
+        self._waiting[prepared.id] = prepared, asyncio.get_running_loop(), time.monotonic()
+        try:
+            async with self._locks.changing(prepared.id, trees, prepared.request.waits):
+                del self._waiting[prepared.id]
+                return await self._in_thread(prepared)
+        except ToolError as e:
+            if prepared.id in self._waiting:
+                await asyncio.to_thread(self._audit.record, event("call.reject", prepared, error=e.message))
+            raise
+        finally:
+            self._waiting.pop(prepared.id, None)
 
     def fixed_scopes(self, tool: str) -> frozenset[str]:
         """The scopes of a tool that are its own, whatever its arguments; none if there is no such tool."""
@@ -215,6 +233,11 @@ class Calls:
         for prepared, revoked, _ in list(self._running.values()):
             if not self._permission.still(prepared):
                 revoked.set()
+        for prepared, loop, _ in list(self._waiting.values()):
+            if not self._permission.still(prepared):
+                message = f"{prepared.tool.name} may not run any more: what allowed it was revoked while it waited."
+                error = ToolError(Reason.GRANT_REVOKED, message, hint="Nothing was changed.")
+                loop.call_soon_threadsafe(self._locks.refuse, prepared.id, error)
 
     def _execute(self, prepared: Prepared, cancelled: threading.Event) -> CallResult:
         if not self._level.confines:
@@ -325,6 +348,11 @@ class Calls:
             if operation.error or self._keep_outputs:
                 detail[f"answer_{n}"] = Payload(operation.error or operation.answer)
         return detail
+
+
+def _tree(scope: Scope) -> bytes:
+    """The directory below which all that a scope covers lies."""
+    return os.fsencode(os.path.dirname(scope.value.partition("*")[0]) or "/" if scope.glob else scope.value)
 
 
 def _named(error: SandboxFailure | OSError, tool: Tool) -> AgentdError:

@@ -1,41 +1,91 @@
-"""Calls put back: one, a run, or what a plan names. One change at a time, and no call changes files meanwhile."""
+"""Calls undone: one, a run, or what a plan names. No call changes the same files meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from agentd.devices import risk
 from agentd.errors import AgentdError, JournalError, Reason, RequestError
-from agentd.journal import Selection, Ways
+from agentd.journal import Selection, Ways, parents
+from agentd.store import new_id
 from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from agentd.audit import AuditLog
-    from agentd.journal import Difference, Journal, Plan, Rehearsal, Undone
+    from agentd.calls.locks import Locks
+    from agentd.journal import Difference, Journal, Left, Plan, Rehearsal, Undone
 
 _CALLS_OF_A_RUN = 10_000
+_TREES = 64  # that are held at once
+Progress = Callable[[int, int], None]
+"""Is told how many paths are done, and of how many."""
+
+
+def _nobody(_done: int, _total: int) -> None:
+    pass
 
 
 class Undoing:
-    """`changing` is held by whoever changes files."""
+    """`locks` are held by whoever changes files."""
 
-    def __init__(self, journal: Journal, audit: AuditLog, changing: asyncio.Lock) -> None:
-        self._journal, self._audit, self._changing = journal, audit, changing
+    def __init__(self, journal: Journal, audit: AuditLog, locks: Locks) -> None:
+        self._journal, self._audit, self._locks = journal, audit, locks
 
-    async def undo(self, call: str, principal: str, *, any_call: bool = True) -> Undone:
-        """Put a call back, one's own unless `any_call`; waits for a change that is under way.
+    async def undo(
+        self, call: str, principal: str, ways: Ways = Ways(), *, any_call: bool = True, progress: Progress = _nobody
+    ) -> Undone:
+        """Undo a call, one's own unless `any_call`; waits for calls that change the same files. `progress` is told how many
+        paths of how many are done, on another thread.
 
         Raises what the journal raises, and RequestError (CALL_NOT_FOUND) for others' calls.
         """
         self._audit.require_open()
         if not any_call:
             await asyncio.to_thread(self._require_own, call, principal)
-        async with self._changing:
-            return await asyncio.to_thread(self._journal.undo, call, principal)
+        selection = Selection(calls=(call,))
+        return await self._apply(selection, ways, principal, progress)
+
+    async def _apply(
+        self, selection: Selection, ways: Ways, principal: str, progress: Progress, digest: str | None = None
+    ) -> Undone:
+        rollbacks = self._journal.rollbacks
+
+        def apply() -> Undone:
+            plan = rollbacks.plan(selection, ways)
+            if digest is not None and plan.digest != digest:
+                message = "Something has changed since this plan was made; nothing was undone."
+                raise JournalError(Reason.PLAN_CHANGED, message, hint="Make a new plan and look at it.")
+            total = len(plan.paths)
+            return rollbacks.apply(plan, principal, lambda done: progress(min(done, total), total))
+
+        plan = await asyncio.to_thread(rollbacks.plan, selection, ways)
+        async with self._locks.changing(f"undo-{new_id()}", _trees(planned.path for planned in plan.paths)):
+            return await asyncio.to_thread(apply)
+
+    async def recover(self, calls: Collection[str] = (), *, force: bool = False) -> list[Left]:
+        """Try again to restore what failed calls have left, of these or of all; returns what still could not be. With `force`,
+        what somebody has changed since is overwritten, after their version was kept. Raises StoreError.
+        """
+        recovery = self._journal.recovery
+        left = await asyncio.to_thread(recovery.left)
+        if not left:
+            return []
+        async with self._locks.changing(f"recover-{new_id()}", _trees(each.path for each in left)):
+            return await asyncio.to_thread(recovery.retry, calls, force=force)
+
+    async def left(self) -> list[Left]:
+        """What failed calls have changed and could not be restored yet."""
+        return await asyncio.to_thread(self._journal.recovery.left)
+
+    @property
+    def left_count(self) -> int:
+        return self._journal.recovery.count
 
     async def pin(self, call: str, principal: str, *, pinned: bool, any_call: bool = True) -> None:
         """Keep what a call needs to be undone past all quotas, or no longer. Raises AgentdError (CALL_NOT_FOUND)."""
@@ -57,22 +107,15 @@ class Undoing:
 
         return await asyncio.to_thread(plan)
 
-    async def roll_back(self, selection: Selection, ways: Ways, digest: str, principal: str) -> Undone:
-        """Carry out the plan of that digest; waits for a change that is under way.
+    async def roll_back(
+        self, selection: Selection, ways: Ways, digest: str, principal: str, *, progress: Progress = _nobody
+    ) -> Undone:
+        """Carry out the plan of that digest; waits for calls that change the same files. `progress` as in `undo`.
 
         Raises JournalError: PLAN_CHANGED, UNDO_CONFLICT, NOT_UNDOABLE; StoreError.
         """
-
-        def apply() -> Undone:
-            plan = self._journal.rollbacks.plan(selection, ways)
-            if plan.digest != digest:
-                message = "Something has changed since this plan was made; nothing was put back."
-                raise JournalError(Reason.PLAN_CHANGED, message, hint="Make a new plan and look at it.")
-            return self._journal.rollbacks.apply(plan, principal)
-
         self._audit.require_open()
-        async with self._changing:
-            return await asyncio.to_thread(apply)
+        return await self._apply(selection, ways, principal, progress, digest)
 
     async def take_back(self, run: str, principal: str) -> tuple[list[str], str]:
         """Put back all that a run has changed, as if it had never been: the paths, or why that can't be done.
@@ -94,7 +137,8 @@ class Undoing:
             return [file.path for file in self._journal.rollbacks.apply(plan, principal).files], ""
 
         async def alone() -> tuple[list[str], str]:
-            async with self._changing:
+            plan = await asyncio.to_thread(self._journal.rollbacks.plan, Selection(run=run), Ways())
+            async with self._locks.changing(f"undo-{new_id()}", _trees(planned.path for planned in plan.paths)):
                 try:
                     return await asyncio.to_thread(take_back)
                 except AgentdError as e:
@@ -131,6 +175,13 @@ class Undoing:
         if not begun or begun[0].body.get("principal") != principal:
             message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
             raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
+
+
+def _trees(paths: Iterable[bytes]) -> list[bytes]:
+    """What has to be held to change these paths: the topmost ones, or one directory that has them all if they are many."""
+    chosen = set(paths)
+    top = [path for path in chosen if not chosen.intersection(parents(path))]
+    return top if len(top) <= _TREES else [os.path.commonpath(top)]
 
 
 def _reaches_outside(body: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _NONE = Labels()
 
 
-def _nobody(_: Approval) -> None:
+def _nobody(_: object) -> None:
     """The client of a call that is no run's sees nothing but its end."""
 
 
@@ -38,6 +38,8 @@ class CallRequest:
     within: tuple[Pattern, ...] = ()
     read: tuple[str, ...] = ()
     tell: Callable[[Approval], None] = _nobody
+    waits: Callable[[tuple[str, ...]], None] = _nobody
+    """Called when it has to wait for calls that change the same files."""
     rehearse: bool = False
     """Whether what it changes is to be put back, and kept to be looked at."""
     approval_s: float = 0.0

@@ -1,7 +1,9 @@
-"""The undo journal: what a path was before a call changed it, and putting it back."""
+"""The undo journal: what a path was before a call changed it, and bringing it back."""
 
 from agentd.journal.journal import Journal
+from agentd.journal.places import parents
 from agentd.journal.plan import PathPlan, Plan, Selection, Verdict, Ways
+from agentd.journal.recovery import Left
 from agentd.journal.retention import Keep
 from agentd.journal.rollback import Difference, Rehearsal, Rollbacks, Undone
 from agentd.journal.transaction import Transaction
@@ -10,6 +12,7 @@ __all__ = [
     "Difference",
     "Journal",
     "Keep",
+    "Left",
     "PathPlan",
     "Plan",
     "Rehearsal",
@@ -19,4 +22,5 @@ __all__ = [
     "Undone",
     "Verdict",
     "Ways",
+    "parents",
 ]

@@ -78,17 +78,17 @@ class Journal:
         return transaction
 
     def begin_restoring(
-        self, call: str, intent: Event, paths: Iterable[bytes], failures: list[Failure] | None = None
+        self, call: str, intent: Event, paths: Mapping[bytes, Operation], failures: list[Failure] | None = None
     ) -> Transaction:
-        """As `begin`, for paths that are about to be restored: what is there is kept however large it is.
+        """As `begin`, for paths that are about to be restored, and what will happen to each: what is there is kept however large
+        it is.
 
         With `failures`, paths that can't be kept are noted there instead of ending it.
         """
         transaction = self._new(call, limited=False)
-        chosen = dict.fromkeys(paths, "replace")
-        around = {os.path.dirname(path) for path in chosen}
+        around = {os.path.dirname(path) for path in paths}
         transaction.roots = tuple(path for path in around if not around.intersection(parents(path)))
-        self.capture(transaction, chosen, intent, failures)
+        self.capture(transaction, paths, intent, failures)
         return transaction
 
     def _new(self, call: str, *, limited: bool = True) -> Transaction:

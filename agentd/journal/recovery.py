@@ -19,7 +19,7 @@ from agentd.errors import AgentdError
 from agentd.journal.images import GIVE_UP, times_around
 from agentd.journal.places import Granting
 from agentd.journal.plan import finished_since
-from agentd.journal.restoring import Failure, Restoring, Target
+from agentd.journal.restoring import Failure, Restoring, Target, restoring_does
 from agentd.journal.state import PathState, look, look_anyhow
 from agentd.journal.transaction import Transaction
 from agentd.store import new_id
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     import apsw
+    from agentd_sandbox.recorder import Operation
 
     from agentd.audit import AuditLog
     from agentd.journal.contents import Contents
@@ -144,18 +145,20 @@ class Recovery:
         """As a call of its own: what is there now is kept, and can be had again."""
         changed, failures = self._differing(images)
         recovery = new_id()
-        detail = _detail(call, changed)
+        detail = _detail(call, [*changed])
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
-        transaction = self._journal.begin_restoring(recovery, intent, [image.path for image in changed], failures)
-        kept = [image for image in images if image.path in transaction.images or image not in changed]
+        transaction = self._journal.begin_restoring(recovery, intent, changed, failures)
+        kept = [image for image in images if image.path in transaction.images or image.path not in changed]
         failures += self.restoring(kept, transaction, sweeps=os.fsencode(call)).run()
         end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
         self._journal.finish(transaction, end, [] if failures else [(call, "rolled_back")])
         if failures:
             self.left_over(call, failures)
 
-    def _differing(self, images: Iterable[Image]) -> tuple[list[Image], list[Failure]]:
-        changed: list[Image] = []
+    @staticmethod
+    def _differing(images: Iterable[Image]) -> tuple[dict[bytes, Operation], list[Failure]]:
+        """Paths that are not what they were, and what bringing them back does to each; and those that can't be looked at."""
+        changed: dict[bytes, Operation] = {}
         failures: list[Failure] = []
         for image in images:
             try:
@@ -165,7 +168,7 @@ class Recovery:
                 failures.append(Failure(image.path, e.strerror or str(e)))
                 continue
             if now.differs_from(image.before):
-                changed.append(image)
+                changed[image.path] = restoring_does(now, image.before)
         return changed, failures
 
     # -- what is left
@@ -197,10 +200,10 @@ class Recovery:
 
     def _overwrite(self, call: str, images: Sequence[Image]) -> list[Failure]:
         """As a call of its own: what somebody has made of these paths is kept, and can be had again."""
-        failures: list[Failure] = []
-        recovery, detail = new_id(), _detail(call, images)
+        recovery, detail = new_id(), _detail(call, [image.path for image in images])
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
-        transaction = self._journal.begin_restoring(recovery, intent, [image.path for image in images], failures)
+        changed, failures = self._differing(images)
+        transaction = self._journal.begin_restoring(recovery, intent, changed, failures)
         failures += self._restore(transaction, [image for image in images if image.path in transaction.images])
         end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
         self._journal.finish(transaction, end)
@@ -224,7 +227,7 @@ class Recovery:
             paths = [path for (path,) in db.execute("SELECT path FROM leftover WHERE call = ?", (call,))]
             gone = [(call, path) for path in paths if path not in still]
             if gone:
-                detail = {"recovers": call, "paths": [os.fsdecode(p) for _, p in gone[:_NAMED]], "count": len(gone)}
+                detail = _detail(call, [path for _, path in gone])
                 self._audit.append(db, Event(kind="call.recovered", principal="agentd", call=call, detail=detail))
             db.executemany("DELETE FROM leftover WHERE call = ? AND path = ?", gone)
             db.executemany(
@@ -240,8 +243,8 @@ class Recovery:
             _log.info("call %s: what was left of it is restored", call)
 
 
-def _detail(call: str, images: Sequence[Image]) -> dict[str, object]:
-    return {"recovers": call, "paths": [os.fsdecode(image.path) for image in images[:_NAMED]], "count": len(images)}
+def _detail(call: str, paths: Sequence[bytes]) -> dict[str, object]:
+    return {"recovers": call, "paths": [os.fsdecode(path) for path in paths[:_NAMED]], "count": len(paths)}
 
 
 def _with_time(state: PathState, mtime_ns: int | None) -> PathState:

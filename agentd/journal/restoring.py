@@ -37,6 +37,7 @@ from agentd.journal.state import ABSENT, ATTRIBUTES, NO_ATTRIBUTES, PathState, i
 
 if TYPE_CHECKING:
     from agentd_sandbox.paths import Resolved
+    from agentd_sandbox.recorder import Operation
 
 _log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -419,6 +420,11 @@ class Restoring:
                     if place.is_folder and place.status.st_mtime_ns != self.times[directory]:
                         there = f"/proc/self/fd/{place.descriptor}"
                         os.utime(there, ns=(place.status.st_atime_ns, self.times[directory]))
+
+
+def restoring_does(now: PathState, target: PathState) -> Operation:
+    """What bringing a path to its target does to what is there: only what is replaced may be kept as it is."""
+    return "write" if now.kind == target.kind and now.digest == target.digest else "replace"
 
 
 def _make_special(place: Resolved, name: bytes, state: PathState) -> None:

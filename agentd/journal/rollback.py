@@ -15,7 +15,7 @@ from agentd.errors import JournalError, Reason
 from agentd.journal.contents import TooLarge
 from agentd.journal.images import GIVE_UP
 from agentd.journal.plan import Plan, Planner, Verdict
-from agentd.journal.restoring import Restoring, Target
+from agentd.journal.restoring import Restoring, Target, restoring_does
 from agentd.journal.state import PathState, take
 from agentd.store import new_id
 
@@ -96,10 +96,10 @@ class Rollbacks:
             raise self._nothing(plan)
         done = self._complete(plan)
         event = self._event(plan, done, principal)
-        paths = {planned.path for planned in chosen}
+        paths = {planned.path: restoring_does(planned.now, planned.target) for planned in chosen}
         around = {os.path.dirname(path) for path in paths}
-        alone = [directory for directory in plan.times if directory not in paths | around]  # only their times change
-        transaction = self._journal.begin_restoring(event.call, event, [*paths, *alone])
+        alone = [directory for directory in plan.times if directory not in paths.keys() | around]  # only their times change
+        transaction = self._journal.begin_restoring(event.call, event, paths | dict.fromkeys(alone, "write"))
         try:
             self._restore(transaction, plan, chosen, progress)
         except (OSError, JournalError) as e:
