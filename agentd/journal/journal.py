@@ -18,7 +18,7 @@ from agentd.audit import Event, FileOperation, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
 from agentd.journal.flushing import make_all_durable
-from agentd.journal.images import GIVE_UP, Image, Images
+from agentd.journal.images import GIVE_UP, Image, Images, times_around
 from agentd.journal.places import Granting, parents
 from agentd.journal.plan import Selection, Ways
 from agentd.journal.recovery import Recovery
@@ -250,17 +250,20 @@ class Journal:
     def _add_directories(
         self, transaction: Transaction, after: dict[bytes, PathState], files: dict[bytes, FileTouched], granting: Granting
     ) -> None:
-        """Directories of which nothing but the time is different: what was made in them has gone again."""
-        around = {os.path.dirname(path) for path in files} | after.keys()
+        """Directories of which nothing but the time is different: what was made in them has gone again. And those whose own
+        state was taken when something in them had been changed already.
+        """
+        around = {os.path.dirname(path) for path in files}
         images: dict[bytes, Image] = {}
-        for path, image in transaction.images.items():
-            directory, former = os.path.dirname(path), image.before.around_ns
-            if directory in around or directory in images or former == after[path].around_ns:
-                continue
-            state = look_anyhow(directory, granting)
-            if state.kind == "folder" and state.mtime_ns != former:
-                images[directory] = Image(transaction.call, directory, replace(state, mtime_ns=former))
-                after[directory] = state
+        for directory, former in times_around(transaction.images.values()).items():
+            if image := transaction.images.get(directory):
+                if image.before.kind == "folder" and image.before.mtime_ns != former:
+                    images[directory] = replace(image, before=replace(image.before, mtime_ns=former))
+            elif directory not in around:
+                state = look_anyhow(directory, granting)
+                if state.kind == "folder" and state.mtime_ns != former:
+                    images[directory] = Image(transaction.call, directory, replace(state, mtime_ns=former))
+                    after[directory] = state
         if images:
             self._write_images(transaction, list(images.values()), None)
             touched = {path: _touched(path, image.before, after[path]) for path, image in images.items()}

@@ -296,6 +296,8 @@ class Restoring:
             if self._link(target, source):
                 return
         # A file that has other names, too, is not this path's to change.
+        if now.kind == "file" and not now.mode & stat.S_IRUSR:  # what it is to be may be the beginning of what it is
+            self._granting.give(target.path)
         its_own = now.links == 1 or now.inode == state.inode
         holes = now.holes or not state.holes
         if not (now.kind == "file" and now.digest == state.digest and its_own and holes):
@@ -347,7 +349,7 @@ class Restoring:
                 stays = state.kind == "file" and state.inode == now.inode
                 if stays or now.inode not in self._sources:
                     self._sources[now.inode] = path
-        twins = (os.fsencode(target.state.twin) for target in self._targets.values() if target.state.twin)
+        twins = {os.fsencode(name) for target in self._targets.values() for name in target.state.twins}
         for path in (*twins, *self.others):
             with contextlib.suppress(OSError):
                 found = look(path, self._files.get(self._inode_at(path), ABSENT)) if path not in self._targets else ABSENT
@@ -474,12 +476,14 @@ def _set_mode(place: Resolved, state: PathState) -> None:
 
 
 def _set_extended(there: str, wanted: dict[str, str]) -> None:
-    """As far as the file system has such things: content and mode matter more."""
+    """As far as the file system has such things: content and mode matter more. The mode is set after this."""
+    mode = stat.S_IMODE(os.stat(there).st_mode)
+    if mode & 0o600 != 0o600:  # or even the owner may not
+        os.chmod(there, mode | 0o600)
     try:
         present = {name: os.getxattr(there, name).hex() for name in os.listxattr(there) if name.startswith(ATTRIBUTES)}
         if present == wanted:
             return
-        os.chmod(there, stat.S_IMODE(os.stat(there).st_mode) | 0o600)  # or even its owner may not
         for name in present.keys() - wanted.keys():
             os.removexattr(there, name)
         for name, value in wanted.items():

@@ -51,8 +51,8 @@ class PathState:
     """Which file it is: `DEVICE:INODE`."""
     links: int = 1
     """How many names the file has."""
-    twin: str = ""
-    """The path of another name of it, if it has several and one is known."""
+    twins: tuple[str, ...] = ()
+    """Paths of other names of it, as far as they are known."""
     around_ns: int = 0
     """When its directory was last changed."""
     stamp: str = ""
@@ -85,6 +85,7 @@ class PathState:
         values = json.loads(text)
         if values.get("attributes") is not None:
             values["attributes"] = tuple((name, value) for name, value in values["attributes"])
+        values["twins"] = tuple(values.get("twins", ()))
         return cls(**values)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 _GOES = frozenset({"remove", "replace"})
 _LOOKED_AT = 20_000  # names among which other names of a file are looked for
+_NAMES = 8  # of those that are noted
 _AHEAD = 512  # paths whose states are taken before they are removed, in one commit with that of the first
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 Seen = tuple[int, int, int, int]
@@ -110,11 +111,11 @@ class Transaction:
             self._journal.capture(self, dict.fromkeys(names, "write"), None)
             self._ahead.update((path, seen) for path, seen in names.items() if path in self.images)
 
-    def another_name(self, path: bytes, inode: str) -> str:
-        """Of a file with several, one that is not `path`: what is removed can then come back as a name of the same file."""
+    def other_names(self, path: bytes, inode: str) -> tuple[str, ...]:
+        """Of a file with several, some that are not `path`: what is removed can then come back as a name of the same file."""
         if self._names is None:
             self._names = _linked(self.roots)
-        return os.fsdecode(next((name for name in self._names.get(inode, ()) if name != path), b""))
+        return tuple(os.fsdecode(name) for name in self._names.get(inode, ()) if name != path)[:_NAMES]
 
     def finish(self, event: Event) -> tuple[FileTouched, ...]:
         """Record the end of the call with what it changed; durable when it returns."""
@@ -187,7 +188,7 @@ class Taker:
                 return self._in_full(known)
             state, kept = keep(path, self._contents, limit=limit, **how)
             if state.links > 1:
-                state = replace(state, twin=transaction.another_name(path, state.inode))
+                state = replace(state, twins=transaction.other_names(path, state.inode))
             if state.kind == "folder" and state.attributes is None and os.lstat(path).st_uid == os.geteuid():
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except TooLarge:

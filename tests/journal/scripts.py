@@ -113,20 +113,24 @@ _MODES = ("000", "400", "444", "555", "644", "700", "755", "u+w", "a-w", "u-rwx"
 
 
 def became_a_copy(difference: Difference, before: Snapshot, touched: frozenset[bytes]) -> bool:
-    """Whether a path parted from its other names, all of which lie in other directories and were not touched."""
-
-    def is_alone(path: bytes) -> bool:
-        others = before.links.get(path, frozenset()) - {path}
-        away = not any(other in touched or os.path.dirname(other) == os.path.dirname(path) for other in others)
-        return path in touched and away
-
+    """Whether the paths that were touched parted from names that were not, which nobody can find: they lie in directories that
+    may not be searched.
+    """
     group = before.links.get(difference.path, frozenset())
-    expected = {difference.path} if is_alone(difference.path) else {path for path in group if not is_alone(path)}
-    return difference.what == "links" and difference.became == repr(sorted(expected))
+    hidden = {path for path in group if path not in touched and is_closed(path, before)}
+    expected = hidden if difference.path in hidden else group - hidden
+    return difference.what == "links" and bool(hidden) and difference.became == repr(sorted(expected))
+
+
+def is_closed(path: bytes, before: Snapshot) -> bool:
+    while path := os.path.dirname(path):
+        if path in before.entries and before.entries[path].mode & 0o500 != 0o500:
+            return True
+    return False
 
 
 EXCEPTIONS: dict[str, Callable[[Difference, Snapshot, frozenset[bytes]], bool]] = {
-    "a hard link whose other names are all in other directories, and not touched by the call, may come back as a copy": became_a_copy,
+    "a hard link whose other names lie in directories that may not be searched may come back as a copy": became_a_copy,
 }
 """What docs/journal.md does not promise."""
 
@@ -261,6 +265,11 @@ class House:
             with raising_wrong("put back as its end was refused"):
                 watching.transaction.roll_back(_event("call.abort", call))
             return 0, f"{type(e).__name__} {_plain(e.message)}"
+
+    def undoable(self, call: str) -> bool:
+        """Whether the call has changed anything, as its end says."""
+        ends = [entry.body for entry in self.audit.entries(call=call) if entry.body["kind"] == "call.end"]
+        return bool(ends and ends[0].get("files"))
 
     def stands(self, call: str) -> bool:
         """Whether its end is on record, and no undoing of it."""
@@ -643,8 +652,9 @@ class Killed:
 
     def _undo(self) -> None:
         house = House(self.root)
-        with raising_wrong("killed, stood, undone"):
-            house.journal.undo("c1", "p")
+        if house.undoable("c1"):
+            with raising_wrong("killed, stood, undone"):
+                house.journal.undo("c1", "p")
         house.close()
 
 
