@@ -67,6 +67,7 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _GRACE_S = 5.0
 _SWEEP_S = 3600.0
+_RECOVER_S = 30.0
 
 
 class Daemon:
@@ -212,6 +213,7 @@ class Daemon:
         for shipper in self._shippers:
             shipper.start()
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep the journal")
+        self._recovering = asyncio.create_task(self._recover(), name="restore what is left")
         self._upkeep.start()
 
     async def stop(self) -> None:
@@ -220,7 +222,8 @@ class Daemon:
         if self._preload:
             self._preload.cancel()
             self._sweeping.cancel()
-            await asyncio.wait([self._preload, self._sweeping])
+            self._recovering.cancel()
+            await asyncio.wait([self._preload, self._sweeping, self._recovering])
             await self._upkeep.stop()
             for exporter in self._exporters:
                 await asyncio.to_thread(exporter.stop)
@@ -326,8 +329,8 @@ class Daemon:
         return Usage(total.generated, total.busy_s, 0, self._budgets.joules)
 
     def _metrics(self) -> list[Family]:
-        going_on = len(self._calls.running()), len(self._runs.going_on())
-        return collect(Sources(self._budgets, self._admission, self._engine, *going_on))
+        numbers = len(self._calls.running()), len(self._runs.going_on()), self._calls.undoing.left_count
+        return collect(Sources(self._budgets, self._admission, self._engine, *numbers))
 
     def _count_admission(self, priority: Priority, decision: str, reason: str) -> None:
         labels = {"class": priority.name.lower(), "decision": decision, "reason": reason}
@@ -392,6 +395,14 @@ class Daemon:
             with contextlib.suppress(AgentdError, OSError):
                 await asyncio.to_thread(self._journal.retention.sweep)
             await asyncio.sleep(_SWEEP_S)
+
+    async def _recover(self) -> None:
+        """Of failed calls, what could not be restored at once: a disk was full, or somebody's mount was away."""
+        while True:
+            await asyncio.sleep(_RECOVER_S)
+            if self._calls.undoing.left_count:
+                with contextlib.suppress(AgentdError, OSError):
+                    await self._calls.undoing.recover()
 
     async def _load_model(self) -> None:
         """Ahead of the first request; if it fails, that request says why again."""

@@ -68,10 +68,15 @@ def status(
         ],
         calls=[
             system_pb2.Status.RunningCall(
-                name=f"calls/{call.id}", tool=call.tool.name, principal=call.request.principal, seconds=seconds
+                name=f"calls/{call.id}",
+                tool=call.tool.name,
+                principal=call.request.principal,
+                seconds=seconds,
+                waits_for=[f"calls/{other}" for other in others],
             )
-            for call, seconds in calls.running()
+            for call, seconds, others in [*((call, seconds, ()) for call, seconds in calls.running()), *calls.waiting()]
         ],
+        leftovers=calls.undoing.left_count,
         tokens_per_second=engine.meter.speed(),
         recovered_calls=[f"calls/{call}" for call in recovered],
     )

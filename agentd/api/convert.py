@@ -17,7 +17,7 @@ from agentd.runs import Run, RunRequest, State, StopReason
 from agentd.v1 import approval_pb2, run_pb2, tool_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from agentd.calls import CallResult, Tool
     from agentd.principals import Principal
@@ -168,14 +168,8 @@ def event_message(event: RunEvent, run: Run | None) -> run_pb2.WatchRunResponse:
             message.call_started.arguments_json = json_text(body["arguments"])
         case "call":
             message.call.CopyFrom(call_message(body))
-        case "approval":
-            message.approval.CopyFrom(_notice(body))
-        case "budget":
-            message.budget.CopyFrom(run_pb2.BudgetNotice(**body | {"state": f"STATE_{body['state']}"}))
-        case "context":
-            message.context.CopyFrom(run_pb2.ContextNotice(turns_dropped=body["dropped"], turns_left=body["left"]))
-        case "queue":
-            message.queue.CopyFrom(run_pb2.QueueNotice(ahead=body["ahead"], reason=valid(body["reason"])))
+        case kind if notice := _NOTICES.get(kind):
+            getattr(message, kind).CopyFrom(notice(body))
         case _ if run is not None:
             message.run.CopyFrom(run_message(run))
     return message
@@ -189,6 +183,16 @@ def _notice(body: Mapping[str, Any]) -> run_pb2.ApprovalNotice:
         state=approval_pb2.Approval.State.Value(f"STATE_{body['state'].upper()}"),
         reason=valid(body["reason"]),
     )
+
+
+_NOTICES: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "approval": _notice,
+    "budget": lambda body: run_pb2.BudgetNotice(**{**body, "state": f"STATE_{body['state']}"}),
+    "context": lambda body: run_pb2.ContextNotice(turns_dropped=body["dropped"], turns_left=body["left"]),
+    "queue": lambda body: run_pb2.QueueNotice(ahead=body["ahead"], reason=valid(body["reason"])),
+    "waiting": lambda body: run_pb2.WaitNotice(tool=body["tool"], calls=[f"calls/{call}" for call in body["calls"]]),
+}
+"""What a run says of its circumstances."""
 
 
 def call_message(body: Mapping[str, Any]) -> tool_pb2.ToolCall:

@@ -1,32 +1,40 @@
-"""The journal's service: undo, plans of rollbacks, what calls have changed."""
+"""The journal's service: undo, plans of rollbacks, what calls have changed, what could not be restored."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING, Any
 
 from agentd.api import convert
 from agentd.api.identity import caller
+from agentd.calls import no_progress
 from agentd.journal import Selection, Ways
 from agentd.v1 import journal_pb2, journal_pb2_grpc
 
 if TYPE_CHECKING:
-    from agentd.calls import Calls
-    from agentd.journal import Difference, PathPlan, Rehearsal, Undone
+    from collections.abc import AsyncGenerator
+
+    from agentd.calls import Calls, Progress
+    from agentd.journal import Difference, Left, PathPlan, Rehearsal, Undone
 
 _Verdict = journal_pb2.RollbackPlan.Path.Verdict
+_Progress = journal_pb2.StreamRollbackResponse.Progress
 
 
 class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
+        self._going_on: set[asyncio.Task[Undone]] = set()
 
     async def UndoCall(  # noqa: N802
         self, request: journal_pb2.UndoCallRequest, context: Any
     ) -> journal_pb2.UndoCallResponse:
-        call = convert.identifier(request.name, "calls")
-        who = caller()
-        return _undone(await self._calls.undoing.undo(call, who.name, any_call=who.has("admin")))
+        return _undone(await self._undo(request))
+
+    async def _undo(self, request: journal_pb2.UndoCallRequest, progress: Progress = no_progress) -> Undone:
+        call, who = convert.identifier(request.name, "calls"), caller()
+        return await self._calls.undoing.undo(call, who.name, _ways(request), any_call=who.has("admin"), progress=progress)
 
     async def PlanRollback(  # noqa: N802
         self, request: journal_pb2.PlanRollbackRequest, context: Any
@@ -42,10 +50,47 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
     async def ApplyRollback(  # noqa: N802
         self, request: journal_pb2.ApplyRollbackRequest, context: Any
     ) -> journal_pb2.UndoCallResponse:
+        return _undone(await self._apply(request))
+
+    async def _apply(self, request: journal_pb2.ApplyRollbackRequest, progress: Progress = no_progress) -> Undone:
         selection, ways = _selection(request.plan.selection), _ways(request.plan)
         if selection.rehearsed:  # or a grant that wants calls rehearsed would bind nobody
             caller().require("approver", "apply a rehearsal")
-        return _undone(await self._calls.undoing.roll_back(selection, ways, request.digest, caller().name))
+        return await self._calls.undoing.roll_back(selection, ways, request.digest, caller().name, progress=progress)
+
+    async def StreamRollback(  # noqa: N802
+        self, request: journal_pb2.StreamRollbackRequest, context: Any
+    ) -> AsyncGenerator[journal_pb2.StreamRollbackResponse, None]:
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int] | None]()
+
+        def progress(done: int, total: int) -> None:  # on the thread that restores
+            loop.call_soon_threadsafe(steps.put_nowait, (done, total))
+
+        work = self._undo(request.call, progress) if request.HasField("call") else self._apply(request.rollback, progress)
+        task = asyncio.create_task(work)
+        self._going_on.add(task)  # it goes on if nobody listens any more
+        task.add_done_callback(self._going_on.discard)
+        task.add_done_callback(lambda _: steps.put_nowait(None))
+        while (step := await steps.get()) is not None:
+            yield journal_pb2.StreamRollbackResponse(progress=_Progress(done=step[0], total=step[1]))
+        yield journal_pb2.StreamRollbackResponse(done=_undone(await task))
+
+    async def ListLeftovers(  # noqa: N802
+        self, request: journal_pb2.ListLeftoversRequest, context: Any
+    ) -> journal_pb2.ListLeftoversResponse:
+        who = caller()
+        left = await self._calls.undoing.left()
+        return journal_pb2.ListLeftoversResponse(
+            leftovers=[_leftover(each) for each in left if who.has("auditor") or each.principal == who.name]
+        )
+
+    async def RecoverCalls(  # noqa: N802
+        self, request: journal_pb2.RecoverCallsRequest, context: Any
+    ) -> journal_pb2.ListLeftoversResponse:
+        caller().require("admin", "restore what failed calls have left")
+        calls = [convert.identifier(name, "calls") for name in request.names]
+        left = await self._calls.undoing.recover(calls, force=request.force)
+        return journal_pb2.ListLeftoversResponse(leftovers=map(_leftover, left))
 
     async def ListRehearsals(  # noqa: N802
         self, request: journal_pb2.ListRehearsalsRequest, context: Any
@@ -90,7 +135,7 @@ def _selection(message: journal_pb2.ChangeSelection) -> Selection:
     )
 
 
-def _ways(message: journal_pb2.PlanRollbackRequest) -> Ways:
+def _ways(message: journal_pb2.PlanRollbackRequest | journal_pb2.UndoCallRequest) -> Ways:
     return Ways(message.partial, message.force, message.merge)
 
 
@@ -122,6 +167,15 @@ def _difference(difference: Difference) -> journal_pb2.PathDifference:
         diff=convert.valid(difference.diff),
         added=difference.added,
         removed=difference.removed,
+    )
+
+
+def _leftover(left: Left) -> journal_pb2.Leftover:
+    return journal_pb2.Leftover(
+        call=f"calls/{left.call}",
+        path=convert.valid(os.fsdecode(left.path)),
+        reason=convert.valid(left.why),
+        create_time=convert.timestamp(left.since_ns),
     )
 
 

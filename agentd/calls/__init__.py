@@ -5,6 +5,7 @@ from agentd.calls.manifest import Tool, Toolbox, load
 from agentd.calls.permission import Denied, Permission
 from agentd.calls.places import Places
 from agentd.calls.service import Calls
+from agentd.calls.undoing import Progress, no_progress
 from agentd.calls.wanted import CallRequest, CallResult
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Denied",
     "Permission",
     "Places",
+    "Progress",
     "Tool",
     "Toolbox",
     "load",
     "load_credentials",
+    "no_progress",
 ]

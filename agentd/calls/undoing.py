@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 """Is told how many paths are done, and of how many."""
 
 
-def _nobody(_done: int, _total: int) -> None:
+def no_progress(_done: int, _total: int) -> None:
     pass
 
 
@@ -38,7 +38,7 @@ class Undoing:
         self._journal, self._audit, self._locks = journal, audit, locks
 
     async def undo(
-        self, call: str, principal: str, ways: Ways = Ways(), *, any_call: bool = True, progress: Progress = _nobody
+        self, call: str, principal: str, ways: Ways, *, any_call: bool = True, progress: Progress = no_progress
     ) -> Undone:
         """Undo a call, one's own unless `any_call`; waits for calls that change the same files. `progress` is told how many
         paths of how many are done, on another thread.
@@ -108,7 +108,7 @@ class Undoing:
         return await asyncio.to_thread(plan)
 
     async def roll_back(
-        self, selection: Selection, ways: Ways, digest: str, principal: str, *, progress: Progress = _nobody
+        self, selection: Selection, ways: Ways, digest: str, principal: str, *, progress: Progress = no_progress
     ) -> Undone:
         """Carry out the plan of that digest; waits for calls that change the same files. `progress` as in `undo`.
 

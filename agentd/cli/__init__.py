@@ -27,6 +27,7 @@ _COMMANDS = {
     "undo": "rollback:undo",
     "rollback": "rollback:rollback",
     "rehearsals": "rehearsals:rehearsals",
+    "recover": "rollback:recover",
     "pin": "rollback:pin",
     "budget": "budget:budget",
     "top": "budget:top",

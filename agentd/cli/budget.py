@@ -74,6 +74,8 @@ def _picture(budgets: budget_pb2.Budgets, status: system_pb2.Status) -> Table:
         whole.add_row(memory)
     if status.runs or status.calls:
         whole.add_row(_going_on(status))
+    if status.leftovers:
+        whole.add_row(f"[red]{status.leftovers} paths of failed calls are not restored yet[/]  [dim]agentd recover[/]")
     return whole
 
 
@@ -101,7 +103,9 @@ def _going_on(status: system_pb2.Status) -> Table:
         what = run.name.removeprefix("runs/") + (" [dim]background[/]" if run.background else "")
         table.add_row(state, what, shown(run.principal), f"{run.seconds:.0f} s")
     for call in status.calls:
-        table.add_row("[green]calls[/]", shown(call.tool), shown(call.principal), f"{call.seconds:.1f} s")
+        others = ", ".join(other.removeprefix("calls/") for other in call.waits_for)
+        state, what = ("[yellow]waits[/]", f"{call.tool} for {others}") if others else ("[green]calls[/]", call.tool)
+        table.add_row(state, shown(what), shown(call.principal), f"{call.seconds:.1f} s")
     return table
 
 

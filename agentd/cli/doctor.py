@@ -21,9 +21,9 @@ from agentd.devices import Programs, Screen
 from agentd.errors import AgentdError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Iterator
+    from collections.abc import Container, Iterable, Iterator, Sequence
 
-    from agentd.v1 import automation_pb2, budget_pb2
+    from agentd.v1 import automation_pb2, budget_pb2, journal_pb2
 
 _PI_KERNEL = Path("/boot/firmware/cmdline.txt")
 _LINGERING = Path("/var/lib/systemd/linger")  # loginctl(1): a file for each user
@@ -159,6 +159,7 @@ def _daemon(socket: Path) -> list[Finding]:
     try:
         with Client(socket) as client:
             status, budgets, automations = client.status(), client.budgets(), client.automations.list()
+            left = client.leftovers() if status.leftovers else []
     except AgentdError as e:
         running = e.reason is not Reason.DAEMON_UNREACHABLE
         if running:
@@ -174,7 +175,15 @@ def _daemon(socket: Path) -> list[Finding]:
     if status.audit_closed:
         hint = "No tool may change anything. `agentd audit verify` says more, `agentd audit renew` begins a new log."
         findings.append(Finding("audit log", False, f"not what was signed: {status.audit_closed}", hint))
-    return findings
+    return [*findings, *_leftovers(left)]
+
+
+def _leftovers(left: Sequence[journal_pb2.Leftover]) -> Iterator[Finding]:
+    """What failed calls have changed and could not be restored."""
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        found = f"{left[0].path} of a failed call is not restored{more}: {left[0].reason}"
+        yield Finding("undo", False, found, "`agentd recover --list` has all of it; `agentd recover` tries again at once.")
 
 
 def _budgets(budgets: budget_pb2.Budgets) -> Finding:

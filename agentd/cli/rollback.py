@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from agentd.cli.approvals import duration_ns
 from agentd.cli.output import console, json_option, print_json, safe, shown
@@ -15,7 +18,7 @@ from agentd.client import Client
 from agentd.v1 import journal_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _Path = journal_pb2.RollbackPlan.Path
@@ -23,14 +26,66 @@ _REHEARSED = {"restore": "change", "delete-created": "delete", "recreate-deleted
 _COLOURS = {"+": "green", "-": "red", "@": "cyan"}
 
 
+def _ways(command: Callable[..., Any]) -> Callable[..., Any]:
+    merge = "Keep both changes of a text that somebody else changed, where they don't touch."
+    options = (
+        click.option("--partial", is_flag=True, help="Undo what can be undone, and leave the rest."),
+        click.option("--merge", is_flag=True, help=merge),
+        click.option("--force", is_flag=True, help="Overwrite what somebody else has changed; that can be undone, too."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command(epilog="Example: agentd undo 01kz5t3q8m0v9r6w2e4y7x1abc")
 @click.argument("call")
+@_ways
 @json_option
 @click.pass_obj
-def undo(socket: Path | None, call: str, *, as_json: bool) -> None:
-    """Put back every path that CALL has changed; all of them or none. An undo can be undone."""
+def undo(socket: Path | None, call: str, *, partial: bool, merge: bool, force: bool, as_json: bool) -> None:
+    """Undo every change of CALL; all of them or none. An undo can be undone."""
+    name = f"calls/{call.removeprefix('calls/')}"
+    with Client(socket) as client, _progress(as_json=as_json) as progress:
+        done = client.undo(name, partial=partial, merge=merge, force=force, progress=progress)
+    print_undone(done, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _progress(*, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar, on a terminal, for what takes longer than a moment."""
+    if as_json or not sys.stderr.isatty():
+        yield lambda _done, _total: None
+        return
+    columns = (TextColumn("restoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("restoring", total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+@click.command(epilog="Example: agentd recover")
+@click.argument("calls", nargs=-1, metavar="[CALL]...")
+@click.option("--force", is_flag=True, help="Overwrite what somebody has changed since; that can be undone.")
+@click.option("--list", "only_list", is_flag=True, help="Only show what is left.")
+@json_option
+@click.pass_obj
+def recover(socket: Path | None, calls: tuple[str, ...], *, force: bool, only_list: bool, as_json: bool) -> None:
+    """Restore what failed CALLs, or all, have changed and could not be restored at once.
+
+    The daemon tries this every half minute by itself. Exit status: 0; 1 if something is left.
+    """
+    names = [f"calls/{call.removeprefix('calls/')}" for call in calls]
     with Client(socket) as client:
-        print_undone(client.undo(f"calls/{call.removeprefix('calls/')}"), as_json=as_json)
+        left = client.leftovers() if only_list else client.recover(names, force=force)
+    for each in left:
+        if as_json:
+            print_json(each)
+        else:
+            call = each.call.removeprefix("calls/")
+            console.print(f"[red]left[/] {shown(each.path)}  [dim]{shown(each.reason)}, of call {call}[/]")
+    if not left and not as_json:
+        console.print("[green]nothing is left[/]")
+    sys.exit(1 if left else 0)
 
 
 def _selecting(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,9 +123,7 @@ def absolute(path: str) -> str:
 
 @click.command(epilog="Example: agentd rollback --run 01kz5t3q8m0v9r6w2e4y7x1abc")
 @_selecting
-@click.option("--partial", is_flag=True, help="Put back what can be, and leave the rest.")
-@click.option("--merge", is_flag=True, help="Keep both changes of a text that somebody else changed, where they don't touch.")
-@click.option("--force", is_flag=True, help="Overwrite what somebody else has changed; that can be undone, too.")
+@_ways
 @click.option("--plan", "only_plan", is_flag=True, help="Show what would be done, and do nothing.")
 @click.option("--yes", is_flag=True, help="Do it without asking.")
 @json_option
@@ -95,7 +148,9 @@ def rollback(
             sys.exit(1 if blocked and not partial else 0)
         if not yes and not click.confirm("Put it back?"):
             sys.exit(1)
-        print_undone(client.apply_rollback(request, plan.digest), as_json=as_json)
+        with _progress(as_json=as_json) as progress:
+            done = client.apply_rollback(request, plan.digest, progress=progress)
+        print_undone(done, as_json=as_json)
 
 
 @click.command(epilog="Example: agentd diff --run 01kz5t3q8m0v9r6w2e4y7x1abc")

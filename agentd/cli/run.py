@@ -155,6 +155,9 @@ def _print_event(client: Client, event: run_pb2.WatchRunResponse) -> None:
         case "context":
             gone, left = event.context.turns_dropped, event.context.turns_left
             console.print(f"  [yellow]the context is full:[/] [dim]{gone} turns of before are left out, {left} are in it[/]")
+        case "waiting":
+            others = ", ".join(call.removeprefix("calls/") for call in event.waiting.calls)
+            console.print(f"  [yellow]waits:[/] [dim]{shown(event.waiting.tool)}, for {shown(others)} on the same files[/]")
         case "queue":
             _print_waiting(event.queue.ahead, event.queue.reason)
         case "budget" if event.budget.reason:

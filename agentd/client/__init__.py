@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -44,15 +45,21 @@ from agentd.v1 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from datetime import datetime
     from pathlib import Path
 
 __all__ = ["Client"]
 
 T = TypeVar("T")
+Progress = Callable[[int, int], None]
+"""Is told how many paths are done, and of how many."""
 DEADLINE_S = 60.0
 """Of everything but runs, which have limits of their own."""
+
+
+def no_progress(_done: int, _total: int) -> None:
+    """Nobody is told."""
 
 
 class Client:
@@ -265,17 +272,42 @@ class Client:
         request = audit_pb2.ProveConsistencyRequest(old_size=old_size, size=size)
         return self._call(self._audit.ProveConsistency, request, deadline_s=None)
 
-    def undo(self, call: str) -> journal_pb2.UndoCallResponse:
-        """Put back what a call (`calls/{call}`) has changed."""
-        return self._call(self._journal.UndoCall, journal_pb2.UndoCallRequest(name=call))
+    def undo(
+        self, call: str, *, partial: bool = False, force: bool = False, merge: bool = False, progress: Progress = no_progress
+    ) -> journal_pb2.UndoCallResponse:
+        """Undo what a call (`calls/{call}`) has changed. `progress` is told how many paths of how many are done."""
+        request = journal_pb2.UndoCallRequest(name=call, partial=partial, force=force, merge=merge)
+        return self._rolled_back(journal_pb2.StreamRollbackRequest(call=request), progress)
+
+    def _rolled_back(self, request: journal_pb2.StreamRollbackRequest, progress: Progress) -> journal_pb2.UndoCallResponse:
+        """It has no deadline: it takes as long as there are paths, and says how far it is."""
+        done = journal_pb2.UndoCallResponse()
+        for step in self._read(self._journal.StreamRollback(request)):
+            if step.HasField("progress"):
+                progress(step.progress.done, step.progress.total)
+            else:
+                done = step.done
+        return done
+
+    def leftovers(self) -> list[journal_pb2.Leftover]:
+        """Paths that failed calls have changed and that could not be restored yet."""
+        return list(self._call(self._journal.ListLeftovers, journal_pb2.ListLeftoversRequest()).leftovers)
+
+    def recover(self, calls: Iterable[str] = (), *, force: bool = False) -> list[journal_pb2.Leftover]:
+        """Try again to restore what is left, of these calls or of all; returns what still could not be."""
+        request = journal_pb2.RecoverCallsRequest(names=calls, force=force)
+        return list(self._call(self._journal.RecoverCalls, request, deadline_s=None).leftovers)
 
     def plan_rollback(self, request: journal_pb2.PlanRollbackRequest) -> journal_pb2.RollbackPlan:
-        """What putting back a selection of changes would do."""
-        return self._call(self._journal.PlanRollback, request)
+        """What undoing a selection of changes would do."""
+        return self._call(self._journal.PlanRollback, request, deadline_s=None)
 
-    def apply_rollback(self, plan: journal_pb2.PlanRollbackRequest, digest: str) -> journal_pb2.UndoCallResponse:
-        """Carry out the plan that was seen."""
-        return self._call(self._journal.ApplyRollback, journal_pb2.ApplyRollbackRequest(plan=plan, digest=digest))
+    def apply_rollback(
+        self, plan: journal_pb2.PlanRollbackRequest, digest: str, *, progress: Progress = no_progress
+    ) -> journal_pb2.UndoCallResponse:
+        """Carry out the plan that was seen. `progress` as in `undo`."""
+        request = journal_pb2.ApplyRollbackRequest(plan=plan, digest=digest)
+        return self._rolled_back(journal_pb2.StreamRollbackRequest(rollback=request), progress)
 
     def rehearsals(self) -> list[journal_pb2.Rehearsal]:
         """Calls that wait for somebody to apply or drop them, oldest first."""

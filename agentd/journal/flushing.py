@@ -25,32 +25,30 @@ def make_all_durable(paths: Collection[bytes], *, one_by_one: bool = True) -> No
     for what may not be opened. Raises OSError.
     """
     directories = {os.path.dirname(path) for path in paths}
-    if one_by_one and len(paths) + len(directories) <= _MANY:
-        try:
-            for path in paths:
-                _flush(path)
-            return
-        except OSError as e:
-            if e.errno != errno.EACCES:
-                raise
-    _flush_file_systems(directories)
+    few = one_by_one and len(paths) + len(directories) <= _MANY
+    if not (few and all(map(_flush, paths))):
+        _flush_file_systems(directories)
 
 
-def _flush(path: bytes) -> None:
-    """A file, and its directory. Nothing to do if that is gone, or leads elsewhere: what is there is not ours."""
+def _flush(path: bytes) -> bool:
+    """A file, and its directory; False if they can't be opened. Nothing to do if that is gone, or leads elsewhere: what is
+    there is not ours.
+    """
     try:
         place = reach(path)
     except OSError as e:
-        if e.errno == errno.EACCES:
-            raise
-        return
+        return e.errno != errno.EACCES
     if place is None:
-        return
-    with place:
-        if is_file(place):
-            with readable(place) as descriptor:
-                os.fsync(descriptor)
-        sync_folder(f"/proc/self/fd/{place.parent}")
+        return True
+    try:
+        with place:
+            if is_file(place):
+                with readable(place) as descriptor:
+                    os.fsync(descriptor)
+            sync_folder(f"/proc/self/fd/{place.parent}")
+    except PermissionError:
+        return False
+    return True
 
 
 def _flush_file_systems(directories: Collection[bytes]) -> None:

@@ -80,8 +80,7 @@ class Journal:
     def begin_restoring(
         self, call: str, intent: Event, paths: Mapping[bytes, Operation], failures: list[Failure] | None = None
     ) -> Transaction:
-        """As `begin`, for paths that are about to be restored, and what will happen to each: what is there is kept however large
-        it is.
+        """As `begin`, for paths that are about to be restored, and how: what is there is kept however large it is.
 
         With `failures`, paths that can't be kept are noted there instead of ending it.
         """

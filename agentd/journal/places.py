@@ -11,14 +11,13 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from agentd_sandbox.paths import Resolved, WalkError, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -89,7 +88,7 @@ class Granting:
     """Path to the mode it had, the mode it was given, and which one it is (device, inode)."""
     _had: dict[str, int] = field(default_factory=dict)
 
-    def __enter__(self) -> Granting:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,7 +6,6 @@ What it is now and should not be, somebody else has made of it: that is theirs.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -126,8 +125,8 @@ class Plan:
     not_undoable: tuple[str, ...]
     times: Mapping[bytes, int] = field(default_factory=dict, compare=False, repr=False)
     """When directories had been changed before all that, where nobody has changed them since."""
-    others: tuple[bytes, ...] = field(default=(), compare=False, repr=False)
-    """Paths that the calls have touched and left as they were, and that may be other names of files which they have changed."""
+    others: Mapping[bytes, PathState] = field(default_factory=dict, compare=False, repr=False)
+    """What the calls have touched and left as it was: it may be other names of files that they have changed."""
 
     @property
     def digest(self) -> str:
@@ -192,7 +191,8 @@ class Planner:
             paths = tuple(replace(planned, why=_REHEARSED.get(planned.verdict, planned.why)) for planned in paths)
         touched = {call for planned in paths for call in planned.calls}
         outside = tuple(call for call, _, effect in rows if effect in ("external", "physical"))
-        names = tuple(image.path for image in images if image.before.links > 1 and not image.changed)
+        linked = {image.before.inode for image in images if image.before.links > 1}
+        names = {i.path: i.before for i in images if i.before.inode in linked and not i.changed}
         named = tuple(call for call in calls if call in touched)
         return Plan(selection, ways, named, paths, outside, _times(images, paths), names)
 
@@ -338,11 +338,11 @@ def _times(images: Sequence[Image], paths: Iterable[PathPlan]) -> dict[bytes, in
     stays |= {image.path for image in images if image.changed and image.path not in planned}
     mixed = {os.path.dirname(path) for path in stays} | stays
     left = times_around(images, left=True)
-    found = {}
-    for directory, ns in times_around(images).items():
-        if directory not in mixed and _is_as_left(directory, left.get(directory)):
-            found[directory] = ns
-    return found
+    return {
+        directory: ns
+        for directory, ns in times_around(images).items()
+        if directory not in mixed and _is_as_left(directory, left.get(directory))
+    }
 
 
 def _is_as_left(directory: bytes, mtime_ns: int | None) -> bool:

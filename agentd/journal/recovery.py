@@ -1,4 +1,4 @@
-"""What calls that did not end well have changed, restored: at once, at the next start, and again for as long as anything is left.
+"""What calls that did not end well have changed, restored: at once, at the next start, and again while anything is left.
 
 What a killed daemon left open is rolled back at the start: nobody knows any more what the call had made of each path, so what
 is there is kept first, as a call of its own that can be undone. A path that can't be restored never stops the others. It is put
@@ -43,13 +43,14 @@ _CHANGED = "somebody has changed it since; `agentd recover --force` overwrites i
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A path that a call changed and that could not be restored. `left` is what was there then; None if it could not be read."""
+    """A path that a call changed and that could not be restored. `left` is what was there then, None if that is not known."""
 
     call: str
     path: bytes
     why: str
     since_ns: int
     left: PathState | None
+    principal: str
 
 
 class Recovery:
@@ -66,9 +67,13 @@ class Recovery:
 
     def left(self, call: str = "") -> list[Left]:
         """The paths that could not be restored yet, of one call or of all, oldest first."""
-        query = "SELECT call, path, why, since_ns, found FROM leftover WHERE ? IN ('', call) ORDER BY since_ns, call, path"
+        query = """SELECT call, path, why, since_ns, found, principal FROM leftover JOIN journal USING (call)
+                   WHERE ? IN ('', call) ORDER BY since_ns, call, path"""
         rows = self._store.read(lambda db: list(db.execute(query, (call,))))
-        return [Left(str(c), p, str(w), int(s), PathState.from_json(f) if f else None) for c, p, w, s, f in rows]
+        return [
+            Left(str(call), path, str(why), int(since), PathState.from_json(found) if found else None, str(principal))
+            for call, path, why, since, found, principal in rows
+        ]
 
     # -- a call that has failed
 

@@ -22,7 +22,6 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,8 @@ from agentd.journal.places import Granting, at, parents, reach, reach_ours
 from agentd.journal.state import ABSENT, ATTRIBUTES, NO_ATTRIBUTES, PathState, is_file, look, look_anyhow
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
     from agentd_sandbox.paths import Resolved
     from agentd_sandbox.recorder import Operation
 
@@ -55,7 +56,7 @@ _UNLINKABLE = (
 _STEPS = 5
 _PROGRESS_EVERY = 100
 TEMPORARY = b".agentd-"
-"""How the names of files begin that take the place of others; the call's id follows, so that nobody else's are taken for one."""
+"""How the names of files begin that take the place of others; the call's id follows: nobody else's are taken for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ class Restoring:
     progress: Callable[[int], None] = lambda _count: None
     sweeps: bytes = b""
     """A call that was killed: files that it has left under names that were to be given up are removed."""
-    others: Iterable[bytes] = ()
-    """Paths that may be other names of files among the targets."""
+    others: Mapping[bytes, PathState] = field(default_factory=dict)
+    """Paths that are no targets and may be other names of their files, and what each was."""
     failures: dict[bytes, Failure] = field(default_factory=dict)
     _granting: Granting = field(init=False)
     _targets: dict[bytes, Target] = field(init=False)
@@ -182,7 +183,7 @@ class Restoring:
 
     def _clear(self, target: Target, now: PathState) -> None:
         """Remove what is to be gone, or is of another kind; what another name is to be made of waits."""
-        if now.kind == "absent" or now.kind == target.state.kind:
+        if now.kind in ("absent", target.state.kind):
             return
         if target.state.kind == "absent" and self._sources.get(now.inode) == target.path:
             return
@@ -296,7 +297,9 @@ class Restoring:
             if self._link(target, source):
                 return
         # A file that has other names, too, is not this path's to change.
-        if now.kind == "file" and not now.mode & stat.S_IRUSR:  # what it is to be may be the beginning of what it is
+        if (
+            now.kind == "file" and now.links == 1 and not now.mode & stat.S_IRUSR
+        ):  # what it is to be may be the beginning of what it is
             self._granting.give(target.path)
         its_own = now.links == 1 or now.inode == state.inode
         holes = now.holes or not state.holes
@@ -320,7 +323,7 @@ class Restoring:
         """Make something new under another name, and give it the path's in one step."""
         name = self._temporary()
 
-        def replace() -> None:
+        def exchange() -> None:
             with at(target.path) as place:
                 self._require_same(place, self._now[target.path])
                 try:
@@ -334,7 +337,7 @@ class Restoring:
                         os.unlink(name, dir_fd=place.parent)
                     raise
 
-        self._granting.changing(replace, target.path)
+        self._granting.changing(exchange, target.path)
         self._became(target.path, PathState(target.state.kind, digest=target.state.digest, target=target.state.target))
 
     # -- several names of one file
@@ -350,11 +353,16 @@ class Restoring:
                 if stays or now.inode not in self._sources:
                     self._sources[now.inode] = path
         twins = {os.fsencode(name) for target in self._targets.values() for name in target.state.twins}
-        for path in (*twins, *self.others):
+        for path in twins - self._targets.keys():
             with contextlib.suppress(OSError):
-                found = look(path, self._files.get(self._inode_at(path), ABSENT)) if path not in self._targets else ABSENT
-                if found.inode in self._linked and found.inode not in self._sources and self._is_wanted(found):
-                    self._sources[found.inode] = path
+                found = look(path, self._files.get(self._inode_at(path), ABSENT))
+                if found.inode in self._linked and self._is_wanted(found):
+                    self._sources.setdefault(found.inode, path)
+        for path, state in self.others.items():
+            if path not in self._targets and state.inode in self._linked:
+                with contextlib.suppress(OSError):
+                    if look(path, state).same_as(state):
+                        self._sources.setdefault(state.inode, path)
 
     def _is_wanted(self, now: PathState) -> bool:
         """Whether it is the file that its names are to be of: numbers of inodes are used again."""

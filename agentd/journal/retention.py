@@ -58,9 +58,7 @@ class Retention:
         self.hold_reserve()
 
     def require_space(self, paths: Iterable[bytes]) -> None:
-        """Raises JournalError (STORE_FULL) while the disk of the store, or one that `paths` are on, is nearly full: an undo could
-        not be promised.
-        """
+        """Raises JournalError (STORE_FULL) while the store's disk, or one of those of `paths`, is nearly full."""
         self._require_space(os.fsencode(self._folder), self.keep.low_space_bytes)
         for directory in {_existing(path) for path in paths}:
             space = os.statvfs(directory)
@@ -74,8 +72,8 @@ class Retention:
         if left < least:
             raise JournalError(
                 Reason.STORE_FULL,
-                f"Only {left // _MIB} MiB are left on the disk of {os.fsdecode(directory)}; nothing that changes files there runs "
-                f"below {least // _MIB}.",
+                f"Only {left // _MIB} MiB are left on the disk of {os.fsdecode(directory)}; nothing that changes files there "
+                f"runs below {least // _MIB}.",
                 hint="Free some space, or lower journal.low_space_mib.",
                 metadata={"left_mib": str(left // _MIB), "path": os.fsdecode(directory)},
             )

@@ -206,7 +206,7 @@ class Taker:
             raise CannotKeep(
                 errno.EFBIG,
                 path,
-                f"The call has changed more than the {limit_mib} MiB the journal keeps of one, so the rest could not be undone.",
+                f"The call has changed more than the {limit_mib} MiB the journal keeps of one; the rest could not be undone.",
                 hint="Raise journal.call_limit_mib in agentd.toml if it must be.",
                 limit_mib=str(limit_mib),
             )

@@ -41,6 +41,8 @@ class Sources:
     engine: Engine
     calls: int
     runs: int
+    leftovers: int
+    """Paths of failed calls that could not be restored yet."""
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ def collect(sources: Sources) -> list[Family]:
     _sensors(made, sources.budgets)
     _engine(made, sources)
     _admission(made, sources)
+    made.add("agentd_leftover_paths", "Paths of failed calls that could not be restored yet.", sources.leftovers)
     for name, text in _COUNTED.items():
         made.add(name, text, None)
         for labels, value in sources.budgets.tally.counts.get(name, {}).items():

@@ -297,6 +297,7 @@ class Loop:
             within=self.within,
             read=tuple(self.read),
             tell=lambda approval: self.emit("approval", told(approval)),
+            waits=lambda calls: self.emit("waiting", {"tool": tool, "calls": list(calls)}),
             rehearse=self.rehearse,
             approval_s=run.approval_s,
         )

@@ -50,6 +50,21 @@ class JournalServiceStub:
                 request_serializer=agentd_dot_v1_dot_journal__pb2.ApplyRollbackRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_journal__pb2.UndoCallResponse.FromString,
                 _registered_method=True)
+        self.StreamRollback = channel.unary_stream(
+                '/agentd.v1.JournalService/StreamRollback',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.StreamRollbackRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.StreamRollbackResponse.FromString,
+                _registered_method=True)
+        self.ListLeftovers = channel.unary_unary(
+                '/agentd.v1.JournalService/ListLeftovers',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.ListLeftoversRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.ListLeftoversResponse.FromString,
+                _registered_method=True)
+        self.RecoverCalls = channel.unary_unary(
+                '/agentd.v1.JournalService/RecoverCalls',
+                request_serializer=agentd_dot_v1_dot_journal__pb2.RecoverCallsRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_journal__pb2.ListLeftoversResponse.FromString,
+                _registered_method=True)
         self.DiffChanges = channel.unary_unary(
                 '/agentd.v1.JournalService/DiffChanges',
                 request_serializer=agentd_dot_v1_dot_journal__pb2.DiffChangesRequest.SerializeToString,
@@ -95,6 +110,29 @@ class JournalServiceServicer:
     def ApplyRollback(self, request, context):
         """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
         Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamRollback(self, request, context):
+        """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
+        Errors: as there. Whoever stops listening does not stop it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLeftovers(self, request, context):
+        """Lists the paths that failed calls have changed and that could not be restored yet, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecoverCalls(self, request, context):
+        """Tries again to restore what is left. Returns what still could not be.
+        Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,6 +186,21 @@ def add_JournalServiceServicer_to_server(servicer, server):
                     servicer.ApplyRollback,
                     request_deserializer=agentd_dot_v1_dot_journal__pb2.ApplyRollbackRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_journal__pb2.UndoCallResponse.SerializeToString,
+            ),
+            'StreamRollback': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamRollback,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.StreamRollbackRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.StreamRollbackResponse.SerializeToString,
+            ),
+            'ListLeftovers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLeftovers,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.ListLeftoversRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.ListLeftoversResponse.SerializeToString,
+            ),
+            'RecoverCalls': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecoverCalls,
+                    request_deserializer=agentd_dot_v1_dot_journal__pb2.RecoverCallsRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_journal__pb2.ListLeftoversResponse.SerializeToString,
             ),
             'DiffChanges': grpc.unary_unary_rpc_method_handler(
                     servicer.DiffChanges,
@@ -252,6 +305,87 @@ class JournalService:
             '/agentd.v1.JournalService/ApplyRollback',
             agentd_dot_v1_dot_journal__pb2.ApplyRollbackRequest.SerializeToString,
             agentd_dot_v1_dot_journal__pb2.UndoCallResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamRollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/agentd.v1.JournalService/StreamRollback',
+            agentd_dot_v1_dot_journal__pb2.StreamRollbackRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.StreamRollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLeftovers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/ListLeftovers',
+            agentd_dot_v1_dot_journal__pb2.ListLeftoversRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.ListLeftoversResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecoverCalls(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.JournalService/RecoverCalls',
+            agentd_dot_v1_dot_journal__pb2.RecoverCallsRequest.SerializeToString,
+            agentd_dot_v1_dot_journal__pb2.ListLeftoversResponse.FromString,
             options,
             channel_credentials,
             insecure,

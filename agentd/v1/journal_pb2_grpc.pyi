@@ -45,6 +45,16 @@ class JournalServiceStub:
     """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
     Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
     """
+    StreamRollback: _grpc.UnaryStreamMultiCallable[_journal_pb2.StreamRollbackRequest, _journal_pb2.StreamRollbackResponse]
+    """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
+    Errors: as there. Whoever stops listening does not stop it.
+    """
+    ListLeftovers: _grpc.UnaryUnaryMultiCallable[_journal_pb2.ListLeftoversRequest, _journal_pb2.ListLeftoversResponse]
+    """Lists the paths that failed calls have changed and that could not be restored yet, oldest first."""
+    RecoverCalls: _grpc.UnaryUnaryMultiCallable[_journal_pb2.RecoverCallsRequest, _journal_pb2.ListLeftoversResponse]
+    """Tries again to restore what is left. Returns what still could not be.
+    Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
+    """
     DiffChanges: _grpc.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]
     """Shows what a selection of calls has changed, from before the first to after the last of them.
     Errors: INVALID_ARGUMENT BAD_FIELD.
@@ -76,6 +86,16 @@ class JournalServiceAsyncStub(JournalServiceStub):
     ApplyRollback: _aio.UnaryUnaryMultiCallable[_journal_pb2.ApplyRollbackRequest, _journal_pb2.UndoCallResponse]  # type: ignore[assignment]
     """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
     Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+    """
+    StreamRollback: _aio.UnaryStreamMultiCallable[_journal_pb2.StreamRollbackRequest, _journal_pb2.StreamRollbackResponse]  # type: ignore[assignment]
+    """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
+    Errors: as there. Whoever stops listening does not stop it.
+    """
+    ListLeftovers: _aio.UnaryUnaryMultiCallable[_journal_pb2.ListLeftoversRequest, _journal_pb2.ListLeftoversResponse]  # type: ignore[assignment]
+    """Lists the paths that failed calls have changed and that could not be restored yet, oldest first."""
+    RecoverCalls: _aio.UnaryUnaryMultiCallable[_journal_pb2.RecoverCallsRequest, _journal_pb2.ListLeftoversResponse]  # type: ignore[assignment]
+    """Tries again to restore what is left. Returns what still could not be.
+    Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
     """
     DiffChanges: _aio.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]  # type: ignore[assignment]
     """Shows what a selection of calls has changed, from before the first to after the last of them.
@@ -123,6 +143,34 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_journal_pb2.UndoCallResponse, _abc.Awaitable[_journal_pb2.UndoCallResponse]]:
         """Carries out a plan: all of it or nothing, unless it is partial. Is itself a call, and can be undone.
         Errors: FAILED_PRECONDITION PLAN_CHANGED, NOT_UNDOABLE, UNDO_CONFLICT; RESOURCE_EXHAUSTED STORE_FULL.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamRollback(
+        self,
+        request: _journal_pb2.StreamRollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_journal_pb2.StreamRollbackResponse], _abc.AsyncIterator[_journal_pb2.StreamRollbackResponse]]:
+        """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
+        Errors: as there. Whoever stops listening does not stop it.
+        """
+
+    @_abc_1.abstractmethod
+    def ListLeftovers(
+        self,
+        request: _journal_pb2.ListLeftoversRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.ListLeftoversResponse, _abc.Awaitable[_journal_pb2.ListLeftoversResponse]]:
+        """Lists the paths that failed calls have changed and that could not be restored yet, oldest first."""
+
+    @_abc_1.abstractmethod
+    def RecoverCalls(
+        self,
+        request: _journal_pb2.RecoverCallsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_journal_pb2.ListLeftoversResponse, _abc.Awaitable[_journal_pb2.ListLeftoversResponse]]:
+        """Tries again to restore what is left. Returns what still could not be.
+        Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
         """
 
     @_abc_1.abstractmethod

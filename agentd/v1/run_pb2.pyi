@@ -380,6 +380,7 @@ class WatchRunResponse(_message.Message):
     BUDGET_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Its number within the run, from 1, without gaps."""
     text: _builtins.str
@@ -418,6 +419,10 @@ class WatchRunResponse(_message.Message):
     def context(self) -> Global___ContextNotice:
         """The session has become too long for the context."""
 
+    @_builtins.property
+    def waiting(self) -> Global___WaitNotice:
+        """A call waits for others that change the same files."""
+
     def __init__(
         self,
         *,
@@ -432,16 +437,45 @@ class WatchRunResponse(_message.Message):
         budget: Global___BudgetNotice | None = ...,
         queue: Global___QueueNotice | None = ...,
         context: Global___ContextNotice | None = ...,
+        waiting: Global___WaitNotice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "context", b"context", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "context", b"context", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "text", b"text", "thought", b"thought", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "context", b"context", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval", b"approval", "budget", b"budget", "call", b"call", "call_started", b"call_started", "context", b"context", "event", b"event", "event_time", b"event_time", "queue", b"queue", "run", b"run", "sequence", b"sequence", "text", b"text", "thought", b"thought", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval", "budget", "queue", "context"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["text", "thought", "call_started", "call", "run", "approval", "budget", "queue", "context", "waiting"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015
+
+@_typing.final
+class WaitNotice(_message.Message):
+    """A call that waits for others: those before it that change the same files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOOL_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    tool: _builtins.str
+    """The tool, such as `files.write`."""
+    @_builtins.property
+    def calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """`calls/{call}` it waits for."""
+
+    def __init__(
+        self,
+        *,
+        tool: _builtins.str = ...,
+        calls: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "tool", b"tool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitNotice: _TypeAlias = WaitNotice  # noqa: Y015
 
 @_typing.final
 class ContextNotice(_message.Message):

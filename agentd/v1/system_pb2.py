@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61gentd/v1/system.proto\x12\tagentd.v1\"\xe8\x05\n\x06Status\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x12\n\nzygote_pid\x18\x03 \x01(\x05\x12\x12\n\nengine_pid\x18\x04 \x01(\x05\x12&\n\x05model\x18\x05 \x01(\x0b\x32\x17.agentd.v1.Status.Model\x12*\n\x07sandbox\x18\x06 \x01(\x0b\x32\x19.agentd.v1.Status.Sandbox\x12\x14\n\x0cstate_folder\x18\x07 \x01(\t\x12\x0e\n\x06\x66older\x18\x08 \x01(\t\x12\r\n\x05tools\x18\t \x01(\x05\x12\x0e\n\x06grants\x18\n \x01(\x05\x12\x17\n\x0frecovered_calls\x18\x0b \x03(\t\x12\x14\n\x0c\x61udit_closed\x18\x0c \x01(\t\x12*\n\x04runs\x18\r \x03(\x0b\x32\x1c.agentd.v1.Status.RunningRun\x12\x19\n\x11tokens_per_second\x18\x0e \x01(\x01\x12,\n\x05\x63\x61lls\x18\x0f \x03(\x0b\x32\x1d.agentd.v1.Status.RunningCall\x1aW\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x03\x12\x0f\n\x07\x63ontext\x18\x04 \x01(\x05\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1aO\n\x07Sandbox\x12\r\n\x05level\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x0f\n\x07missing\x18\x04 \x03(\t\x1a\x62\n\nRunningRun\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0e\n\x06queued\x18\x04 \x01(\x08\x12\x12\n\nbackground\x18\x05 \x01(\x08\x1aM\n\x0bRunningCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\x12\n\x10GetStatusRequest2L\n\rSystemService\x12;\n\tGetStatus\x12\x1b.agentd.v1.GetStatusRequest\x1a\x11.agentd.v1.Statusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x61gentd/v1/system.proto\x12\tagentd.v1\"\x8e\x06\n\x06Status\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x12\n\nzygote_pid\x18\x03 \x01(\x05\x12\x12\n\nengine_pid\x18\x04 \x01(\x05\x12&\n\x05model\x18\x05 \x01(\x0b\x32\x17.agentd.v1.Status.Model\x12*\n\x07sandbox\x18\x06 \x01(\x0b\x32\x19.agentd.v1.Status.Sandbox\x12\x14\n\x0cstate_folder\x18\x07 \x01(\t\x12\x0e\n\x06\x66older\x18\x08 \x01(\t\x12\r\n\x05tools\x18\t \x01(\x05\x12\x0e\n\x06grants\x18\n \x01(\x05\x12\x17\n\x0frecovered_calls\x18\x0b \x03(\t\x12\x14\n\x0c\x61udit_closed\x18\x0c \x01(\t\x12*\n\x04runs\x18\r \x03(\x0b\x32\x1c.agentd.v1.Status.RunningRun\x12\x19\n\x11tokens_per_second\x18\x0e \x01(\x01\x12,\n\x05\x63\x61lls\x18\x0f \x03(\x0b\x32\x1d.agentd.v1.Status.RunningCall\x12\x11\n\tleftovers\x18\x10 \x01(\x05\x1aW\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x03\x12\x0f\n\x07\x63ontext\x18\x04 \x01(\x05\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x1aO\n\x07Sandbox\x12\r\n\x05level\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x0e\n\x06kernel\x18\x03 \x01(\t\x12\x0f\n\x07missing\x18\x04 \x03(\t\x1a\x62\n\nRunningRun\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x0e\n\x06queued\x18\x04 \x01(\x08\x12\x12\n\nbackground\x18\x05 \x01(\x08\x1a`\n\x0bRunningCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\x11\n\twaits_for\x18\x05 \x03(\t\"\x12\n\x10GetStatusRequest2L\n\rSystemService\x12;\n\tGetStatus\x12\x1b.agentd.v1.GetStatusRequest\x1a\x11.agentd.v1.Statusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,17 +32,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agentd.v1.system_pb2', _glo
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATUS']._serialized_start=38
-  _globals['_STATUS']._serialized_end=782
-  _globals['_STATUS_MODEL']._serialized_start=435
-  _globals['_STATUS_MODEL']._serialized_end=522
-  _globals['_STATUS_SANDBOX']._serialized_start=524
-  _globals['_STATUS_SANDBOX']._serialized_end=603
-  _globals['_STATUS_RUNNINGRUN']._serialized_start=605
-  _globals['_STATUS_RUNNINGRUN']._serialized_end=703
-  _globals['_STATUS_RUNNINGCALL']._serialized_start=705
-  _globals['_STATUS_RUNNINGCALL']._serialized_end=782
-  _globals['_GETSTATUSREQUEST']._serialized_start=784
-  _globals['_GETSTATUSREQUEST']._serialized_end=802
-  _globals['_SYSTEMSERVICE']._serialized_start=804
-  _globals['_SYSTEMSERVICE']._serialized_end=880
+  _globals['_STATUS']._serialized_end=820
+  _globals['_STATUS_MODEL']._serialized_start=454
+  _globals['_STATUS_MODEL']._serialized_end=541
+  _globals['_STATUS_SANDBOX']._serialized_start=543
+  _globals['_STATUS_SANDBOX']._serialized_end=622
+  _globals['_STATUS_RUNNINGRUN']._serialized_start=624
+  _globals['_STATUS_RUNNINGRUN']._serialized_end=722
+  _globals['_STATUS_RUNNINGCALL']._serialized_start=724
+  _globals['_STATUS_RUNNINGCALL']._serialized_end=820
+  _globals['_GETSTATUSREQUEST']._serialized_start=822
+  _globals['_GETSTATUSREQUEST']._serialized_end=840
+  _globals['_SYSTEMSERVICE']._serialized_start=842
+  _globals['_SYSTEMSERVICE']._serialized_end=918
 # @@protoc_insertion_point(module_scope)

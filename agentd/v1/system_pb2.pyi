@@ -140,6 +140,7 @@ class Status(_message.Message):
         TOOL_FIELD_NUMBER: _builtins.int
         PRINCIPAL_FIELD_NUMBER: _builtins.int
         SECONDS_FIELD_NUMBER: _builtins.int
+        WAITS_FOR_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         """`calls/{call}`."""
         tool: _builtins.str
@@ -148,6 +149,10 @@ class Status(_message.Message):
         """Who has asked for it."""
         seconds: _builtins.float
         """For how long."""
+        @_builtins.property
+        def waits_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """`calls/{call}` that change the same files, for which it waits; then it has not begun. Empty if it is executed."""
+
         def __init__(
             self,
             *,
@@ -155,10 +160,11 @@ class Status(_message.Message):
             tool: _builtins.str = ...,
             principal: _builtins.str = ...,
             seconds: _builtins.float = ...,
+            waits_for: _abc.Iterable[_builtins.str] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "principal", b"principal", "seconds", b"seconds", "tool", b"tool"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "principal", b"principal", "seconds", b"seconds", "tool", b"tool", "waits_for", b"waits_for"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -177,6 +183,7 @@ class Status(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
+    LEFTOVERS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of agentd."""
     pid: _builtins.int
@@ -197,6 +204,8 @@ class Status(_message.Message):
     """Why the audit log is not what was signed; then no tool may change anything. Empty if it is."""
     tokens_per_second: _builtins.float
     """Tokens that the model has written a second, of late; 0 if it wrote nothing."""
+    leftovers: _builtins.int
+    """How many paths of failed calls could not be restored yet; JournalService.ListLeftovers has them."""
     @_builtins.property
     def model(self) -> Global___Status.Model:
         """The model."""
@@ -235,10 +244,11 @@ class Status(_message.Message):
         runs: _abc.Iterable[Global___Status.RunningRun] | None = ...,
         tokens_per_second: _builtins.float = ...,
         calls: _abc.Iterable[Global___Status.RunningCall] | None = ...,
+        leftovers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "sandbox", b"sandbox"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_closed", b"audit_closed", "calls", b"calls", "engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "runs", b"runs", "sandbox", b"sandbox", "state_folder", b"state_folder", "tokens_per_second", b"tokens_per_second", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_closed", b"audit_closed", "calls", b"calls", "engine_pid", b"engine_pid", "folder", b"folder", "grants", b"grants", "leftovers", b"leftovers", "model", b"model", "pid", b"pid", "recovered_calls", b"recovered_calls", "runs", b"runs", "sandbox", b"sandbox", "state_folder", b"state_folder", "tokens_per_second", b"tokens_per_second", "tools", b"tools", "version", b"version", "zygote_pid", b"zygote_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 registered: dict[str, Callable[..., dict[str, Any]]] = {}
 variables: dict[str, str] = {}
-"""Settings of the daemon that a tool may know, such as the folder sysfs is mounted on; `deadline_s` is when the call is ended."""
+"""Settings of the daemon that a tool may know, such as the folder sysfs is mounted on; and `deadline_s` of the call."""
 
 
 class ToolFailure(Exception):

@@ -142,7 +142,7 @@ def test_a_call_may_have_only_so_much_kept(tmp_path: Path):
     assert bench.journal.foresee(paths[:2]) == ""
     assert "of a call" in bench.journal.foresee(paths)
     transaction = bench.journal.begin("c1", Event(kind="call.intent", call="c1"), paths)
-    with pytest.raises(Refusal, match="of one, so the rest"):
+    with pytest.raises(Refusal, match="of one; the rest"):
         transaction.before_changes([Change("write", path) for path in paths])
     bench.store.close()
 

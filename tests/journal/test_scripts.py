@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import random
-import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from agentd_sandbox import probe
 
-from tests.journal.scripts import ROOT, became_a_copy, case_of
+from tests.journal.scripts import ROOT, became_a_copy
 from tests.journal.trees import Node, Snapshot, clear, compare, look, plant
 
 if TYPE_CHECKING:

@@ -59,7 +59,7 @@ def _said(output: str, errors: str) -> str:
 
 
 def _read(shell: subprocess.Popen[bytes], deadline: float) -> tuple[tuple[str, bool], tuple[str, bool], bool]:
-    """Both streams to their end, the first part of each kept: as text, and whether there was more. Last whether it has ended."""
+    """Both streams to their end, the first part of each kept, as text, with whether there was more; and if it has ended."""
     kept = {shell.stdout: b"", shell.stderr: b""}
     cut = dict.fromkeys(kept, False)
     ended = True
