@@ -32,6 +32,7 @@ _CHUNK = 1 << 20
 _BLOCK = 4096
 _PACKED = ".zst"
 _LEVEL = 3  # zstd's own choice: at 300 MB/s and more faster than any card writes
+_WORTH_PACKING = 256  # bytes: below that it takes more time than it saves space
 _PAYS = 0.9  # of its size; measured on the first chunk
 _FICLONE = 0x4004_9409  # _IOW(0x94, 9, int), linux/fs.h
 _SETSIG, _SETLEASE, _GETLEASE = 10, 1024, 1025  # linux/fcntl.h; the same on all architectures
@@ -92,10 +93,10 @@ class Contents:
         status = os.fstat(source)
         if limit is not None and status.st_size > limit:
             raise TooLarge
+        head = _head(source, INLINE_BYTES + 1)
+        if len(head) <= INLINE_BYTES:
+            return Kept(hashlib.sha256(head).hexdigest(), pack(head))
         with open(source, "rb", closefd=False) as file:
-            head = _read(file, INLINE_BYTES + 1)
-            if len(head) <= INLINE_BYTES:
-                return Kept(hashlib.sha256(head).hexdigest(), pack(head))
             if grows:
                 file.seek(0)
                 return Kept(_digest(first(_pieces(file), status.st_size)), length=status.st_size)
@@ -269,6 +270,8 @@ class Contents:
 
 
 def pack(content: bytes) -> bytes:
+    if len(content) < _WORTH_PACKING:
+        return content
     return zstandard.ZstdCompressor(level=_LEVEL).compress(content)
 
 
@@ -321,6 +324,13 @@ def _digest(chunks: Iterable[bytes]) -> str:
 def _pieces(file: IO[bytes]) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK):
         yield chunk
+
+
+def _head(source: int, size: int) -> bytes:
+    data = os.pread(source, size, 0)
+    while data and len(data) < size and (more := os.pread(source, size - len(data), len(data))):
+        data += more
+    return data
 
 
 def _read(file: IO[bytes], size: int) -> bytes:

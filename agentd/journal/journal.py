@@ -14,6 +14,8 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from agentd_sandbox.paths import Nearby
+
 from agentd.audit import Event, FileOperation, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
@@ -25,7 +27,7 @@ from agentd.journal.recovery import Recovery
 from agentd.journal.restoring import Failure
 from agentd.journal.retention import Keep, Retention
 from agentd.journal.rollback import Rollbacks, Undone
-from agentd.journal.state import PathState, as_it_was, keep, look_anyhow
+from agentd.journal.state import ABSENT, PathState, as_it_was, keep, look_anyhow
 from agentd.journal.transaction import Taker, Transaction, unreadable
 
 if TYPE_CHECKING:
@@ -85,9 +87,10 @@ class Journal:
         With `failures`, paths that can't be kept are noted there instead of ending it.
         """
         transaction = self._new(call, limited=False)
+        ordered = dict(sorted(paths.items(), key=lambda item: item[0].count(b"/")))
         around = {os.path.dirname(path) for path in paths}
         transaction.roots = tuple(path for path in around if not around.intersection(parents(path)))
-        self.capture(transaction, paths, intent, failures)
+        self.capture(transaction, ordered, intent, failures)
         return transaction
 
     def _new(self, call: str, *, limited: bool = True) -> Transaction:
@@ -112,11 +115,17 @@ class Journal:
         """
         images: list[Image] = []
         closed: dict[bytes, Operation] = {}
+        nearby, gone = Nearby(), set[bytes]()
         try:
             for path, operation in paths.items():
+                if os.path.dirname(path) in gone:
+                    images.append(Image(transaction.call, path, ABSENT))
+                    continue
                 with _noting(path, failures):
                     try:
-                        images.append(self._taker.take(transaction, path, operation))
+                        images.append(self._taker.take(transaction, path, operation, nearby))
+                        if not transaction.limited and images[-1].before.kind == "absent":
+                            gone.add(path)
                     except OSError:
                         # Kept as it is, it could not be read later, either.
                         closed[path] = "write" if operation in ("remove", "replace") else operation
@@ -126,6 +135,8 @@ class Journal:
         except AgentdError:
             self._part(images)
             raise
+        finally:
+            nearby.close()
         if closed:
             self._capture_closed(transaction, closed, failures)
 
@@ -227,7 +238,7 @@ class Journal:
         """What the call has left, durable, and what of it is new. Raises JournalError with everything restored."""
         try:
             with Granting(lambda path: self.note_mode(transaction, path)) as granting:
-                after = {path: look_anyhow(path, granting) for path in transaction.images}
+                after = _looked_at(transaction.images, granting)
                 files = {
                     path: touched
                     for path, image in transaction.images.items()
@@ -368,11 +379,10 @@ def _numbered(transaction: Transaction, images: Sequence[Image]) -> list[Image]:
     count = len(transaction.images)
     numbered = []
     for image in images:
-        if known := transaction.images.get(image.path):
-            numbered.append(replace(image, n=known.n))
-        else:
-            numbered.append(replace(image, n=count))
-            count += 1
+        known = transaction.images.get(image.path)
+        n = known.n if known else count
+        count += known is None
+        numbered.append(image if image.n == n else Image(image.call, image.path, image.before, image.content, n=n))
     return numbered
 
 
@@ -385,6 +395,17 @@ def _noting(path: bytes, failures: list[Failure] | None) -> Iterator[None]:
         if failures is None:
             raise
         failures.append(Failure(path, e.message.rstrip(".")))
+
+
+def _looked_at(paths: Iterable[bytes], granting: Granting) -> dict[bytes, PathState]:
+    """The state of each; what lies in a directory that is not there is not there, either. Raises OSError."""
+    found: dict[bytes, PathState] = {}
+    with contextlib.closing(Nearby()) as nearby:
+        for path in sorted(paths, key=lambda p: p.count(b"/")):
+            above = found.get(os.path.dirname(path))
+            gone = above is not None and above.kind != "folder"
+            found[path] = ABSENT if gone else look_anyhow(path, granting, nearby=nearby)
+    return found
 
 
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:

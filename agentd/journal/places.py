@@ -14,40 +14,42 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from agentd_sandbox.paths import Resolved, WalkError, resolve
+from agentd_sandbox.paths import Nearby, Resolved, WalkError, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
-_PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY, _FILE = 0o700, 0o600
 _DENIED = (errno.EACCES, errno.EPERM)
 
 
-def at(path: bytes) -> Resolved:
-    """A real path with its directory. Raises WalkError if the way is broken; OSError (ELOOP) if it leads elsewhere now."""
-    place = _as_spelled(path) or resolve(path, follow=False)
+def at(path: bytes, nearby: Nearby | None = None) -> Resolved:
+    """A real path with its directory. Raises WalkError if the way is broken; OSError (ELOOP) if it leads elsewhere now.
+
+    `nearby` is for many paths that lie beside each other.
+    """
+    place = (nearby.named(path) if nearby else _as_spelled(path)) or resolve(path, follow=False)
     if place.real != path:
         with place:
             raise OSError(errno.ELOOP, "the way there now leads elsewhere", os.fsdecode(path))
     return place
 
 
-def reach(path: bytes) -> Resolved | None:
+def reach(path: bytes, nearby: Nearby | None = None) -> Resolved | None:
     """As `at`, or None if not even its directory is there."""
     try:
-        return at(path)
+        return at(path, nearby)
     except WalkError as e:
         if e.errno in (errno.ENOENT, errno.ENOTDIR):
             return None
         raise
 
 
-def reach_ours(path: bytes) -> Resolved | None:
+def reach_ours(path: bytes, nearby: Nearby | None = None) -> Resolved | None:
     """As `reach`, or None too if the way leads elsewhere: for what comes back with the directory that was there."""
     try:
-        return reach(path)
+        return reach(path, nearby)
     except OSError as e:
         if e.errno == errno.ELOOP:
             return None
@@ -55,25 +57,8 @@ def reach_ours(path: bytes) -> Resolved | None:
 
 
 def _as_spelled(path: bytes) -> Resolved | None:
-    """Two opens instead of a walk, where the kernel says that the directory is called what was asked for."""
-    directory, _, name = path.rpartition(b"/")
-    if not name or name in (b".", b".."):
-        return None
-    try:
-        parent = os.open(directory or b"/", _PATH_FLAGS | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        if os.readlink(b"/proc/self/fd/%d" % parent) == (directory or b"/"):
-            try:
-                found = os.open(name, _PATH_FLAGS, dir_fd=parent)
-            except FileNotFoundError:
-                found = -1
-            return Resolved(path, parent, name, found)
-    except OSError:
-        pass
-    os.close(parent)
-    return None
+    with contextlib.closing(Nearby()) as nearby:
+        return nearby.named(path)
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel
-from agentd_sandbox.paths import WalkError
+from agentd_sandbox.paths import Nearby, WalkError
 
 from agentd.errors import JournalError
 from agentd.journal.contents import write_with_holes
@@ -106,6 +106,7 @@ class Restoring:
     _now: dict[bytes, PathState] = field(default_factory=dict)
     _changed: set[bytes] = field(default_factory=set)
     _aside: list[bytes] = field(default_factory=list)
+    _nearby: Nearby = field(default_factory=Nearby)
     _steps: int = 0
     _sources: dict[str, bytes] = field(default_factory=dict)
     """Where a file is that is to have several names: by its former device and inode."""
@@ -119,10 +120,8 @@ class Restoring:
 
     def run(self) -> list[Failure]:
         """All steps; returns what could not be done. What was done is durable."""
-        with self._granting:
-            for path, target in self._targets.items():
-                with self._noted(path):
-                    self._now[path] = look_anyhow(path, self._granting, target.state)
+        with contextlib.closing(self._nearby), self._granting:
+            self._look()
             for directory in {os.path.dirname(path) for path in self._targets} if self.sweeps else ():
                 self._sweep(directory)
             self._note_sources()
@@ -141,6 +140,16 @@ class Restoring:
         with self._noted(next(iter(self._targets), b"")):
             make_all_durable(self._changed, one_by_one=not self._granting.used)
         return list(self.failures.values())
+
+    def _look(self) -> None:
+        """What is there now; in a directory that is not there is nothing."""
+        for path in sorted(self._targets, key=lambda p: p.count(b"/")):
+            above = self._now.get(os.path.dirname(path))
+            if above is not None and above.kind != "folder":
+                self._now[path] = ABSENT
+                continue
+            with self._noted(path):
+                self._now[path] = look_anyhow(path, self._granting, self._targets[path].state, self._nearby)
 
     def _attempt(self, path: bytes, step: Callable[[Target, PathState], None]) -> None:
         self._steps += 1
@@ -237,7 +246,7 @@ class Restoring:
 
     def _remove(self, path: bytes, now: PathState) -> None:
         def remove() -> None:
-            with at(path) as place:
+            with at(path, self._nearby) as place:
                 self._require_same(place, now)
                 (os.rmdir if now.kind == "folder" else os.unlink)(place.name, dir_fd=place.parent)
 
@@ -265,7 +274,7 @@ class Restoring:
             return
 
         def make() -> None:
-            with at(target.path) as place:
+            with at(target.path, self._nearby) as place:
                 os.mkdir(place.name, 0o700, dir_fd=place.parent)
 
         self._granting.changing(make, target.path)
@@ -324,7 +333,7 @@ class Restoring:
         name = self._temporary()
 
         def exchange() -> None:
-            with at(target.path) as place:
+            with at(target.path, self._nearby) as place:
                 self._require_same(place, self._now[target.path])
                 try:
                     make(place, name)
@@ -402,7 +411,7 @@ class Restoring:
             return
 
         def set_all() -> None:
-            with at(target.path) as place:
+            with at(target.path, self._nearby) as place:
                 if place.exists:
                     _set_owner(place, state)
                     if state.kind != "link":

@@ -19,7 +19,7 @@ from agentd.journal.places import reach, reach_ours
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from agentd_sandbox.paths import Resolved
+    from agentd_sandbox.paths import Nearby, Resolved
 
     from agentd.journal.contents import Contents
     from agentd.journal.places import Granting
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 NO_ATTRIBUTES = (errno.ENOTSUP, errno.ENOSYS, errno.EPERM, errno.EACCES)  # of the file system, or not ours to set
 ATTRIBUTES = ("user.", "system.posix_acl_")
 _CHUNK = 1 << 20
-_KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISLNK, "link"), (stat.S_ISREG, "file"), (stat.S_ISFIFO, "fifo"))
+_KINDS = (
+    *((stat.S_ISREG, "file"), (stat.S_ISDIR, "folder"), (stat.S_ISLNK, "link")),
+    *((stat.S_ISFIFO, "fifo"), (stat.S_ISSOCK, "socket")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class PathState:
 
     def to_json(self) -> str:
         """Without what has its usual value: there are two of these for each path of each call."""
+        if self is ABSENT:
+            return _ABSENT_JSON
         return json.dumps({name: value for name, usual in _USUAL if (value := getattr(self, name)) != usual})
 
     @classmethod
@@ -90,6 +95,7 @@ class PathState:
 
 
 _USUAL = tuple((each.name, each.default) for each in fields(PathState))
+_ABSENT_JSON = json.dumps({"kind": "absent"})
 ABSENT = PathState("absent")
 
 
@@ -112,11 +118,11 @@ def _look(place: Resolved | None, known: PathState) -> PathState:
             raise
 
 
-def look_anyhow(path: bytes, granting: Granting, known: PathState = ABSENT) -> PathState:
+def look_anyhow(path: bytes, granting: Granting, known: PathState = ABSENT, nearby: Nearby | None = None) -> PathState:
     """As `look`, also where its owner may not: the state is the one without what that takes. What the way to it leads past is
     not there. Raises OSError.
     """
-    return as_it_was(granting.reading(lambda: _look(reach_ours(path), known), path), path, granting)
+    return as_it_was(granting.reading(lambda: _look(reach_ours(path, nearby), known), path), path, granting)
 
 
 def as_it_was(state: PathState, path: bytes, granting: Granting) -> PathState:
@@ -146,23 +152,30 @@ def take(path: bytes, *, limit: int) -> tuple[PathState, bytes]:
 
 
 def keep(
-    path: bytes, contents: Contents, *, limit: int | None, goes: bool = False, grows: bool = False, ours: bool = False
+    path: bytes,
+    contents: Contents,
+    *,
+    limit: int | None,
+    goes: bool = False,
+    grows: bool = False,
+    ours: bool = False,
+    nearby: Nearby | None = None,
 ) -> tuple[PathState, Kept]:
     """The present state of a real path, with its content kept; `goes` and `grows` as in `Contents.keep`. With `ours`, what the
     way to it leads past is not there.
 
     Raises TooLarge past `limit` bytes, PermissionError if it can't be read, OSError.
     """
-    place = reach_ours(path) if ours else reach(path)
+    place = reach_ours(path, nearby) if ours else reach(path, nearby)
     if place is None:
         return ABSENT, Kept()
     with place:
         if not is_file(place):
             return state_of(place), Kept()
-        state = file_state(place, "")  # before it has another name among the contents
+        status = os.fstat(place.descriptor)  # before it has another name among the contents
         with readable(place) as descriptor:
             kept = contents.keep(descriptor, limit=limit, goes=goes, grows=grows)
-        return replace(state, digest=kept.digest), kept
+        return file_state(place, kept.digest, status), kept
 
 
 def without_content(path: bytes) -> PathState:
@@ -209,22 +222,30 @@ def state_of(place: Resolved) -> PathState:
     if is_file(place):
         with readable(place) as descriptor:
             return file_state(place, digest(descriptor))
-    state = _plain(os.fstat(place.descriptor), around)
-    if state.kind == "link":
-        return replace(state, target=os.fsdecode(os.readlink(b"", dir_fd=place.descriptor)))
-    return replace(state, attributes=_attributes(place.descriptor)) if state.kind == "folder" else state
-
-
-def file_state(place: Resolved, content: str) -> PathState:
-    """Of a file whose digest is known."""
     status = os.fstat(place.descriptor)
-    state = _plain(status, os.fstat(place.parent).st_mtime_ns)
-    return replace(
-        state,
+    kind = _kind(status)
+    return PathState(
+        kind,
+        *_plain(status),
+        target=os.fsdecode(os.readlink(b"", dir_fd=place.descriptor)) if kind == "link" else "",
+        attributes=_attributes(place.descriptor) if kind == "folder" else None,
+        inode=f"{status.st_dev}:{status.st_ino}",
+        around_ns=around,
+    )
+
+
+def file_state(place: Resolved, content: str, status: os.stat_result | None = None) -> PathState:
+    """Of a file whose digest is known."""
+    status = status or os.fstat(place.descriptor)
+    return PathState(
+        "file",
+        *_plain(status),
         digest=content,
         attributes=_attributes(place.descriptor),
         holes=status.st_blocks * 512 < status.st_size,
+        inode=f"{status.st_dev}:{status.st_ino}",
         links=status.st_nlink,
+        around_ns=os.fstat(place.parent).st_mtime_ns,
         stamp="" if status.st_mode & stat.S_IRUSR else _stamp(status),
     )
 
@@ -235,19 +256,23 @@ def _stamp(status: os.stat_result) -> str:
 
 def _unread(place: Resolved) -> PathState:
     status = os.fstat(place.descriptor)
-    state = _plain(status, os.fstat(place.parent).st_mtime_ns)
-    return replace(state, links=status.st_nlink, stamp=_stamp(status))
-
-
-def _plain(status: os.stat_result, around_ns: int) -> PathState:
-    """What stat(2) says."""
-    kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "other")
-    kind = "socket" if stat.S_ISSOCK(status.st_mode) else kind
     return PathState(
-        *(kind, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns),
+        _kind(status),
+        *_plain(status),
         inode=f"{status.st_dev}:{status.st_ino}",
-        around_ns=around_ns,
+        links=status.st_nlink,
+        around_ns=os.fstat(place.parent).st_mtime_ns,
+        stamp=_stamp(status),
     )
+
+
+def _kind(status: os.stat_result) -> str:
+    return next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "other")
+
+
+def _plain(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Mode, owner, group and time."""
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid, status.st_mtime_ns
 
 
 def _attributes(descriptor: int) -> tuple[tuple[str, str], ...] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import Refusal
-from agentd_sandbox.paths import WalkError
+from agentd_sandbox.paths import Nearby, WalkError
 
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, TooLarge
@@ -178,7 +178,7 @@ class Taker:
     def __init__(self, contents: Contents, bounds: Keep) -> None:
         self._contents, self._bounds = contents, bounds
 
-    def take(self, transaction: Transaction, path: bytes, operation: Operation) -> Image:
+    def take(self, transaction: Transaction, path: bytes, operation: Operation, nearby: Nearby | None = None) -> Image:
         """Raises OSError (EACCES) if something of ours has to be made accessible first, CannotKeep, StoreError."""
         how = {"goes": operation in _GOES, "grows": operation == "append", "ours": not transaction.limited}
         limit = self._bounds.file_bytes if transaction.limited else None
@@ -186,7 +186,7 @@ class Taker:
         try:
             if known and known.content.length:
                 return self._in_full(known)
-            state, kept = keep(path, self._contents, limit=limit, **how)
+            state, kept = keep(path, self._contents, limit=limit, nearby=nearby, **how)
             if state.links > 1:
                 state = replace(state, twins=transaction.other_names(path, state.inode))
             if state.kind == "folder" and state.attributes is None and os.lstat(path).st_uid == os.geteuid():

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PROC_SUPER_MAGIC = 0x9FA0  # linux/magic.h
-_DEPTH = 128  # folders on the way, each of which costs a descriptor
+_DEPTH = 4096  # folders on the way
+_HELD = 32  # of them that are held open
 _KEPT = 32  # what a call keeps open that stays as it is
 _LINKS = 40  # as the kernel: path_resolution(7)
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -105,7 +106,24 @@ class _Walk:
 
     @property
     def here(self) -> int:
-        return self.folders[-1][1]
+        name, descriptor = self.folders[-1]
+        if descriptor < 0:
+            descriptor = self._again()
+            self.folders[-1] = name, descriptor
+        return descriptor
+
+    def _again(self) -> int:
+        """A folder far up a long way, which is held open no more: walked to once more by its real names."""
+        descriptor = os.open(b"/", _PATH_FLAGS | os.O_DIRECTORY)
+        for name, _ in self.folders[1:]:
+            try:
+                below = os.open(name, _PATH_FLAGS | os.O_DIRECTORY, dir_fd=descriptor)
+            except OSError as e:
+                raise WalkError(e.errno or errno.EIO, self.real) from None
+            finally:
+                os.close(descriptor)
+            descriptor = below
+        return descriptor
 
     @property
     def real(self) -> bytes:
@@ -115,17 +133,26 @@ class _Walk:
         self.folders.append((name, descriptor))
         if len(self.folders) > _DEPTH:
             raise WalkError(errno.ENAMETOOLONG, self.real)
+        if len(self.folders) > _HELD:
+            former, held = self.folders[-_HELD - 1]
+            self.folders[-_HELD - 1] = former, _closed(held)
 
     def up(self, *, to_root: bool = False) -> None:
         while len(self.folders) > 1:
-            os.close(self.folders.pop()[1])
+            _closed(self.folders.pop()[1])
             if not to_root:
                 break
 
     def close(self) -> None:
         for _, descriptor in self.folders:
-            os.close(descriptor)
+            _closed(descriptor)
         self.folders.clear()
+
+
+def _closed(descriptor: int) -> int:
+    if descriptor >= 0:
+        os.close(descriptor)
+    return -1
 
 
 @cache
@@ -163,6 +190,51 @@ def _unmerged(path: bytes) -> bytes:
 
 
 @dataclass(slots=True)
+class Nearby:
+    """Resolves names that lie beside each other: the folder of the last one is kept open, and used again for as long as it is
+    called what it was. Close after use.
+    """
+
+    _folder: bytes = b""
+    _descriptor: int = -1
+
+    def named(self, path: bytes) -> Resolved | None:
+        """The path with its folder, itself not followed if it is a link. None if it has to be walked: it is not there as it is
+        spelled, or can't be had.
+        """
+        folder, _, name = path.rpartition(b"/")
+        if not name or name in (b".", b".."):
+            return None
+        try:
+            if not self._stand_in(folder or b"/"):
+                return None
+            try:
+                found = os.open(name, _PATH_FLAGS, dir_fd=self._descriptor)
+            except FileNotFoundError:
+                found = -1
+            return Resolved(path, os.dup(self._descriptor), name, found)
+        except (OSError, ValueError):
+            return None
+
+    def _stand_in(self, folder: bytes) -> bool:
+        if folder != self._folder or self._descriptor < 0:
+            self.close()
+            self._descriptor, self._folder = os.open(folder, _PATH_FLAGS | os.O_DIRECTORY), folder
+            if kernel.file_system(self._descriptor) == _PROC_SUPER_MAGIC:
+                self.close()
+                return False
+        if os.readlink(b"%d" % self._descriptor, dir_fd=_own_descriptors()) == folder:
+            return True
+        self.close()
+        return False
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
+@dataclass(slots=True)
 class Walker:
     """Resolves paths for one call. Knows which devices it has seen are not procfs.
 
@@ -172,6 +244,11 @@ class Walker:
     steady: Callable[[bytes], bool]
     _ordinary: set[int] = field(default_factory=set)
     _kept: dict[bytes, Resolved] = field(default_factory=dict)
+    _nearby: Nearby = field(default_factory=Nearby)
+
+    def named(self, path: bytes, *, visible: Callable[[bytes], bool]) -> Resolved:
+        """As `resolve` without following a link at its end: something that is to be made, renamed or removed."""
+        return self._nearby.named(path) or resolve(path, follow=False, visible=visible)
 
     def existing(self, path: bytes, *, follow: bool, visible: Callable[[bytes], bool]) -> Resolved:
         """As `resolve`, but without the parent where the path is there as it is spelled."""
@@ -191,6 +268,7 @@ class Walker:
             kept.borrowed = False
             kept.__exit__()
         self._kept.clear()
+        self._nearby.close()
 
     def _as_spelled(self, path: bytes, *, follow: bool) -> Resolved | None:
         try:
@@ -278,9 +356,9 @@ def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
             os.close(found)
             raise WalkError(errno.ENOTDIR, _join(walk.real, name))
     # The path ended in `..` or is / itself: the folder we stand in.
-    name, here = walk.folders[-1]
-    parent = walk.folders[-2][1] if len(walk.folders) > 1 else here
-    return Resolved(walk.real, os.dup(parent), name or b".", os.dup(here), trailing_slash=True, links=tuple(links))
+    real, name, here = walk.real, walk.folders[-1][0], os.dup(walk.here)
+    walk.up()
+    return Resolved(real, os.dup(walk.here), name or b".", here, trailing_slash=True, links=tuple(links))
 
 
 def _open(walk: _Walk, name: bytes, *, last: bool) -> int:

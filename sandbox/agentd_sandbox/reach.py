@@ -79,6 +79,8 @@ class Reach:
             self.deny(path, "no scope to see it")
             raise OSError(errno.ENOENT, "hidden")
         try:
+            if parent and not follow:
+                return self._walker.named(path, visible=self._may_see)
             if parent:
                 return resolve(path, follow=follow, visible=self._may_see)
             return self._walker.existing(path, follow=follow, visible=self._may_see)
