@@ -87,6 +87,7 @@ class SandboxConfig(_Strict):
     minimum: Literal["L0", "L1", "L2", "L3", "L4"] = "L0"
     processes: int = Field(default=64, ge=1, le=4096)
     memory_mib: int = Field(default=768, ge=64)
+    written_mib: int = Field(default=1024, ge=1)
 
 
 class CredentialConfig(_Strict):

@@ -12,7 +12,6 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, TypeVar
 
-from agentd_sandbox import Limits as SandboxLimits
 from agentd_sandbox import Sandbox, SandboxFailure, no_level, probe
 
 from agentd import automations, calls, models, parts, standing, systemd
@@ -35,6 +34,7 @@ from agentd.budgets.policy import calibrated
 from agentd.calls import Calls, Permission, Places
 from agentd.chronicle import Chronicle
 from agentd.config import DEVICES
+from agentd.descriptors import calls_at_once
 from agentd.devices import Devices
 from agentd.engine.calibrate import Calibrator, Progress
 from agentd.engine.client import Engine
@@ -76,6 +76,7 @@ class Daemon:
     def __init__(self, config: Config, file: Path | None = None) -> None:
         """Opens the store and reads the tools. `file` is where the configuration is from. Raises StoreError, ConfigError."""
         self._config = config
+        self._calls_at_once = calls_at_once(calls.CONCURRENT_CALLS)
         single = (file, config.audit.anchor_file)
         own = (config.state, config.socket, config.automations, *config.tools.bundles, *(path for path in single if path))
         self._own = tuple(dict.fromkeys(path.resolve() for path in own))
@@ -172,6 +173,7 @@ class Daemon:
         permission = Permission(self._grants, self._approvals, taint, self._journal, self._audit)
         self._calls = Calls(
             *(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places),
+            at_once=self._calls_at_once,
             keep_outputs=config.audit.outputs,
             budget=self._chronicle.device,
             spend=self._quotas.call,
@@ -375,7 +377,7 @@ class Daemon:
             config.tools.folder,
             self._level,
             self._credentials,
-            SandboxLimits(config.sandbox.processes, memory_mib=config.sandbox.memory_mib),
+            parts.sandbox_limits(config),
             operate=self._devices.operate,
             keep_open=(self._store.lock_descriptor,),
         )

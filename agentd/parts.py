@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agentd_sandbox import Limits as SandboxLimits
+
 from agentd import models
 from agentd.api import Tcp
 from agentd.audit.notes import BadNote
@@ -162,6 +164,11 @@ def quotas(config: Config) -> tuple[Quota, ...]:
 def limits(config: Config) -> Limits:
     runs = config.runs
     return Limits(runs.steps, runs.tokens, runs.seconds, runs.repeats, runs.calls, runs.joules)
+
+
+def sandbox_limits(config: Config) -> SandboxLimits:
+    sandbox = config.sandbox
+    return SandboxLimits(sandbox.processes, memory_mib=sandbox.memory_mib, written_mib=sandbox.written_mib)
 
 
 def keep(config: Config) -> Keep:

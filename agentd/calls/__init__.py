@@ -4,11 +4,12 @@ from agentd.calls.credentials import load_credentials
 from agentd.calls.manifest import Tool, Toolbox, load
 from agentd.calls.permission import Denied, Permission
 from agentd.calls.places import Places
-from agentd.calls.service import Calls
+from agentd.calls.service import CONCURRENT_CALLS, Calls
 from agentd.calls.undoing import Progress, no_progress
 from agentd.calls.wanted import CallRequest, CallResult
 
 __all__ = [
+    "CONCURRENT_CALLS",
     "CallRequest",
     "CallResult",
     "Calls",

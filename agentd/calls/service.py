@@ -62,7 +62,7 @@ CONCURRENT_CALLS = 8  # workers at a time: each costs a process and a thread
 
 
 class Calls:
-    """Executes tool calls. `execute` may be awaited concurrently; at most CONCURRENT_CALLS workers run at once."""
+    """Executes tool calls. `execute` may be awaited concurrently; at most `at_once` workers run at a time."""
 
     def __init__(
         self,
@@ -74,6 +74,7 @@ class Calls:
         level: Level,
         places: Places,
         *,
+        at_once: int = CONCURRENT_CALLS,
         keep_outputs: bool = False,
         budget: Callable[[], dict[str, Any]] = dict,
         spend: Callable[[str], None] = lambda _principal: None,
@@ -94,7 +95,7 @@ class Calls:
         self._waiting: dict[str, tuple[Prepared, asyncio.AbstractEventLoop, float]] = {}
         """What waits for others that change the same files, and since when."""
         permission.grants.changed = self._look_again
-        self._threads = ThreadPoolExecutor(CONCURRENT_CALLS, thread_name_prefix="broker")
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="broker")
 
     def close(self) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -118,7 +119,7 @@ class Calls:
 
         Raises RequestError (TOOL_NOT_FOUND, BAD_ARGUMENTS), Denied.
         """
-        wanted = await self._in_context(self._validate, request)
+        wanted = await asyncio.to_thread(self._validate, request)
         if wanted.tool.manifest.effect != "none":
             self._audit.require_open()
         if request.rehearse:

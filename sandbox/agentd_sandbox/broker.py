@@ -173,6 +173,13 @@ class Broker:
         self.files.stop_appending()
         return self.let_through(call)
 
+    def preallocate(self, call: Notification, offset: int, length: int) -> int | None:
+        """fallocate(2), of whichever descriptor has this number: all of it counts before it is there."""
+        if offset >= 1 << 63 or length >= 1 << 63:
+            raise OSError(errno.EINVAL, "range")
+        self.files.require_room(length, self.limits.written_mib << 20)
+        return self.let_through(call)
+
     def status(self, call: Notification, place: bytes, buffer: int, *, follow: bool) -> int:
         self.poke(call, buffer, self.files.status(place, follow=follow))
         return 0
@@ -363,8 +370,10 @@ class Broker:
                 self.files.deny(f"process {process}", "no process of this call")
             raise
 
-    def check_memory(self) -> None:
+    def check(self) -> None:
         """To be called now and then. Raises WorkerOffence."""
+        if self.files.written() > self.limits.written_mib << 20:
+            raise WorkerOffence(f"it wrote more than {self.limits.written_mib} MiB")
         if self.processes.many and self.processes.memory_kb() > self.limits.memory_mib << 10:
             raise WorkerOffence(f"its processes took more than {self.limits.memory_mib} MiB together")
 

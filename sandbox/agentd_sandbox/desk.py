@@ -57,8 +57,10 @@ class Desk:
         if len(self._data) > 2 * _LONGEST:
             raise WorkerOffence("it asked a question that is too long")
 
-    def check_memory(self) -> None:
-        """One process, and RLIMIT_AS holds it."""
+    def check(self) -> None:
+        """Its memory the kernel limits, as there is one process. Raises WorkerOffence."""
+        if self.files.written() > self.limits.written_mib << 20:
+            raise WorkerOffence(f"it wrote more than {self.limits.written_mib} MiB")
 
     def _answer(self, question: bytes) -> None:
         self.calls += 1

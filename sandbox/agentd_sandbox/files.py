@@ -6,6 +6,7 @@ recorder makes its former state durable. Errors are those of the manual pages, a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -41,6 +42,8 @@ class Files(Reach):
     appends: bool = True
     """Whether what is opened to be appended to can't be changed otherwise without the broker's knowing."""
     _appended: list[bytes] = field(default_factory=list)
+    _grown: dict[bytes, int] = field(default_factory=dict)
+    """Files that may be written to, and how much there was of each at first."""
 
     def _record(self, *changes: tuple[Operation, bytes]) -> frozenset[bytes]:
         """The paths whose file is kept as it is, and must not be written to."""
@@ -73,6 +76,7 @@ class Files(Reach):
         if target.trailing_slash:
             raise OSError(errno.EISDIR, "folder")
         self._record(("create", target.real))
+        self._grown.setdefault(target.real, 0)
         exact = flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(target.name, exact, mode & 0o777, dir_fd=target.parent)
 
@@ -88,6 +92,8 @@ class Files(Reach):
             raise OSError(errno.EEXIST, "exists")
         self._fit_to_open(target, changes=changes)
         anew = bool(flags & os.O_TRUNC) and target.real not in DEVICES
+        if changes:
+            self._grown.setdefault(target.real, _room(target.status))
         if changes and target.real in self._record((self._manner(target, flags, anew=anew), target.real)):
             with self._named(target.real) as place:
                 return renewed(target, place, flags & _KEPT_FLAGS, self.recorder.mark)
@@ -141,6 +147,25 @@ class Files(Reach):
             return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.close(descriptor)
+
+    def written(self) -> int:
+        """Bytes that files have grown by, holes and what is set aside included."""
+        total = 0
+        for path, before in self._grown.items():
+            with contextlib.suppress(OSError):  # gone again, or by another name
+                total += max(0, _room(os.lstat(path)) - before)
+        return total
+
+    def _moved(self, old: bytes, new: bytes) -> None:
+        """What was written counts by its new name."""
+        for path in [path for path in self._grown if path == old or path.startswith(old + b"/")]:
+            self._grown[new + path[len(old) :]] = self._grown.pop(path)
+
+    def require_room(self, length: int, most: int) -> None:
+        """Raises OSError (ENOSPC) if the call would have written more than it may."""
+        if self.written() + length > most:
+            self.deny("fallocate", f"more than {most >> 20} MiB")
+            raise OSError(errno.ENOSPC, "limit of the call")
 
     # -- what a path is
 
@@ -267,6 +292,7 @@ class Files(Reach):
                 os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
             else:
                 kernel.rename_to_new((source.parent, source.name), (target.parent, target.name))
+            self._moved(source.real, target.real)
 
     def _record_tree(self, source: Resolved, target: Resolved) -> None:
         """Every path of a folder that is moved goes, and comes at the other place. All must be within the scopes."""
@@ -307,6 +333,7 @@ class Files(Reach):
             if length > max(self.largest, target.status.st_size):  # as RLIMIT_FSIZE has it for what the worker does itself
                 raise OSError(errno.EFBIG, "length")
             self._record(("write", target.real))
+            self._grown.setdefault(target.real, _room(target.status))
             os.truncate(f"/proc/self/fd/{target.descriptor}", length)
 
     def change_mode(self, path: bytes, mode: int) -> None:
@@ -366,6 +393,10 @@ class Files(Reach):
                 os.removexattr(place, _user(name))
             else:
                 os.setxattr(place, _user(name), value, flags)
+
+
+def _room(status: os.stat_result) -> int:
+    return max(status.st_size, status.st_blocks * 512)
 
 
 def _open_device(target: Resolved, flags: int) -> int:

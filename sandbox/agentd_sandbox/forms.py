@@ -72,6 +72,15 @@ def _utimensat(b: Broker, c: Notification, at: tuple[int, int], address: int, fl
     return 0
 
 
+def _range(arguments: tuple[int, ...]) -> tuple[int, int]:
+    """Offset and length of fallocate(2): on 32-bit arm two registers each, the lower half first (syscall(2))."""
+    if profile().architecture == "arm":
+        low, high = (arguments[2], arguments[4]), (arguments[3], arguments[5])
+        offset, length = ((upper & 0xFFFF_FFFF) << 32 | lower & 0xFFFF_FFFF for lower, upper in zip(low, high, strict=True))
+        return offset, length
+    return arguments[2], arguments[3]
+
+
 FORMS: dict[str, Form] = {
     "open": lambda b, c, path, flags, mode, *_: b.open(c, b.path(c, CWD, path), flags, mode),
     "openat": lambda b, c, at, path, flags, mode, *_: b.open(c, b.path(c, at, path), flags, mode),
@@ -145,6 +154,7 @@ FORMS: dict[str, Form] = {
         b.files.set_attribute(b.place_of(c, number), b.string(c, name), None, 0, follow=False)
     ),
     "ftruncate": lambda b, c, *_: b.change_otherwise(c),
+    "fallocate": lambda b, c, *_: b.preallocate(c, *_range(c.arguments)),
     "fcntl": lambda b, c, *_: b.change_otherwise(c),
     "rt_sigaction": lambda b, c, _signal, action, *__: b.handle_signal(c, action),
     "socketpair": lambda b, c, *_: b.socket_pair(c),

@@ -45,7 +45,7 @@ _START = "import sys; sys.path.insert(0, sys.argv[1]); from agentd_sandbox.zygot
 _START_TIMEOUT_S = 10.0
 _TICK_S = 0.1
 _OVERHEAD_BYTES = 4096  # usage and JSON syntax around a result
-_WORKERS = 4  # at a time, as far as the cgroup of all of them is concerned
+_WORKERS, _LARGE_WORKERS = 8, 4  # at a time, and how many of them may take all the memory that one may
 _BROKERS = 32  # threads; a file system that does not answer holds one until it does
 
 
@@ -210,7 +210,7 @@ class Sandbox:
     def _start_zygote(self) -> None:
         self._stop_zygote()
         if "cgroup" in self._level.layers and self._cgroup is None:
-            self._cgroup = Cgroup.create(_WORKERS * self.limits.memory_mib, _WORKERS * self.limits.processes)
+            self._cgroup = Cgroup.create(_LARGE_WORKERS * self.limits.memory_mib, _WORKERS * self.limits.processes)
         ours, theirs = socket.socketpair()
         package_root = str(Path(__file__).resolve().parent.parent)
         with theirs:

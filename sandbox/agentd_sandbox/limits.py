@@ -26,6 +26,8 @@ class Limits:
     memory_mib: int = 768
     threads: int = 512
     socket_pairs: int = 128
+    written_mib: int = 1024
+    """What it may add to files, holes and what is set aside with fallocate(2) included."""
 
 
 def limit_resources() -> None:

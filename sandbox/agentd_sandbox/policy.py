@@ -105,10 +105,11 @@ TABLE: tuple[Rule, ...] = (
         Action.ALLOW, "F_SETFL with O_APPEND", ("fcntl", "fcntl64"), ((Check(1, _F_SETFL, _LOW), Check(2, _APPEND, _APPEND)),)
     ),
     Rule(
-        Action.ALLOW,
-        "to make a file longer: other modes take room on the disk that RLIMIT_FSIZE does not count",
+        Action.MEDIATE,
+        "to make a file longer: counted, and let through by value; other modes take room that RLIMIT_FSIZE does not count",
         ("fallocate",),
         ((Check(1, 0, _LOW),),),
+        free_alone=True,
     ),
     Rule(
         Action.ALLOW,

@@ -146,8 +146,8 @@ class Serving:
                     self.broker.serve_one()
                 elif ready:
                     return
-                if self.broker.processes.many and time.monotonic() > look:
-                    self.broker.check_memory()
+                if time.monotonic() > look:
+                    self.broker.check()
                     look = time.monotonic() + _MEMORY_EVERY_S
                 if traffic.holds and time.monotonic() > settle:
                     processes = self.worker.processes
