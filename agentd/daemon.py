@@ -48,7 +48,7 @@ from agentd.principals.roster import user_name
 from agentd.runs import Runs
 from agentd.runs.record import RunRecords
 from agentd.runs.warm import warm
-from agentd.store import Store
+from agentd.store import Reserve, Store
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
@@ -82,6 +82,8 @@ class Daemon:
         self._own = tuple(dict.fromkeys(path.resolve() for path in own))
         self._toolbox = calls.load(config.tools.bundles, files("agentd.bundled_tools"), config.tools.bundled)
         self._credentials = calls.load_credentials(config.credentials, config.state)
+        if Reserve(config.state).release_if_full():
+            _log.error("the disk of %s is full: the space that was set aside for a start is used", config.state)
         self._store = Store(config.state)
         self._audit = AuditLog(self._store)
         self._key_file = config.state / "audit.key"

@@ -355,7 +355,7 @@ class Journal:
         try:
             self._store.write(commit)
         except AgentdError as e:
-            if e.reason is not Reason.STORE_FULL or not self.retention.release_reserve():
+            if e.reason is not Reason.STORE_FULL or not self.retention.reserve.release():
                 raise
             self._store.write(commit)
 

@@ -144,6 +144,7 @@ class Recovery:
                     self._recover(call, [image for image in images[call] if image.path not in theirs[call]])
             except (OSError, AgentdError) as e:  # one call that can't be had must not keep the daemon from starting
                 _log.error("call %s is still open, it can't be recovered now: %s", call, e)
+        self._journal.retention.reserve.hold()  # not before: it may be what this took
         return [call for call, _ in open_calls]
 
     def _recover(self, call: str, images: list[Image]) -> None:

@@ -6,7 +6,6 @@ what is pinned are never given up, whatever the clock says.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from agentd.audit import Event
 from agentd.errors import JournalError, Reason
 from agentd.journal.images import GIVE_UP
+from agentd.store import Reserve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from agentd.store import Store
 
 _MIB = 1 << 20
-_RESERVE_BYTES = 4 * _MIB
 _PART = 50  # of a file system that calls write to is to be free: a small one has less to lose than the store's
 _ARRIVING_S = 60  # what nothing refers to may be new: its row comes in a moment
 _OBJECTS = "SELECT call, object, result_object FROM pre_image WHERE object IS NOT NULL OR result_object IS NOT NULL"
@@ -54,12 +53,18 @@ class Retention:
 
     def __init__(self, store: Store, audit: AuditLog, folder: Path, contents: Contents, keep: Keep) -> None:
         self._store, self._audit, self._contents, self.keep = store, audit, contents, keep
-        self._folder, self._reserve = folder, folder / "reserve"
-        self.hold_reserve()
+        self._folder, self.reserve = folder, Reserve(folder)
 
     def require_space(self, paths: Iterable[bytes]) -> None:
         """Raises JournalError (STORE_FULL) while the store's disk, or one of those of `paths`, is nearly full."""
         self._require_space(os.fsencode(self._folder), self.keep.low_space_bytes)
+        if not self.reserve.hold():
+            raise JournalError(
+                Reason.STORE_FULL,
+                f"The disk of {self._folder} is full: what is left is kept to end what has begun, and for the next start.",
+                hint="Free some space; it goes on by itself then.",
+                metadata={"path": str(self._folder)},
+            )
         for directory in {_existing(path) for path in paths}:
             space = os.statvfs(directory)
             least = min(self.keep.low_space_bytes, space.f_blocks * space.f_frsize // _PART)
@@ -77,25 +82,6 @@ class Retention:
                 hint="Free some space, or lower journal.low_space_mib.",
                 metadata={"left_mib": str(left // _MIB), "path": os.fsdecode(directory)},
             )
-
-    def hold_reserve(self) -> None:
-        """Space set aside, so that what has begun can be ended on a full disk. Without it all works, but for that."""
-        with contextlib.suppress(OSError):
-            descriptor = os.open(self._reserve, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, _RESERVE_BYTES)
-            except OSError:
-                self._reserve.unlink()  # half of it helps nobody
-            finally:
-                os.close(descriptor)
-
-    def release_reserve(self) -> bool:
-        """Whether there was any."""
-        try:
-            self._reserve.unlink()
-        except OSError:
-            return False
-        return True
 
     def pin(self, call: str, principal: str, *, pinned: bool) -> None:
         """Keep what a call needs to be undone, or no longer. Raises JournalError (CALL_NOT_FOUND)."""
@@ -133,7 +119,7 @@ class Retention:
             self._store.write(lambda db: self._give_up(db, given_up))
         used = {name for names in self._store.read(_objects_used).values() for name in names}
         self._contents.remove_unused(used, now / 10**9 - _ARRIVING_S)
-        self.hold_reserve()
+        self.reserve.hold()
         return tuple(given_up)
 
     def _give_up(self, db: apsw.Connection, calls: list[str]) -> None:
