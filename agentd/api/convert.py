@@ -214,6 +214,7 @@ def call_message(body: Mapping[str, Any]) -> tool_pb2.ToolCall:
         wall_us=body.get("wall_us", 0),
         labels=body.get("labels", ()),
         rehearsed=body.get("rehearsed", False),
+        changed_count=body.get("changed_count", len(body.get("changed", ()))),
     )
 
 

@@ -34,27 +34,36 @@ _RETRY_AFTER_S = {
 }
 
 
+_LONGEST_MESSAGE, _LONGEST_VALUE = 1500, 300  # all of a status goes into trailers, which gRPC refuses past 8 KiB
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
 def to_status(error: AgentdError) -> status_pb2.Status:
     """Exactly one ErrorInfo; further details where the code has one made for it."""
-    info = error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=dict(error.metadata))
+    metadata = {key: _short(value, _LONGEST_VALUE) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN, metadata=metadata)
     if error.hint:
         info.metadata["hint"] = error.hint
     if error.field:
         info.metadata["field"] = error.field
     details: list[Message] = [info]
+    message = _short(error.message, _LONGEST_MESSAGE)
     if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.reason.code is Code.FAILED_PRECONDITION:
-        failed = error_details_pb2.PreconditionFailure.Violation(type=error.reason.name, description=error.message)
+        failed = error_details_pb2.PreconditionFailure.Violation(type=error.reason.name, description=message)
         details.append(error_details_pb2.PreconditionFailure(violations=[failed]))
     if error.reason.code is Code.RESOURCE_EXHAUSTED:
         subject = error.reason.name.lower()
-        quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=error.message)
+        quota = error_details_pb2.QuotaFailure.Violation(subject=subject, description=message)
         details.append(error_details_pb2.QuotaFailure(violations=[quota]))
     if seconds := retry_after_s(error):
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=round(seconds))))
-    status = status_pb2.Status(code=error.reason.code.value, message=str(error))
+    status = status_pb2.Status(code=error.reason.code.value, message=_short(str(error), _LONGEST_MESSAGE))
     for detail in details:
         packed = any_pb2.Any()
         packed.Pack(detail)

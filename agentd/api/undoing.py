@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentd.api import convert
 from agentd.api.identity import caller
-from agentd.calls import no_progress
+from agentd.calls import NAMED_PATHS, no_progress
 from agentd.journal import Selection, Ways
 from agentd.v1 import journal_pb2, journal_pb2_grpc
 
@@ -42,7 +42,8 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
         plan, differences = await self._calls.undoing.plan_rollback(_selection(request.selection), _ways(request))
         return journal_pb2.RollbackPlan(
             digest=plan.digest,
-            paths=[_path(planned, differences[planned.path]) for planned in plan.paths],
+            paths=[_path(planned, differences[planned.path]) for planned in plan.paths if planned.path in differences],
+            path_count=len(plan.paths),
             calls=[f"calls/{call}" for call in plan.calls],
             not_undoable_calls=[f"calls/{call}" for call in plan.not_undoable],
         )
@@ -117,7 +118,8 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
         self, request: journal_pb2.DiffChangesRequest, context: Any
     ) -> journal_pb2.DiffChangesResponse:
         found = await self._calls.undoing.differences(_selection(request.selection))
-        return journal_pb2.DiffChangesResponse(differences=map(_difference, found))
+        shown = map(_difference, found[:NAMED_PATHS])
+        return journal_pb2.DiffChangesResponse(differences=shown, path_count=len(found))
 
 
 def _selection(message: journal_pb2.ChangeSelection) -> Selection:
@@ -182,6 +184,7 @@ def _leftover(left: Left) -> journal_pb2.Leftover:
 def _undone(undone: Undone) -> journal_pb2.UndoCallResponse:
     return journal_pb2.UndoCallResponse(
         name=f"calls/{undone.call}",
-        restored_paths=[convert.valid(file.path) for file in undone.files],
+        restored_paths=[convert.valid(file.path) for file in undone.files[:NAMED_PATHS]],
+        restored_count=len(undone.files),
         undone_calls=[f"calls/{call}" for call in undone.calls],
     )

@@ -6,10 +6,11 @@ from agentd.calls.permission import Denied, Permission
 from agentd.calls.places import Places
 from agentd.calls.service import CONCURRENT_CALLS, Calls
 from agentd.calls.undoing import Progress, no_progress
-from agentd.calls.wanted import CallRequest, CallResult
+from agentd.calls.wanted import NAMED_PATHS, CallRequest, CallResult
 
 __all__ = [
     "CONCURRENT_CALLS",
+    "NAMED_PATHS",
     "CallRequest",
     "CallResult",
     "Calls",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from agentd.calls.wanted import NAMED_PATHS
 from agentd.devices import risk
 from agentd.errors import AgentdError, JournalError, Reason, RequestError
 from agentd.journal import Selection, Ways, parents
@@ -98,12 +99,15 @@ class Undoing:
         await asyncio.to_thread(pin)
 
     async def plan_rollback(self, selection: Selection, ways: Ways) -> tuple[Plan, dict[bytes, Difference]]:
-        """A plan, and what it would do to each path. Raises what the planner raises."""
+        """A plan, and what it would do to its paths, or to as many as are named: what is in the way first. Raises what the
+        planner raises.
+        """
 
         def plan() -> tuple[Plan, dict[bytes, Difference]]:
             rollbacks = self._journal.rollbacks
             made = rollbacks.plan(selection, ways)
-            return made, {planned.path: rollbacks.difference(planned, back=True) for planned in made.paths}
+            shown = sorted(made.paths, key=lambda planned: not planned.blocks)[:NAMED_PATHS]
+            return made, {planned.path: rollbacks.difference(planned, back=True) for planned in shown}
 
         return await asyncio.to_thread(plan)
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _NONE = Labels()
 
 
+NAMED_PATHS = 1000
+"""Of what a call has changed, in a message: a call may change a hundred thousand."""
+
+
 def _nobody(_: object) -> None:
     """The client of a call that is no run's sees nothing but its end."""
 
@@ -106,7 +110,8 @@ class CallResult:
             "scopes": list(self.scopes),
             "decision": self.decision.verdict,
             "reason": self.decision.reason,
-            "changed": [file.path for file in self.files],
+            "changed": [file.path for file in self.files[:NAMED_PATHS]],
+            "changed_count": len(self.files),
             "level": self.level,
             "denied": self.denied,
             "wall_us": self.wall_us,

@@ -52,6 +52,9 @@ def decision_of(call: tool_pb2.ToolCall) -> str:
     return tool_pb2.ToolCall.Decision.Name(call.decision).removeprefix("DECISION_")
 
 
+_SHOWN_PATHS = 20
+
+
 def print_call(call: tool_pb2.ToolCall) -> None:
     """A call and how it ended, on a few lines."""
     arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in json.loads(call.arguments_json).items())
@@ -64,11 +67,13 @@ def print_call(call: tool_pb2.ToolCall) -> None:
     if call.sandbox_level:
         refused = f", {call.denied_syscalls} system calls refused" if call.denied_syscalls else ""
         console.print(f"    [dim]sandbox[/]   {call.sandbox_level}, {call.wall_us / 1000:.1f} ms{refused}")
-    for path in call.changed_paths:
+    for path in call.changed_paths[:_SHOWN_PATHS]:
         if call.rehearsed:
             word, then = "rehearsed", f"agentd rehearsals show {call.name.removeprefix('calls/')}"
         else:
             word, then = "changed  ", f"agentd undo {call.name.removeprefix('calls/')}"
         console.print(f"    [dim]{word}[/] {shown(path)}  [dim]({then})[/]")
+    if (more := call.changed_count - _SHOWN_PATHS) > 0:
+        console.print(f"    [dim]and {more} paths more[/]")
     colour = "red" if call.failed else "default"
     console.print(Text("    result    ", style="dim"), Text(safe(short(call.output_json)), style=colour), sep="")

@@ -201,6 +201,9 @@ def print_plan(plan: journal_pb2.RollbackPlan, *, rehearsed: bool = False) -> No
         console.print(f"[yellow]{len(plan.not_undoable_calls)} of the calls have reached outside; nothing takes that back[/]")
     what = "change" if rehearsed else "put back"
     calls, paths = len(plan.calls), sum(path.does for path in plan.paths)
+    if more := plan.path_count - len(plan.paths):
+        console.print(f"[dim]and {more} paths more[/]")
+        paths += more
     console.print(f"[dim]{calls} call{'s' * (calls != 1)}, {paths} path{'s' * (paths != 1)} to {what}[/]")
 
 
@@ -223,5 +226,7 @@ def print_undone(done: journal_pb2.UndoCallResponse, *, word: str = "put back", 
         return
     for path in done.restored_paths:
         console.print(f"[green]{word}[/] {shown(path)}")
+    if more := done.restored_count - len(done.restored_paths):
+        console.print(f"[green]{word}[/] {more} paths more")
     again = "it back" if word == "applied" else "the change again"
     console.print(f"[dim]recorded as {done.name.removeprefix('calls/')}; undo that to have {again}[/]")

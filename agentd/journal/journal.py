@@ -7,6 +7,7 @@ that has no end when the daemon starts is rolled back (`recovery`).
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
@@ -46,6 +47,7 @@ _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, prin
 _IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length) VALUES (?, ?, ?, ?, ?, ?, ?)"
 _AGAIN = "UPDATE pre_image SET before = ?, content = ?, object = ?, length = ? WHERE call = ? AND n = ?"
 _AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND n = ?"
+_ON_RECORD = 5000  # files in the event of a call's end: a megabyte
 _BATCH = 500
 """Rows of one commit: others' commits come in between."""
 
@@ -196,7 +198,7 @@ class Journal:
             done = (json.dumps(list(undoes)), transaction.call)
             db.execute("UPDATE journal SET state = 'done', undoes = ? WHERE call = ?", done)
             db.executemany("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
-            self._audit.append(db, event.model_copy(update={"files": tuple(files.values()), "undoable": bool(files)}))
+            self._audit.append(db, _with_files(event, files, undoable=bool(files)))
 
         try:
             self._end(commit, self._results(transaction, after, results))
@@ -219,7 +221,7 @@ class Journal:
 
         def commit(db: apsw.Connection) -> None:
             db.execute("UPDATE journal SET state = ? WHERE call = ?", ("rehearsed" if files else "done", transaction.call))
-            self._audit.append(db, event.model_copy(update={"files": tuple(files.values()), "undoable": False}))
+            self._audit.append(db, _with_files(event, files, undoable=False))
 
         self._end(commit, self._results(transaction, after, results))
         self._part(transaction.images.values())
@@ -368,6 +370,18 @@ class Journal:
     def recover(self) -> list[str]:
         """Roll back what a killed daemon left open, newest first; returns the calls."""
         return self.recovery.recover()
+
+
+def _with_files(event: Event, files: Mapping[bytes, FileTouched], *, undoable: bool) -> Event:
+    """Of very many, the first ones, how many there are, and a digest of all of them; the journal has them, too."""
+    touched = tuple(files.values())
+    detail = event.detail
+    if len(touched) > _ON_RECORD:
+        digest = hashlib.sha256()
+        for each in touched:
+            digest.update(each.model_dump_json().encode() + b"\n")
+        detail = {**(detail or {}), "files": {"count": len(touched), "sha256": digest.hexdigest()}}
+    return event.model_copy(update={"files": touched[:_ON_RECORD], "undoable": undoable, "detail": detail})
 
 
 def _columns(kept: Kept) -> tuple[bytes | None, str | None, int]:

@@ -159,6 +159,8 @@ class _Known:
 
     going: frozenset[bytes]
     touched: frozenset[bytes]
+    not_directories: set[bytes] = field(default_factory=set)
+    """Those of the paths that are no directories now: nothing is below them."""
 
     @classmethod
     def of(cls, chains: Mapping[bytes, _Chain], images: Iterable[Image]) -> _Known:
@@ -304,8 +306,14 @@ def _now(path: bytes, left: PathState, known: _Known) -> PathState:
     """What is there, as far as it can be told without touching anything. Where the way is closed or leads elsewhere because of
     what these calls have done to a directory above, that directory comes back first.
     """
+    if os.path.dirname(path) in known.not_directories:
+        known.not_directories.add(path)
+        return ABSENT
     try:
-        return look(path, left)
+        now = look(path, left)
+        if now.kind != "folder":
+            known.not_directories.add(path)
+        return now
     except OSError as e:
         ours = any(parent in known.touched for parent in parents(path))
         if e.errno == errno.ELOOP and ours:

@@ -26,7 +26,7 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gentd/v1/journal.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x01\n\x0f\x43hangeSelection\x12\r\n\x05\x63\x61lls\x18\x01 \x03(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x06 \x03(\t\x12\x11\n\trehearsed\x18\x07 \x01(\x08\"y\n\tRehearsal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x05 \x03(\t\"\x17\n\x15ListRehearsalsRequest\"B\n\x16ListRehearsalsResponse\x12(\n\nrehearsals\x18\x01 \x03(\x0b\x32\x14.agentd.v1.Rehearsal\"*\n\x14\x44ropRehearsalRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x17\n\x15\x44ropRehearsalResponse\"]\n\x0ePathDifference\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0c\n\x04\x64iff\x18\x03 \x01(\t\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x01(\x05\x12\x0f\n\x07removed\x18\x05 \x01(\x05\"\xa4\x04\n\x0cRollbackPlan\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12+\n\x05paths\x18\x02 \x03(\x0b\x32\x1c.agentd.v1.RollbackPlan.Path\x12\r\n\x05\x63\x61lls\x18\x03 \x03(\t\x12\x1a\n\x12not_undoable_calls\x18\x04 \x03(\t\x1a\xab\x03\n\x04Path\x12-\n\ndifference\x18\x01 \x01(\x0b\x32\x19.agentd.v1.PathDifference\x12\x35\n\x07verdict\x18\x02 \x01(\x0e\x32$.agentd.v1.RollbackPlan.Path.Verdict\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x0c\n\x04\x64oes\x18\x04 \x01(\x08\x12\x0e\n\x06\x66orced\x18\x05 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x06 \x03(\t\"\x82\x02\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_RESTORE\x10\x01\x12\x1a\n\x16VERDICT_DELETE_CREATED\x10\x02\x12\x1c\n\x18VERDICT_RECREATE_DELETED\x10\x03\x12\x11\n\rVERDICT_MERGE\x10\x04\x12\x13\n\x0fVERDICT_ALREADY\x10\x05\x12\x14\n\x10VERDICT_CONFLICT\x10\x06\x12\x18\n\x14VERDICT_TYPE_CHANGED\x10\x07\x12\x1c\n\x18VERDICT_MISSING_PREIMAGE\x10\x08\x12\x19\n\x15VERDICT_NO_PERMISSION\x10\t\"T\n\x0fUndoCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0f\n\x07partial\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05merge\x18\x04 \x01(\x08\"\x80\x01\n\x15StreamRollbackRequest\x12*\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.UndoCallRequestH\x00\x12\x33\n\x08rollback\x18\x02 \x01(\x0b\x32\x1f.agentd.v1.ApplyRollbackRequestH\x00\x42\x06\n\x04what\"\xb6\x01\n\x16StreamRollbackResponse\x12>\n\x08progress\x18\x01 \x01(\x0b\x32*.agentd.v1.StreamRollbackResponse.ProgressH\x00\x12+\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1b.agentd.v1.UndoCallResponseH\x00\x1a\'\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x03\x12\r\n\x05total\x18\x02 \x01(\x03\x42\x06\n\x04step\"g\n\x08Leftover\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x16\n\x14ListLeftoversRequest\"?\n\x15ListLeftoversResponse\x12&\n\tleftovers\x18\x01 \x03(\x0b\x32\x13.agentd.v1.Leftover\"3\n\x13RecoverCallsRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"N\n\x10UndoCallResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erestored_paths\x18\x02 \x03(\t\x12\x14\n\x0cundone_calls\x18\x03 \x03(\t\"y\n\x13PlanRollbackRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\x12\x0f\n\x07partial\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05merge\x18\x04 \x01(\x08\"`\n\x14\x41pplyRollbackRequest\x12\x32\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.agentd.v1.PlanRollbackRequestB\x04\xe2\x41\x01\x02\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"I\n\x12\x44iffChangesRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\"E\n\x13\x44iffChangesResponse\x12.\n\x0b\x64ifferences\x18\x01 \x03(\x0b\x32\x19.agentd.v1.PathDifference\"4\n\x0ePinCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"\x11\n\x0fPinCallResponse2\xa7\x06\n\x0eJournalService\x12\x43\n\x08UndoCall\x12\x1a.agentd.v1.UndoCallRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12G\n\x0cPlanRollback\x12\x1e.agentd.v1.PlanRollbackRequest\x1a\x17.agentd.v1.RollbackPlan\x12M\n\rApplyRollback\x12\x1f.agentd.v1.ApplyRollbackRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12W\n\x0eStreamRollback\x12 .agentd.v1.StreamRollbackRequest\x1a!.agentd.v1.StreamRollbackResponse0\x01\x12R\n\rListLeftovers\x12\x1f.agentd.v1.ListLeftoversRequest\x1a .agentd.v1.ListLeftoversResponse\x12P\n\x0cRecoverCalls\x12\x1e.agentd.v1.RecoverCallsRequest\x1a .agentd.v1.ListLeftoversResponse\x12L\n\x0b\x44iffChanges\x12\x1d.agentd.v1.DiffChangesRequest\x1a\x1e.agentd.v1.DiffChangesResponse\x12U\n\x0eListRehearsals\x12 .agentd.v1.ListRehearsalsRequest\x1a!.agentd.v1.ListRehearsalsResponse\x12R\n\rDropRehearsal\x12\x1f.agentd.v1.DropRehearsalRequest\x1a .agentd.v1.DropRehearsalResponse\x12@\n\x07PinCall\x12\x19.agentd.v1.PinCallRequest\x1a\x1a.agentd.v1.PinCallResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61gentd/v1/journal.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x01\n\x0f\x43hangeSelection\x12\r\n\x05\x63\x61lls\x18\x01 \x03(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x0f\n\x07session\x18\x03 \x01(\t\x12)\n\x05since\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x06 \x03(\t\x12\x11\n\trehearsed\x18\x07 \x01(\x08\"y\n\tRehearsal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03run\x18\x02 \x01(\t\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05paths\x18\x05 \x03(\t\"\x17\n\x15ListRehearsalsRequest\"B\n\x16ListRehearsalsResponse\x12(\n\nrehearsals\x18\x01 \x03(\x0b\x32\x14.agentd.v1.Rehearsal\"*\n\x14\x44ropRehearsalRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"\x17\n\x15\x44ropRehearsalResponse\"]\n\x0ePathDifference\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07summary\x18\x02 \x01(\t\x12\x0c\n\x04\x64iff\x18\x03 \x01(\t\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x04 \x01(\x05\x12\x0f\n\x07removed\x18\x05 \x01(\x05\"\xb8\x04\n\x0cRollbackPlan\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12+\n\x05paths\x18\x02 \x03(\x0b\x32\x1c.agentd.v1.RollbackPlan.Path\x12\r\n\x05\x63\x61lls\x18\x03 \x03(\t\x12\x1a\n\x12not_undoable_calls\x18\x04 \x03(\t\x12\x12\n\npath_count\x18\x05 \x01(\x03\x1a\xab\x03\n\x04Path\x12-\n\ndifference\x18\x01 \x01(\x0b\x32\x19.agentd.v1.PathDifference\x12\x35\n\x07verdict\x18\x02 \x01(\x0e\x32$.agentd.v1.RollbackPlan.Path.Verdict\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\x0c\n\x04\x64oes\x18\x04 \x01(\x08\x12\x0e\n\x06\x66orced\x18\x05 \x01(\x08\x12\r\n\x05\x63\x61lls\x18\x06 \x03(\t\"\x82\x02\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x13\n\x0fVERDICT_RESTORE\x10\x01\x12\x1a\n\x16VERDICT_DELETE_CREATED\x10\x02\x12\x1c\n\x18VERDICT_RECREATE_DELETED\x10\x03\x12\x11\n\rVERDICT_MERGE\x10\x04\x12\x13\n\x0fVERDICT_ALREADY\x10\x05\x12\x14\n\x10VERDICT_CONFLICT\x10\x06\x12\x18\n\x14VERDICT_TYPE_CHANGED\x10\x07\x12\x1c\n\x18VERDICT_MISSING_PREIMAGE\x10\x08\x12\x19\n\x15VERDICT_NO_PERMISSION\x10\t\"T\n\x0fUndoCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0f\n\x07partial\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05merge\x18\x04 \x01(\x08\"\x80\x01\n\x15StreamRollbackRequest\x12*\n\x04\x63\x61ll\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.UndoCallRequestH\x00\x12\x33\n\x08rollback\x18\x02 \x01(\x0b\x32\x1f.agentd.v1.ApplyRollbackRequestH\x00\x42\x06\n\x04what\"\xb6\x01\n\x16StreamRollbackResponse\x12>\n\x08progress\x18\x01 \x01(\x0b\x32*.agentd.v1.StreamRollbackResponse.ProgressH\x00\x12+\n\x04\x64one\x18\x02 \x01(\x0b\x32\x1b.agentd.v1.UndoCallResponseH\x00\x1a\'\n\x08Progress\x12\x0c\n\x04\x64one\x18\x01 \x01(\x03\x12\r\n\x05total\x18\x02 \x01(\x03\x42\x06\n\x04step\"g\n\x08Leftover\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x16\n\x14ListLeftoversRequest\"?\n\x15ListLeftoversResponse\x12&\n\tleftovers\x18\x01 \x03(\x0b\x32\x13.agentd.v1.Leftover\"3\n\x13RecoverCallsRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12\r\n\x05\x66orce\x18\x02 \x01(\x08\"f\n\x10UndoCallResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0erestored_paths\x18\x02 \x03(\t\x12\x14\n\x0cundone_calls\x18\x03 \x03(\t\x12\x16\n\x0erestored_count\x18\x04 \x01(\x03\"y\n\x13PlanRollbackRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\x12\x0f\n\x07partial\x18\x02 \x01(\x08\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05merge\x18\x04 \x01(\x08\"`\n\x14\x41pplyRollbackRequest\x12\x32\n\x04plan\x18\x01 \x01(\x0b\x32\x1e.agentd.v1.PlanRollbackRequestB\x04\xe2\x41\x01\x02\x12\x14\n\x06\x64igest\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\"I\n\x12\x44iffChangesRequest\x12\x33\n\tselection\x18\x01 \x01(\x0b\x32\x1a.agentd.v1.ChangeSelectionB\x04\xe2\x41\x01\x02\"Y\n\x13\x44iffChangesResponse\x12.\n\x0b\x64ifferences\x18\x01 \x03(\x0b\x32\x19.agentd.v1.PathDifference\x12\x12\n\npath_count\x18\x02 \x01(\x03\"4\n\x0ePinCallRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\"\x11\n\x0fPinCallResponse2\xa7\x06\n\x0eJournalService\x12\x43\n\x08UndoCall\x12\x1a.agentd.v1.UndoCallRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12G\n\x0cPlanRollback\x12\x1e.agentd.v1.PlanRollbackRequest\x1a\x17.agentd.v1.RollbackPlan\x12M\n\rApplyRollback\x12\x1f.agentd.v1.ApplyRollbackRequest\x1a\x1b.agentd.v1.UndoCallResponse\x12W\n\x0eStreamRollback\x12 .agentd.v1.StreamRollbackRequest\x1a!.agentd.v1.StreamRollbackResponse0\x01\x12R\n\rListLeftovers\x12\x1f.agentd.v1.ListLeftoversRequest\x1a .agentd.v1.ListLeftoversResponse\x12P\n\x0cRecoverCalls\x12\x1e.agentd.v1.RecoverCallsRequest\x1a .agentd.v1.ListLeftoversResponse\x12L\n\x0b\x44iffChanges\x12\x1d.agentd.v1.DiffChangesRequest\x1a\x1e.agentd.v1.DiffChangesResponse\x12U\n\x0eListRehearsals\x12 .agentd.v1.ListRehearsalsRequest\x1a!.agentd.v1.ListRehearsalsResponse\x12R\n\rDropRehearsal\x12\x1f.agentd.v1.DropRehearsalRequest\x1a .agentd.v1.DropRehearsalResponse\x12@\n\x07PinCall\x12\x19.agentd.v1.PinCallRequest\x1a\x1a.agentd.v1.PinCallResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -62,41 +62,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PATHDIFFERENCE']._serialized_start=574
   _globals['_PATHDIFFERENCE']._serialized_end=667
   _globals['_ROLLBACKPLAN']._serialized_start=670
-  _globals['_ROLLBACKPLAN']._serialized_end=1218
-  _globals['_ROLLBACKPLAN_PATH']._serialized_start=791
-  _globals['_ROLLBACKPLAN_PATH']._serialized_end=1218
-  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_start=960
-  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_end=1218
-  _globals['_UNDOCALLREQUEST']._serialized_start=1220
-  _globals['_UNDOCALLREQUEST']._serialized_end=1304
-  _globals['_STREAMROLLBACKREQUEST']._serialized_start=1307
-  _globals['_STREAMROLLBACKREQUEST']._serialized_end=1435
-  _globals['_STREAMROLLBACKRESPONSE']._serialized_start=1438
-  _globals['_STREAMROLLBACKRESPONSE']._serialized_end=1620
-  _globals['_STREAMROLLBACKRESPONSE_PROGRESS']._serialized_start=1573
-  _globals['_STREAMROLLBACKRESPONSE_PROGRESS']._serialized_end=1612
-  _globals['_LEFTOVER']._serialized_start=1622
-  _globals['_LEFTOVER']._serialized_end=1725
-  _globals['_LISTLEFTOVERSREQUEST']._serialized_start=1727
-  _globals['_LISTLEFTOVERSREQUEST']._serialized_end=1749
-  _globals['_LISTLEFTOVERSRESPONSE']._serialized_start=1751
-  _globals['_LISTLEFTOVERSRESPONSE']._serialized_end=1814
-  _globals['_RECOVERCALLSREQUEST']._serialized_start=1816
-  _globals['_RECOVERCALLSREQUEST']._serialized_end=1867
-  _globals['_UNDOCALLRESPONSE']._serialized_start=1869
-  _globals['_UNDOCALLRESPONSE']._serialized_end=1947
-  _globals['_PLANROLLBACKREQUEST']._serialized_start=1949
-  _globals['_PLANROLLBACKREQUEST']._serialized_end=2070
-  _globals['_APPLYROLLBACKREQUEST']._serialized_start=2072
-  _globals['_APPLYROLLBACKREQUEST']._serialized_end=2168
-  _globals['_DIFFCHANGESREQUEST']._serialized_start=2170
-  _globals['_DIFFCHANGESREQUEST']._serialized_end=2243
-  _globals['_DIFFCHANGESRESPONSE']._serialized_start=2245
-  _globals['_DIFFCHANGESRESPONSE']._serialized_end=2314
-  _globals['_PINCALLREQUEST']._serialized_start=2316
-  _globals['_PINCALLREQUEST']._serialized_end=2368
-  _globals['_PINCALLRESPONSE']._serialized_start=2370
-  _globals['_PINCALLRESPONSE']._serialized_end=2387
-  _globals['_JOURNALSERVICE']._serialized_start=2390
-  _globals['_JOURNALSERVICE']._serialized_end=3197
+  _globals['_ROLLBACKPLAN']._serialized_end=1238
+  _globals['_ROLLBACKPLAN_PATH']._serialized_start=811
+  _globals['_ROLLBACKPLAN_PATH']._serialized_end=1238
+  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_start=980
+  _globals['_ROLLBACKPLAN_PATH_VERDICT']._serialized_end=1238
+  _globals['_UNDOCALLREQUEST']._serialized_start=1240
+  _globals['_UNDOCALLREQUEST']._serialized_end=1324
+  _globals['_STREAMROLLBACKREQUEST']._serialized_start=1327
+  _globals['_STREAMROLLBACKREQUEST']._serialized_end=1455
+  _globals['_STREAMROLLBACKRESPONSE']._serialized_start=1458
+  _globals['_STREAMROLLBACKRESPONSE']._serialized_end=1640
+  _globals['_STREAMROLLBACKRESPONSE_PROGRESS']._serialized_start=1593
+  _globals['_STREAMROLLBACKRESPONSE_PROGRESS']._serialized_end=1632
+  _globals['_LEFTOVER']._serialized_start=1642
+  _globals['_LEFTOVER']._serialized_end=1745
+  _globals['_LISTLEFTOVERSREQUEST']._serialized_start=1747
+  _globals['_LISTLEFTOVERSREQUEST']._serialized_end=1769
+  _globals['_LISTLEFTOVERSRESPONSE']._serialized_start=1771
+  _globals['_LISTLEFTOVERSRESPONSE']._serialized_end=1834
+  _globals['_RECOVERCALLSREQUEST']._serialized_start=1836
+  _globals['_RECOVERCALLSREQUEST']._serialized_end=1887
+  _globals['_UNDOCALLRESPONSE']._serialized_start=1889
+  _globals['_UNDOCALLRESPONSE']._serialized_end=1991
+  _globals['_PLANROLLBACKREQUEST']._serialized_start=1993
+  _globals['_PLANROLLBACKREQUEST']._serialized_end=2114
+  _globals['_APPLYROLLBACKREQUEST']._serialized_start=2116
+  _globals['_APPLYROLLBACKREQUEST']._serialized_end=2212
+  _globals['_DIFFCHANGESREQUEST']._serialized_start=2214
+  _globals['_DIFFCHANGESREQUEST']._serialized_end=2287
+  _globals['_DIFFCHANGESRESPONSE']._serialized_start=2289
+  _globals['_DIFFCHANGESRESPONSE']._serialized_end=2378
+  _globals['_PINCALLREQUEST']._serialized_start=2380
+  _globals['_PINCALLREQUEST']._serialized_end=2432
+  _globals['_PINCALLRESPONSE']._serialized_start=2434
+  _globals['_PINCALLRESPONSE']._serialized_end=2451
+  _globals['_JOURNALSERVICE']._serialized_start=2454
+  _globals['_JOURNALSERVICE']._serialized_end=3261
 # @@protoc_insertion_point(module_scope)

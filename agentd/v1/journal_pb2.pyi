@@ -341,11 +341,14 @@ class RollbackPlan(_message.Message):
     PATHS_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
     NOT_UNDOABLE_CALLS_FIELD_NUMBER: _builtins.int
+    PATH_COUNT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """To be given to ApplyRollback: another one means that something has changed."""
+    path_count: _builtins.int
+    """How many paths there are."""
     @_builtins.property
     def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___RollbackPlan.Path]:
-        """Path by path."""
+        """Path by path; of more than a thousand, those that are in the way come first."""
 
     @_builtins.property
     def calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -362,10 +365,11 @@ class RollbackPlan(_message.Message):
         paths: _abc.Iterable[Global___RollbackPlan.Path] | None = ...,
         calls: _abc.Iterable[_builtins.str] | None = ...,
         not_undoable_calls: _abc.Iterable[_builtins.str] | None = ...,
+        path_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "digest", b"digest", "not_undoable_calls", b"not_undoable_calls", "paths", b"paths"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "digest", b"digest", "not_undoable_calls", b"not_undoable_calls", "path_count", b"path_count", "paths", b"paths"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -607,11 +611,14 @@ class UndoCallResponse(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     RESTORED_PATHS_FIELD_NUMBER: _builtins.int
     UNDONE_CALLS_FIELD_NUMBER: _builtins.int
+    RESTORED_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`calls/{call}` of the undo, by which it can be undone in turn."""
+    restored_count: _builtins.int
+    """How many paths were put back."""
     @_builtins.property
     def restored_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths put back."""
+        """Paths put back; the first thousand of them."""
 
     @_builtins.property
     def undone_calls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -623,10 +630,11 @@ class UndoCallResponse(_message.Message):
         name: _builtins.str = ...,
         restored_paths: _abc.Iterable[_builtins.str] | None = ...,
         undone_calls: _abc.Iterable[_builtins.str] | None = ...,
+        restored_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "restored_paths", b"restored_paths", "undone_calls", b"undone_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "restored_count", b"restored_count", "restored_paths", b"restored_paths", "undone_calls", b"undone_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -727,18 +735,22 @@ class DiffChangesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DIFFERENCES_FIELD_NUMBER: _builtins.int
+    PATH_COUNT_FIELD_NUMBER: _builtins.int
+    path_count: _builtins.int
+    """How many paths there are."""
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___PathDifference]:
-        """By path."""
+        """By path; the first thousand of them."""
 
     def __init__(
         self,
         *,
         differences: _abc.Iterable[Global___PathDifference] | None = ...,
+        path_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "path_count", b"path_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

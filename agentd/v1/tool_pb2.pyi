@@ -153,6 +153,7 @@ class ToolCall(_message.Message):
     WALL_US_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     REHEARSED_FIELD_NUMBER: _builtins.int
+    CHANGED_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`calls/{call}`; empty if the model asked for something that is no call."""
     tool: _builtins.str
@@ -177,13 +178,15 @@ class ToolCall(_message.Message):
     """Wall time in the sandbox, in microseconds."""
     rehearsed: _builtins.bool
     """Whether everything was put back, to be looked at and applied or dropped: see JournalService."""
+    changed_count: _builtins.int
+    """How many paths the call has changed."""
     @_builtins.property
     def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the call was allowed to touch, such as `read:/home/pi/notes.txt`."""
 
     @_builtins.property
     def changed_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Paths the call has changed."""
+        """Paths the call has changed; the first thousand of them."""
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -207,10 +210,11 @@ class ToolCall(_message.Message):
         wall_us: _builtins.int = ...,
         labels: _abc.Iterable[_builtins.str] | None = ...,
         rehearsed: _builtins.bool = ...,
+        changed_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "changed_paths", b"changed_paths", "decision", b"decision", "denied_syscalls", b"denied_syscalls", "failed", b"failed", "labels", b"labels", "name", b"name", "output_json", b"output_json", "reason", b"reason", "rehearsed", b"rehearsed", "sandbox_level", b"sandbox_level", "scopes", b"scopes", "tool", b"tool", "undoable", b"undoable", "wall_us", b"wall_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "changed_count", b"changed_count", "changed_paths", b"changed_paths", "decision", b"decision", "denied_syscalls", b"denied_syscalls", "failed", b"failed", "labels", b"labels", "name", b"name", "output_json", b"output_json", "reason", b"reason", "rehearsed", b"rehearsed", "sandbox_level", b"sandbox_level", "scopes", b"scopes", "tool", b"tool", "undoable", b"undoable", "wall_us", b"wall_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
