@@ -311,9 +311,6 @@ def _now(path: bytes, left: PathState, known: _Known) -> PathState:
         return ABSENT
     try:
         now = look(path, left)
-        if now.kind != "folder":
-            known.not_directories.add(path)
-        return now
     except OSError as e:
         ours = any(parent in known.touched for parent in parents(path))
         if e.errno == errno.ELOOP and ours:
@@ -321,6 +318,9 @@ def _now(path: bytes, left: PathState, known: _Known) -> PathState:
         if e.errno == errno.EACCES and (ours or path in known.touched):
             return left if ours else replace(left, digest="")
         return PathState("other")
+    if now.kind != "folder":
+        known.not_directories.add(path)
+    return now
 
 
 def _only_times(now: PathState, left: PathState, target: PathState) -> bool:
