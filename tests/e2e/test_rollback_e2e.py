@@ -115,7 +115,7 @@ def test_a_rehearsed_shell_command_is_looked_at_and_applied(daemon: DaemonProces
     shown = daemon.command("rehearsals", "show", call).stdout
     for word in ("create", "delete", "change", "-two", "+2"):
         assert word in shown
-    assert "was rehearsed and put back" in daemon.command("undo", call, check=False).stderr
+    assert "was rehearsed and rolled back" in daemon.command("undo", call, check=False).stderr
     (applied,) = daemon.json("rehearsals", "apply", call, "--yes")
     assert (work / "renamed.txt").exists()
     assert "nothing waits" in daemon.command("rehearsals", "list").stdout
