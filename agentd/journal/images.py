@@ -166,15 +166,14 @@ def times_around(images: Iterable[Image], *, left: bool = False) -> dict[bytes, 
     A directory's time is changed by each name that comes or goes in it, so it is noted with every path.
     """
     times: dict[bytes, int] = {}
+    own: dict[bytes, int] = {}
     for image in images:
         state = image.after if left else image.before
         if state is None:
             continue
-        for path, ns in ((image.path, state.mtime_ns if state.kind == "folder" else 0), (_above(image.path), state.around_ns)):
-            if ns and (left or path not in times):
-                times[path] = ns
-    return times
-
-
-def _above(path: bytes) -> bytes:
-    return os.path.dirname(path)
+        around = os.path.dirname(image.path)
+        if state.kind == "folder":
+            (own if left else times).setdefault(image.path, state.mtime_ns)
+        if state.around_ns and (left or around not in times):
+            times[around] = state.around_ns
+    return own | times

@@ -246,6 +246,7 @@ class Journal:
                     for path, image in transaction.images.items()
                     if (touched := _touched(path, image.before, after[path])) is not None
                 }
+                _leave_out_directories(transaction, after, files)
                 self._add_directories(transaction, after, files, granting)
                 make_all_durable(files, one_by_one=not granting.used)
         except OSError as e:  # what can't be read or made durable is no end: a disk that fails may not keep it
@@ -420,6 +421,15 @@ def _looked_at(paths: Iterable[bytes], granting: Granting) -> dict[bytes, PathSt
             gone = above is not None and above.kind != "folder"
             found[path] = ABSENT if gone else look_anyhow(path, granting, nearby=nearby)
     return found
+
+
+def _leave_out_directories(transaction: Transaction, after: dict[bytes, PathState], files: dict[bytes, FileTouched]) -> None:
+    """Those that are different only in their time, because of what was changed in them: that is on record with it."""
+    for directory in {os.path.dirname(path) for path in files} & files.keys():
+        before, now = transaction.images[directory].before, after[directory]
+        if before.kind == now.kind == "folder" and before.same_as(now):
+            after[directory] = replace(now, mtime_ns=before.mtime_ns)
+            del files[directory]
 
 
 def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:
