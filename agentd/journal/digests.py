@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 20.0
 """For one file: at 100 MB/s two gigabytes, more than any call may write."""
-_PLAIN_BYTES = 1 << 30
+PLAIN_BYTES = 1 << 30
 _CHUNK = 1 << 20
 _BLOCK = 4096
 _ZEROES = bytes(_BLOCK)
@@ -28,7 +28,7 @@ def digest(descriptor: int, patience_s: float = PATIENCE_S) -> str:
     deadline = time.monotonic() + patience_s
     size = os.fstat(descriptor).st_size
     found = hashlib.sha256()
-    if size <= _PLAIN_BYTES:
+    if size <= PLAIN_BYTES:
         for _, chunk in _read(descriptor, 0, None, deadline):
             found.update(chunk)
         return found.hexdigest()

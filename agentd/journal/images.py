@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from agentd.journal.contents import Contents
     from agentd.store import Store
 
-_OF_CALL = """SELECT n, path, before, content, object, length, after, result, result_object FROM pre_image WHERE call = ?
+_OF_CALL = """SELECT n, path, before, content, object, length, after, result, result_object, ahead FROM pre_image WHERE call = ?
               ORDER BY n"""
 _LATER = """SELECT before, content, object FROM journal JOIN pre_image USING (call)
             WHERE path = ?1 AND begun > (SELECT begun FROM journal WHERE call = ?2) AND coalesce(content, object) IS NOT NULL
@@ -41,6 +41,8 @@ class Image:
     result: Kept = _NOTHING
     n: int = 0
     """Its place among those of the call."""
+    ahead: bool = False
+    """Whether it was taken before anybody was about to change the path."""
 
     @property
     def changed(self) -> bool:
@@ -154,10 +156,11 @@ def _image(
     after: str | None,
     result: bytes | None,
     result_name: str | None,
+    ahead: int,
 ) -> Image:
     was, became = PathState.from_json(before), PathState.from_json(after) if after else None
     kept = Kept(was.digest, content, name, length)
-    return Image(call, path, was, kept, became, Kept(became.digest if became else "", result, result_name), n)
+    return Image(call, path, was, kept, became, Kept(became.digest if became else "", result, result_name), n, bool(ahead))
 
 
 def times_around(images: Iterable[Image], *, left: bool = False) -> dict[bytes, int]:

@@ -29,7 +29,7 @@ from agentd.journal.restoring import Failure
 from agentd.journal.retention import Keep, Retention
 from agentd.journal.rollback import Rollbacks, Undone
 from agentd.journal.state import ABSENT, PathState, as_it_was, keep, look_anyhow
-from agentd.journal.transaction import Taker, Transaction, unreadable
+from agentd.journal.transaction import Seen, Taker, Transaction, unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,10 +44,12 @@ if TYPE_CHECKING:
 
 _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
             VALUES (?, 'open', ?, ?, ?, ?, ?, ?)"""
-_IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length) VALUES (?, ?, ?, ?, ?, ?, ?)"
-_AGAIN = "UPDATE pre_image SET before = ?, content = ?, object = ?, length = ? WHERE call = ? AND n = ?"
+_IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length, ahead) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+_AGAIN = "UPDATE pre_image SET before = ?, content = ?, object = ?, length = ?, ahead = 0 WHERE call = ? AND n = ?"
 _AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND n = ?"
 _ON_RECORD = 5000  # files in the event of a call's end: a megabyte
+_UNUSED = "DELETE FROM pre_image WHERE call = ? AND ahead = 1 AND after IS NULL"
+"""States that were taken ahead, and of which nothing came."""
 _BATCH = 500
 """Rows of one commit: others' commits come in between."""
 
@@ -142,6 +144,21 @@ class Journal:
         if closed:
             self._capture_closed(transaction, closed, failures)
 
+    def capture_ahead(self, transaction: Transaction, paths: Mapping[bytes, Seen]) -> None:
+        """Take the states of small files and symlinks that may be removed next: they count only if they are. Raises
+        AgentdError, and then none of them was taken.
+        """
+        images: list[Image] = []
+        with contextlib.closing(Nearby()) as nearby:
+            for path in paths:
+                with contextlib.suppress(OSError):
+                    images.append(self._taker.take(transaction, path, "write", nearby))
+        numbered = [replace(image, n=n, ahead=True) for n, image in enumerate(images, transaction.rows)]
+        rows = [(*_row(image), 1) for image in numbered]
+        self._store.write(lambda db: db.executemany(_IMAGE, rows))
+        transaction.rows += len(rows)
+        transaction.ahead.update((image.path, (image, paths[image.path])) for image in numbered)
+
     def _capture_closed(
         self, transaction: Transaction, paths: Mapping[bytes, Operation], failures: list[Failure] | None
     ) -> None:
@@ -157,21 +174,31 @@ class Journal:
                     images.append(replace(image, before=as_it_was(image.before, path, granting)))
         self._write_images(transaction, images, None)
 
-    def _write_images(self, transaction: Transaction, images: Sequence[Image], intent: Event | None) -> None:
-        numbered = _numbered(transaction, images)
-        known = [image for image in numbered if image.path in transaction.images]
-        new = [image for image in numbered if image.path not in transaction.images]
+    def _write_images(
+        self,
+        transaction: Transaction,
+        images: Sequence[Image],
+        intent: Event | None,
+        write: Callable[[Callable[[apsw.Connection], object]], object] | None = None,
+    ) -> None:
+        write = write or self._store.write
+        numbered, known = _numbered(transaction, images)
+        again = [image for image in numbered if image.n in known]
+        new = [image for image in numbered if image.n not in known]
 
         def commit(db: apsw.Connection) -> None:
             if intent is not None:
                 self._audit.append(db, intent)
                 who = (intent.run, intent.session, intent.principal, intent.tool.effect if intent.tool else "")
                 db.execute(_BEGIN, (transaction.call, transaction.begun, time.time_ns(), *who))
-            db.executemany(_IMAGE, ((i.call, i.n, i.path, i.before.to_json(), *_columns(i.content)) for i in new))
-            db.executemany(_AGAIN, ((i.before.to_json(), *_columns(i.content), i.call, i.n) for i in known))
+            db.executemany(_IMAGE, ((*_row(image), 0) for image in new))
+            db.executemany(_AGAIN, ((i.before.to_json(), *_columns(i.content), i.call, i.n) for i in again))
 
-        self._store.write(commit)
-        transaction.images.update({image.path: image for image in numbered})
+        write(commit)
+        transaction.rows += len(new)
+        for image in numbered:
+            transaction.ahead.pop(image.path, None)
+            transaction.images[image.path] = image
 
     def _part(self, images: Iterable[Image]) -> None:
         """A file that was to be kept as it is, but is still in its place, is somebody's again, and nobody else's."""
@@ -195,6 +222,7 @@ class Journal:
         results = {path: self._result(path, state, INLINE_BYTES) for path, state in after.items() if path in files}
 
         def commit(db: apsw.Connection) -> None:
+            db.execute(_UNUSED, (transaction.call,))
             done = (json.dumps(list(undoes)), transaction.call)
             db.execute("UPDATE journal SET state = 'done', undoes = ? WHERE call = ?", done)
             db.executemany("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
@@ -203,6 +231,7 @@ class Journal:
         try:
             self._end(commit, self._results(transaction, after, results))
         except AgentdError:  # a change without its record must not stand
+            self.recovery.not_ended(transaction.call)
             self.restore(transaction)
             raise
         self._part(transaction.images.values())
@@ -220,6 +249,7 @@ class Journal:
             self.restore(transaction)
 
         def commit(db: apsw.Connection) -> None:
+            db.execute(_UNUSED, (transaction.call,))
             db.execute("UPDATE journal SET state = ? WHERE call = ?", ("rehearsed" if files else "done", transaction.call))
             self._audit.append(db, _with_files(event, files, undoable=False))
 
@@ -249,6 +279,9 @@ class Journal:
                 _leave_out_directories(transaction, after, files)
                 self._add_directories(transaction, after, files, granting)
                 make_all_durable(files, one_by_one=not granting.used)
+        except AgentdError:  # what it left can't be written down
+            self.restore(transaction)
+            raise
         except OSError as e:  # what can't be read or made durable is no end: a disk that fails may not keep it
             self.restore(transaction)
             shown = os.fsdecode(e.filename) if e.filename else "what it changed"
@@ -278,8 +311,8 @@ class Journal:
                     images[directory] = Image(transaction.call, directory, replace(state, mtime_ns=former))
                     after[directory] = state
         if images:
-            self._write_images(transaction, list(images.values()), None)
-            touched = {path: _touched(path, image.before, after[path]) for path, image in images.items()}
+            self._write_images(transaction, list(images.values()), None, self.write_end)
+            touched = {path: _touched(path, image.before, after[path]) for path, image in images.items() if path in after}
             files |= {path: each for path, each in touched.items() if each}
 
     def note_mode(self, transaction: Transaction, path: bytes) -> None:
@@ -331,11 +364,18 @@ class Journal:
 
         def commit(db: apsw.Connection) -> None:
             if left is None:
+                db.execute(_UNUSED, (transaction.call,))
                 db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (transaction.call,))
                 db.execute(GIVE_UP, (transaction.call,))
             self._audit.append(db, event)
 
-        self._end(commit)
+        try:
+            self._end(commit)
+        except AgentdError:
+            if left is None:
+                self.recovery.not_ended(transaction.call)
+            raise
+        self.recovery.ended(transaction.call)
         self._part(transaction.images.values())
         if left is not None:
             raise left
@@ -389,16 +429,24 @@ def _columns(kept: Kept) -> tuple[bytes | None, str | None, int]:
     return kept.inline, kept.object, kept.length
 
 
-def _numbered(transaction: Transaction, images: Sequence[Image]) -> list[Image]:
-    """Each with its place among those of the call: a known path keeps its own."""
-    count = len(transaction.images)
-    numbered = []
+def _numbered(transaction: Transaction, images: Sequence[Image]) -> tuple[list[Image], set[int]]:
+    """Each with its place among those of the call, and the places that were known: a path keeps its own."""
+    count = transaction.rows
+    numbered: list[Image] = []
+    known: set[int] = set()
     for image in images:
-        known = transaction.images.get(image.path)
-        n = known.n if known else count
-        count += known is None
+        former = transaction.images.get(image.path) or transaction.ahead.get(image.path, (None, None))[0]
+        n = former.n if former else count
+        if former:
+            known.add(n)
+        else:
+            count += 1
         numbered.append(image if image.n == n else Image(image.call, image.path, image.before, image.content, n=n))
-    return numbered
+    return numbered, known
+
+
+def _row(image: Image) -> tuple[object, ...]:
+    return image.call, image.n, image.path, image.before.to_json(), *_columns(image.content)
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 from agentd.audit import Event
 from agentd.errors import AgentdError
 from agentd.journal.images import GIVE_UP, times_around
-from agentd.journal.places import Granting
+from agentd.journal.places import Granting, reach
 from agentd.journal.plan import finished_since
 from agentd.journal.restoring import Failure, Restoring, Target, restoring_does
-from agentd.journal.state import PathState, look, look_anyhow
+from agentd.journal.state import ABSENT, PathState, look, look_anyhow, without_content
 from agentd.journal.transaction import Transaction
 from agentd.store import new_id
 
@@ -59,11 +59,21 @@ class Recovery:
         self._images, self._contents = images, contents
         self._busy = threading.Lock()
         self._count = len(self.left())
+        self._not_ended: dict[str, None] = {}
 
     @property
     def count(self) -> int:
-        """How many paths are left."""
-        return self._count
+        """How many paths are left, and calls whose end could not be written down."""
+        return self._count + len(self._not_ended)
+
+    def not_ended(self, call: str) -> None:
+        """What a call changed is restored, and its end can't be written down: that is tried again, too. Without it the next
+        start would restore the paths once more, whatever people have made of them by then.
+        """
+        self._not_ended[call] = None
+
+    def ended(self, call: str) -> None:
+        self._not_ended.pop(call, None)
 
     def left(self, call: str = "") -> list[Left]:
         """The paths that could not be restored yet, of one call or of all, oldest first."""
@@ -88,16 +98,20 @@ class Recovery:
         return self.restoring(images, transaction).run()
 
     def restoring(self, images: Iterable[Image], transaction: Transaction, sweeps: bytes = b"") -> Restoring:
-        """Paths on their way to what they were before; `transaction` is the call that does it."""
+        """Paths on their way to what they were before. `transaction` is the call that does it: what it has kept of a path is
+        what may be overwritten there, and nothing that came later.
+        """
         ordered = sorted(images, key=lambda image: image.n)
         times = times_around(ordered)
-        targets = [Target(i.path, _with_time(i.before, times.get(i.path)), self._content(i)) for i in ordered]
+        targets = [Target(i.path, _with_time(i.before, times.get(i.path)), self._content(i), i.content.length) for i in ordered]
 
         def before_granting(path: bytes) -> None:
             if path not in transaction.images:
                 self._journal.capture(transaction, {path: "write"}, None)
 
-        return Restoring(targets, transaction.mark, times, before_granting, sweeps=sweeps)
+        own = any(image.call == transaction.call for image in ordered)
+        expected = {} if own else {path: image.before for path, image in transaction.images.items()}
+        return Restoring(targets, transaction.mark, times, before_granting, sweeps=sweeps, expected=expected)
 
     def _content(self, image: Image) -> Callable[[], Iterable[bytes]]:
         return lambda: self._images.chunks(image)
@@ -131,7 +145,7 @@ class Recovery:
         if open_calls:
             self._contents.part_all()
         # Decided for all before the first is restored: a recovery is a finished call, too.
-        images = {call: self._images.of(call) for call, _ in open_calls}
+        images = {call: self._changed_by(call) for call, _ in open_calls}
         theirs = {
             call: finished_since(self._store, begun, [image.path for image in images[call]]) for call, begun in open_calls
         }
@@ -147,9 +161,13 @@ class Recovery:
         self._journal.retention.reserve.hold()  # not before: it may be what this took
         return [call for call, _ in open_calls]
 
+    def _changed_by(self, call: str) -> list[Image]:
+        """States of the paths that an open call may have changed: of those taken ahead, the ones that are gone."""
+        return [i for i in self._images.of(call) if not i.ahead or i.after or not os.path.lexists(i.path)]
+
     def _recover(self, call: str, images: list[Image]) -> None:
         """As a call of its own: what is there now is kept, and can be had again."""
-        changed, failures = self._differing(images)
+        changed, failures = self._differing(call, images)
         recovery = new_id()
         detail = _detail(call, [*changed])
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
@@ -161,20 +179,20 @@ class Recovery:
         if failures:
             self.left_over(call, failures)
 
-    @staticmethod
-    def _differing(images: Iterable[Image]) -> tuple[dict[bytes, Operation], list[Failure]]:
+    def _differing(self, call: str, images: Iterable[Image]) -> tuple[dict[bytes, Operation], list[Failure]]:
         """Paths that are not what they were, and what bringing them back does to each; and those that can't be looked at."""
         changed: dict[bytes, Operation] = {}
         failures: list[Failure] = []
-        for image in images:
-            try:
-                with Granting() as granting:
+        reopened = self._reopened(call)
+        with Granting(lambda path: self._journal.note_mode(reopened, path)) as granting:
+            for image in images:
+                try:
                     now = look_anyhow(image.path, granting, image.before)
-            except OSError as e:
-                failures.append(Failure(image.path, e.strerror or str(e)))
-                continue
-            if now.differs_from(image.before):
-                changed[image.path] = restoring_does(now, image.before)
+                except OSError as e:
+                    failures.append(Failure(image.path, e.strerror or str(e)))
+                    continue
+                if now.differs_from(image.before):
+                    changed[image.path] = restoring_does(now, image.before)
         return changed, failures
 
     # -- what is left
@@ -184,6 +202,10 @@ class Recovery:
         since is overwritten, after their version was kept. Raises StoreError.
         """
         with self._busy:
+            for call in list(self._not_ended):
+                if not self.left(call):
+                    self._settle(call, [])
+                self.ended(call)
             for call in dict.fromkeys(left.call for left in self.left()):
                 if not calls or call in calls:
                     self._retry(call, force=force)
@@ -191,24 +213,30 @@ class Recovery:
 
     def _retry(self, call: str, *, force: bool) -> None:
         left = {each.path: each for each in self.left(call)}
-        images = [image for image in self._images.of(call) if image.path in left]
+        images = [image for image in self._changed_by(call) if image.path in left]
         changed = {image.path for image in images if not force and self._is_changed(left[image.path], image)}
-        wanted = [image for image in images if image.path not in changed]
-        failures = [Failure(path, _CHANGED) for path in changed]
-        failures += self._overwrite(call, wanted) if force else self._restore(self._reopened(call), wanted)
-        self._settle(call, failures)
+        # What nobody has seen then may be somebody's by now: it is kept first, as at a start.
+        kept = [i for i in images if i.path not in changed and (force or left[i.path].left is None)]
+        others = [i for i in images if i.path not in changed and i not in kept]
+        failures = self.restoring(others, self._reopened(call), sweeps=os.fsencode(call)).run()
+        failures += self._overwrite(call, kept) if kept else []  # last: it may be in a directory that is back now
+        self._settle(call, [*failures, *(Failure(path, _CHANGED) for path in changed)])
 
     def _reopened(self, call: str) -> Transaction:
         """A call that has not ended well goes on: what else must be noted on the way belongs to it."""
         begun = self._store.read(lambda db: db.execute("SELECT begun FROM journal WHERE call = ?", (call,)).get)
-        images = {image.path: image for image in self._images.of(call)}
-        return Transaction(self._journal, call, int(begun), images, limited=False)
+        known = self._images.of(call)
+        rows = max((image.n for image in known), default=-1) + 1
+        images = {image.path: image for image in known if not image.ahead}
+        return Transaction(self._journal, call, int(begun), images, limited=False, rows=rows)
 
     def _overwrite(self, call: str, images: Sequence[Image]) -> list[Failure]:
         """As a call of its own: what somebody has made of these paths is kept, and can be had again."""
         recovery, detail = new_id(), _detail(call, [image.path for image in images])
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
-        changed, failures = self._differing(images)
+        changed, failures = self._differing(call, images)
+        if not changed:
+            return failures
         transaction = self._journal.begin_restoring(recovery, intent, changed, failures)
         failures += self._restore(transaction, [image for image in images if image.path in transaction.images])
         end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
@@ -223,7 +251,7 @@ class Recovery:
         try:
             now = look(image.path, left.left)
         except OSError:
-            return False
+            now = _unread(image.path) or ABSENT
         return now.differs_from(left.left) and now.differs_from(image.before)
 
     def _settle(self, call: str, failures: Sequence[Failure]) -> None:
@@ -232,7 +260,7 @@ class Recovery:
         def settle(db: apsw.Connection) -> None:
             paths = [path for (path,) in db.execute("SELECT path FROM leftover WHERE call = ?", (call,))]
             gone = [(call, path) for path in paths if path not in still]
-            if gone:
+            if gone or not still:
                 detail = _detail(call, [path for _, path in gone])
                 self._audit.append(db, Event(kind="call.recovered", principal="agentd", call=call, detail=detail))
             db.executemany("DELETE FROM leftover WHERE call = ? AND path = ?", gone)
@@ -260,8 +288,22 @@ def _with_time(state: PathState, mtime_ns: int | None) -> PathState:
 
 
 def _found(path: bytes) -> str | None:
+    """What is there; None if that can't be said, or if not even its directory is."""
     try:
+        place = reach(path)
+        if place is None:
+            return None
+        place.__exit__()
         return look(path).to_json()
+    except OSError:
+        unread = _unread(path)
+        return unread.to_json() if unread else None
+
+
+def _unread(path: bytes) -> PathState | None:
+    """What can be said of a file without reading it; None if nothing can be."""
+    try:
+        return without_content(path)
     except OSError:
         return None
 

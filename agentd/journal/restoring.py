@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import logging
 import os
 import secrets
@@ -29,7 +30,7 @@ from agentd_sandbox import kernel
 from agentd_sandbox.paths import Nearby, WalkError
 
 from agentd.errors import JournalError
-from agentd.journal.contents import write_with_holes
+from agentd.journal.contents import first, write_with_holes
 from agentd.journal.flushing import make_all_durable
 from agentd.journal.places import Granting, at, parents, reach, reach_ours
 from agentd.journal.state import ABSENT, ATTRIBUTES, NO_ATTRIBUTES, PathState, is_file, look, look_anyhow
@@ -53,6 +54,7 @@ _UNLINKABLE = (
     errno.EACCES,
     errno.ENOSYS,
 )
+_MEANWHILE = "it was changed while it was being restored"
 _STEPS = 5
 _PROGRESS_EVERY = 100
 TEMPORARY = b".agentd-"
@@ -66,6 +68,8 @@ class Target:
     path: bytes
     state: PathState
     content: Callable[[], Iterable[bytes]] = tuple
+    length: int = 0
+    """Of a file that was only appended to: its content may be the first bytes of what is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,8 @@ class Restoring:
     """A call that was killed: files that it has left under names that were to be given up are removed."""
     others: Mapping[bytes, PathState] = field(default_factory=dict)
     """Paths that are no targets and may be other names of their files, and what each was."""
+    expected: Mapping[bytes, PathState] = field(default_factory=dict)
+    """What was kept of paths a moment ago: one that is something else by now is somebody's."""
     failures: dict[bytes, Failure] = field(default_factory=dict)
     _granting: Granting = field(init=False)
     _targets: dict[bytes, Target] = field(init=False)
@@ -137,8 +143,11 @@ class Restoring:
                     self._attempt(path, self._set_attributes)
                 else:
                     self._set_time(path)
-        with self._noted(next(iter(self._targets), b"")):
+        try:
             make_all_durable(self._changed, one_by_one=not self._granting.used)
+        except OSError as e:  # nobody knows which of them
+            for path in self._changed:
+                self.failures.setdefault(path, Failure(path, e.strerror or str(e)))
         return list(self.failures.values())
 
     def _look(self) -> None:
@@ -149,7 +158,10 @@ class Restoring:
                 self._now[path] = ABSENT
                 continue
             with self._noted(path):
-                self._now[path] = look_anyhow(path, self._granting, self._targets[path].state, self._nearby)
+                now = look_anyhow(path, self._granting, self._targets[path].state, self._nearby)
+                if path in self.expected and not now.same_as(self.expected[path]):
+                    raise OSError(errno.EAGAIN, _MEANWHILE, os.fsdecode(path))
+                self._now[path] = now
 
     def _attempt(self, path: bytes, step: Callable[[Target, PathState], None]) -> None:
         self._steps += 1
@@ -179,8 +191,8 @@ class Restoring:
                 return
             with place:
                 names = os.listdir(f"/proc/self/fd/{place.descriptor}") if place.is_folder else []
-                for name in names:
-                    if os.fsencode(name).startswith(beginning):
+                for name in (name for name in names if os.fsencode(name).startswith(beginning)):
+                    with contextlib.suppress(IsADirectoryError):  # none of ours
                         os.unlink(name, dir_fd=place.descriptor)
 
         try:
@@ -262,8 +274,12 @@ class Restoring:
     @staticmethod
     def _require_same(place: Resolved, now: PathState) -> None:
         """Nobody has put something else there since it was looked at."""
-        if place.exists and now.inode and now.inode != f"{place.status.st_dev}:{place.status.st_ino}":
-            raise OSError(errno.EAGAIN, "it was changed while it was being restored", os.fsdecode(place.real))
+        if not place.exists or not now.inode:
+            return
+        status = place.status
+        same = now.inode == f"{status.st_dev}:{status.st_ino}" and (now.kind == "folder" or now.mtime_ns == status.st_mtime_ns)
+        if not same:
+            raise OSError(errno.EAGAIN, _MEANWHILE, os.fsdecode(place.real))
 
     def _became(self, path: bytes, state: PathState) -> None:
         self._now[path] = state
@@ -318,11 +334,21 @@ class Restoring:
             self._sources[state.inode] = target.path
 
     def _write(self, target: Target, now: PathState) -> None:
+        if (
+            target.length
+            and now.kind == "file"
+            and now.links == 1
+            and self._granting.reading(lambda: _cut(target, now), target.path)
+        ):
+            self._became(target.path, target.state)
+            return
         try:
             self._replace(target, lambda place, name: _write_file(place, name, target))
         except OSError as e:
-            if e.errno not in _FULL or now.kind != "file" or now.links != 1:
+            if e.errno not in _FULL or now.kind != "file" or now.links != 1 or target.length:
                 raise
+            for _ in target.content():  # all of it must be there
+                pass
             # No space for a second copy: what is there is given up first. A kill in between is no harm: what it was and what
             # it is to become are both on disk until this call has ended.
             self._granting.reading(lambda: _write_over(target, now), target.path)
@@ -413,9 +439,9 @@ class Restoring:
         def set_all() -> None:
             with at(target.path, self._nearby) as place:
                 if place.exists:
-                    _set_owner(place, state)
+                    its_own = _set_owner(place, state)
                     if state.kind != "link":
-                        _set_mode(place, state)
+                        _set_mode(place, state, its_own=its_own)
                     os.utime(
                         place.name, ns=(place.status.st_atime_ns, state.mtime_ns), dir_fd=place.parent, follow_symlinks=False
                     )
@@ -460,6 +486,24 @@ def _write_file(place: Resolved, name: bytes, target: Target) -> None:
         _write_content(file.fileno(), target)
 
 
+def _cut(target: Target, now: PathState) -> bool:
+    """Take off what was appended, if what is before it is what was there: needs no space, and no copy."""
+    with at(target.path) as place:
+        Restoring._require_same(place, now)
+        descriptor = os.open(f"/proc/self/fd/{place.descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with open(descriptor, "rb", closefd=False) as file:
+                found = hashlib.sha256()
+                for chunk in first(iter(lambda: file.read(1 << 20), b""), target.length):
+                    found.update(chunk)
+            if found.hexdigest() != target.state.digest:
+                return False
+            os.ftruncate(descriptor, target.length)
+        finally:
+            os.close(descriptor)
+    return True
+
+
 def _write_over(target: Target, now: PathState) -> None:
     with at(target.path) as place:
         Restoring._require_same(place, now)
@@ -478,18 +522,24 @@ def _write_content(descriptor: int, target: Target) -> None:
             file.writelines(target.content())
 
 
-def _set_owner(place: Resolved, state: PathState) -> None:
+def _set_owner(place: Resolved, state: PathState) -> bool:
+    """Whether it has its former owner and group: only root can give away what is another one's; the content matters more."""
     if (place.status.st_uid, place.status.st_gid) != (state.uid, state.gid):
-        with contextlib.suppress(PermissionError):  # another owner's: only root can, and the content matters more
+        try:
             os.chown(place.name, state.uid, state.gid, dir_fd=place.parent, follow_symlinks=False)
+        except PermissionError:
+            return False
+    return True
 
 
-def _set_mode(place: Resolved, state: PathState) -> None:
-    """Attributes first: an access list is part of the mode, and some can't be set on what may not be written."""
+def _set_mode(place: Resolved, state: PathState, *, its_own: bool) -> None:
+    """Attributes first: an access list is part of the mode, and some can't be set on what may not be written. What would run as
+    another user than before never does.
+    """
     there = f"/proc/self/fd/{place.descriptor}"
     if state.attributes is not None:
         _set_extended(there, dict(state.attributes))
-    os.chmod(there, state.mode)
+    os.chmod(there, state.mode if its_own or state.kind == "folder" else state.mode & 0o1777)
 
 
 def _set_extended(there: str, wanted: dict[str, str]) -> None:

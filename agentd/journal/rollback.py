@@ -160,7 +160,10 @@ class Rollbacks:
                 raise OSError(0, "it was changed while it was being restored", os.fsdecode(planned.path))
         targets = [self._target(planned, plan.times) for planned in chosen]
         before_granting = functools.partial(self._journal.note_mode, transaction)
-        failures = Restoring(targets, transaction.mark, plan.times, before_granting, progress, others=plan.others).run()
+        expected = {path: image.before for path, image in transaction.images.items()}
+        failures = Restoring(
+            *(targets, transaction.mark, plan.times, before_granting, progress), others=plan.others, expected=expected
+        ).run()
         if failures:
             raise OSError(0, failures[0].why, os.fsdecode(failures[0].path))
 
@@ -172,7 +175,7 @@ class Rollbacks:
         if state.kind == "folder":  # its time is that of what is in it, which somebody else may have changed since
             otherwise = planned.now.mtime_ns if planned.now.kind == "folder" else state.mtime_ns
             state = replace(state, mtime_ns=times.get(planned.path, otherwise))
-        return Target(planned.path, state, lambda: self._images.chunks(planned.first))
+        return Target(planned.path, state, lambda: self._images.chunks(planned.first), planned.first.content.length)
 
     def _complete(self, plan: Plan) -> tuple[str, ...]:
         """The calls of which nothing is left when the plan is carried out."""

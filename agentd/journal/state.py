@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from agentd_sandbox.paths import reopen
 
 from agentd.journal.contents import Kept, TooLarge
-from agentd.journal.digests import digest
+from agentd.journal.digests import PLAIN_BYTES, digest
 from agentd.journal.places import reach, reach_ours
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ def keep(
         status = os.fstat(place.descriptor)  # before it has another name among the contents
         with readable(place) as descriptor:
             kept = contents.keep(descriptor, limit=limit, goes=goes, grows=grows)
-        return file_state(place, kept.digest, status), kept
+            known_by = kept.digest if status.st_size <= PLAIN_BYTES else digest(descriptor)
+        return file_state(place, known_by, status), kept
 
 
 def without_content(path: bytes) -> PathState:

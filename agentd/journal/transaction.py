@@ -31,6 +31,7 @@ _MIB = 1 << 20
 _GOES = frozenset({"remove", "replace"})
 _LOOKED_AT = 20_000  # names among which other names of a file are looked for
 _NAMES = 8  # of those that are noted
+_SEVERAL, _NO_MORE = 2, 1 << 30  # commits for names of a directory
 _AHEAD = 512  # paths whose states are taken before they are removed, in one commit with that of the first
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 Seen = tuple[int, int, int, int]
@@ -60,11 +61,15 @@ class Transaction:
     """What it may change, where other names of a file are looked for."""
     limited: bool = True
     """Whether what is kept of it is bounded: not where former states are restored."""
-    _ahead: dict[bytes, Seen] = field(default_factory=dict)
-    """Paths whose states were taken ahead, and how each was then."""
+    rows: int = 0
+    """How many states are on disk for it."""
+    ahead: dict[bytes, tuple[Image, Seen]] = field(default_factory=dict)
+    """States that were taken ahead, and how each path was then: they count once the path is removed, unless somebody else has
+    changed it since.
+    """
     _removed: dict[bytes, int] = field(default_factory=dict)
-    _names: dict[str, list[bytes]] | None = None
     """How many commits the removal of names of a directory has taken so far."""
+    _names: dict[str, list[bytes]] | None = None
 
     @property
     def mark(self) -> bytes:
@@ -75,8 +80,8 @@ class Transaction:
         """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
         wanted: dict[bytes, Operation] = {}
         for change in changes:
-            image = self.images.get(change.path)
-            if image is None or (image.content.length and change.operation != "append") or self._is_stale(change.path):
+            image = self.images.get(change.path) or self._taken_ahead(change)
+            if image is None or (image.content.length and change.operation != "append"):
                 wanted[change.path] = change.operation
         if not wanted:
             return frozenset()
@@ -92,24 +97,39 @@ class Transaction:
             raise Refusal(errno.ENOSPC if e.reason is Reason.STORE_FULL else errno.EIO, str(e)) from None
         return frozenset(path for path in wanted if self.images[path].content.as_it_is)
 
-    def _is_stale(self, path: bytes) -> bool:
-        """Whether somebody has changed a path since its state was taken ahead."""
-        seen = self._ahead.pop(path, None)
-        return seen is not None and seen != _seen(path)
+    def _taken_ahead(self, change: Change) -> Image | None:
+        """The state of a path that is about to be removed, if it was taken ahead and nobody has changed it since."""
+        image, seen = self.ahead.get(change.path, (None, None))
+        if image is None or change.operation != "remove" or seen != _seen(change.path):
+            return None
+        del self.ahead[change.path]
+        self.size += len(image.content.inline or b"")
+        self.images[change.path] = image
+        return image
 
     def _take_ahead(self, path: bytes) -> None:
         """Whoever removes several names of a directory often removes them all: each commit takes twice as many as the last.
 
-        One commit for each of thousands of files would take a minute.
+        One commit for each of thousands of files would take a minute. Only what the call may change is looked at.
         """
         directory = os.path.dirname(path)
-        taken = self._removed[directory] = self._removed.get(directory, 0) + 1
-        if taken < 2:
+        taken = self._removed.get(directory, 0) + 1
+        if taken > _NO_MORE or not self._covers(directory):
             return
-        names = _small(directory, self.images.keys() | {path}, min(_AHEAD, 1 << taken))
+        self._removed[directory] = taken
+        if taken < _SEVERAL:
+            return
+        wanted = min(_AHEAD, 1 << taken)
+        names = _small(directory, self.images.keys() | self.ahead.keys() | {path}, wanted)
+        if len(names) < wanted:
+            self._removed[directory] = _NO_MORE  # the others are large, and taken one by one
+        size = self.size
         with contextlib.suppress(AgentdError):  # each is taken by itself then, or refused
-            self._journal.capture(self, dict.fromkeys(names, "write"), None)
-            self._ahead.update((path, seen) for path, seen in names.items() if path in self.images)
+            self._journal.capture_ahead(self, names)
+        self.size = size
+
+    def _covers(self, directory: bytes) -> bool:
+        return any(directory == root or directory.startswith(root.rstrip(b"/") + b"/") for root in self.roots)
 
     def other_names(self, path: bytes, inode: str) -> tuple[str, ...]:
         """Of a file with several, some that are not `path`: what is removed can then come back as a name of the same file."""

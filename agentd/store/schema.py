@@ -183,6 +183,13 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ) STRICT, WITHOUT ROWID;
         """,
     ),
+    (
+        "0013_taken_ahead",
+        """
+        -- Whether a state was taken before anybody was about to change the path: it counts only where that came about.
+        ALTER TABLE pre_image ADD COLUMN ahead INTEGER NOT NULL DEFAULT 0;
+        """,
+    ),
 )
 
 

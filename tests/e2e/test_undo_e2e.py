@@ -105,7 +105,7 @@ def test_what_cannot_be_restored_is_seen_everywhere_and_restored_later(tmp_path:
         pending = begin(client, "echo new > a; sleep 2; exit 3", disk)
         wait_until(lambda: (disk / "a").read_text() == "new\n" or pending.is_over, what="the change")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        wait_until(lambda: client.status().leftovers == 1, what="what is left")
+        wait_until(lambda: client.status().leftovers > 0, what="what is left")
         assert "is not restored" in daemon.command("doctor", check=False).stdout
         left = daemon.command("recover", "--list", check=False)
         assert left.returncode == 1

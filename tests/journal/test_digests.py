@@ -32,7 +32,7 @@ def test_the_digest_of_a_file_is_its_sha256(tmp_path: Path, content: bytes):
 
 def test_a_long_file_is_known_by_its_blocks_whether_or_not_it_has_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """And by their places, and by its length."""
-    monkeypatch.setattr(digests, "_PLAIN_BYTES", 10_000)
+    monkeypatch.setattr(digests, "PLAIN_BYTES", 10_000)
     full, holes, other, longer = (tmp_path / name for name in ("full", "holes", "other", "longer"))
     full.write_bytes(b"a" * 100 + bytes(99_900) + b"end")
     for path, size, places in (
