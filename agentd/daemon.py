@@ -239,6 +239,7 @@ class Daemon:
             self._audit.end()
             await self._runs.stop()
             await self._server.stop(_GRACE_S)
+            await self._calls.undoing.stop()
             await self._engine.stop()
             self._calls.close()
             await self._upkeep.end()
@@ -406,7 +407,7 @@ class Daemon:
             await asyncio.sleep(_RECOVER_S)
             if self._calls.undoing.left_count:
                 with contextlib.suppress(AgentdError, OSError):
-                    await self._calls.undoing.recover()
+                    await self._calls.undoing.recover(patience_s=0.0)  # what others change now waits for another time
 
     async def _load_model(self) -> None:
         """Ahead of the first request; if it fails, that request says why again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ _Progress = journal_pb2.StreamRollbackResponse.Progress
 class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
-        self._going_on: set[asyncio.Task[Undone]] = set()
 
     async def UndoCall(  # noqa: N802
         self, request: journal_pb2.UndoCallRequest, context: Any
@@ -64,17 +64,19 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
     ) -> AsyncGenerator[journal_pb2.StreamRollbackResponse, None]:
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int] | None]()
 
-        def progress(done: int, total: int) -> None:  # on the thread that restores
-            loop.call_soon_threadsafe(steps.put_nowait, (done, total))
+        def progress(done: int, total: int) -> None:  # on the thread that restores, which may outlive the loop
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(steps.put_nowait, (done, total))
 
         work = self._undo(request.call, progress) if request.HasField("call") else self._apply(request.rollback, progress)
         task = asyncio.create_task(work)
-        self._going_on.add(task)  # it goes on if nobody listens any more
-        task.add_done_callback(self._going_on.discard)
         task.add_done_callback(lambda _: steps.put_nowait(None))
-        while (step := await steps.get()) is not None:
-            yield journal_pb2.StreamRollbackResponse(progress=_Progress(done=step[0], total=step[1]))
-        yield journal_pb2.StreamRollbackResponse(done=_undone(await task))
+        try:
+            while (step := await steps.get()) is not None:
+                yield journal_pb2.StreamRollbackResponse(progress=_Progress(done=step[0], total=step[1]))
+            yield journal_pb2.StreamRollbackResponse(done=_undone(await task))
+        finally:
+            task.cancel()  # if it waits for others; what has begun goes on to its end
 
     async def ListLeftovers(  # noqa: N802
         self, request: journal_pb2.ListLeftoversRequest, context: Any

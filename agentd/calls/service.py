@@ -165,15 +165,13 @@ class Calls:
         # One change of a path at a time: a call that fails is rolled back, and must not take another's change with it.
         self._waiting[prepared.id] = prepared, asyncio.get_running_loop(), time.monotonic()
         try:
-            async with self._locks.changing(prepared.id, trees, prepared.request.waits):
-                del self._waiting[prepared.id]
-                return await self._in_thread(prepared)
+            claim = await self._locks.acquire(prepared.id, trees, prepared.request.waits)
         except ToolError as e:
-            if prepared.id in self._waiting:
-                await asyncio.to_thread(self._audit.record, event("call.reject", prepared, error=e.message))
+            await asyncio.to_thread(self._audit.record, event("call.reject", prepared, error=e.message))
             raise
         finally:
             self._waiting.pop(prepared.id, None)
+        return await self._in_thread(prepared, lambda: self._locks.release(claim))
 
     def fixed_scopes(self, tool: str) -> frozenset[str]:
         """The scopes of a tool that are its own, whatever its arguments; none if there is no such tool."""
@@ -190,9 +188,11 @@ class Calls:
         """What was allowed for this run alone is over."""
         await asyncio.to_thread(self._permission.end_run, run)
 
-    async def _in_thread(self, prepared: Prepared) -> CallResult:
+    async def _in_thread(self, prepared: Prepared, ended: Callable[[], None] = lambda: None) -> CallResult:
+        """`ended` is called when nothing of it goes on any more, whoever has given up waiting for it."""
         cancelled = threading.Event()
         work = self._in_context(self._execute, prepared, cancelled)
+        work.add_done_callback(lambda _: ended())
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -322,7 +322,7 @@ class Calls:
                 told = {**told, "detail": {**told.get("detail", {}), "rehearsed": True}}
                 return transaction.rehearse(event("call.end", prepared, **told))
             return transaction.finish(event("call.end", prepared, **told))
-        except JournalError as e:
+        except AgentdError as e:
             transaction.roll_back(event("call.abort", prepared, error=e.message, **told))
             raise
 

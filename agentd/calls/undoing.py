@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentd.calls.wanted import NAMED_PATHS
 from agentd.devices import risk
-from agentd.errors import AgentdError, JournalError, Reason, RequestError
+from agentd.errors import AgentdError, JournalError, Reason, RequestError, ToolError
 from agentd.journal import Selection, Ways, parents
 from agentd.store import new_id
 from agentd.tasks import to_its_end
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls.locks import Locks
-    from agentd.journal import Difference, Journal, Left, Plan, Rehearsal, Undone
+    from agentd.journal import Difference, Journal, Left, PathPlan, Plan, Rehearsal, Undone
 
 _CALLS_OF_A_RUN = 10_000
 _TREES = 64  # that are held at once
+_STOP_S = 30.0
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Is told how many paths are done, and of how many."""
 
@@ -37,6 +40,7 @@ class Undoing:
 
     def __init__(self, journal: Journal, audit: AuditLog, locks: Locks) -> None:
         self._journal, self._audit, self._locks = journal, audit, locks
+        self._working: set[asyncio.Future[Any]] = set()
 
     async def undo(
         self, call: str, principal: str, ways: Ways, *, any_call: bool = True, progress: Progress = no_progress
@@ -65,20 +69,50 @@ class Undoing:
             total = len(plan.paths)
             return rollbacks.apply(plan, principal, lambda done: progress(min(done, total), total))
 
-        plan = await asyncio.to_thread(rollbacks.plan, selection, ways)
-        async with self._locks.changing(f"undo-{new_id()}", _trees(planned.path for planned in plan.paths)):
-            return await asyncio.to_thread(apply)
+        return await self._holding(lambda: rollbacks.plan(selection, ways).paths, apply)
 
-    async def recover(self, calls: Collection[str] = (), *, force: bool = False) -> list[Left]:
+    async def _holding(self, plan: Callable[[], Iterable[PathPlan]], do: Callable[[], T]) -> T:
+        """Do something that changes what a plan names, holding all of that. Once begun it is done to its end."""
+        paths: set[bytes] | None = None
+        while True:
+            wanted = {planned.path for planned in await asyncio.to_thread(plan)}
+            async with self._locks.changing(f"undo-{new_id()}", _trees(wanted)):
+                # Before its turn came, a call may have ended that it is about.
+                paths = {planned.path for planned in await asyncio.to_thread(plan)}
+                if paths <= wanted:
+                    return await self._to_its_end(do)
+
+    async def _to_its_end(self, do: Callable[[], T]) -> T:
+        task = asyncio.ensure_future(asyncio.to_thread(do))
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        return await to_its_end(task)
+
+    async def stop(self) -> None:
+        """Wait for what has begun."""
+        if self._working:
+            await asyncio.wait(set(self._working), timeout=_STOP_S)
+
+    async def recover(self, calls: Collection[str] = (), *, force: bool = False, patience_s: float | None = None) -> list[Left]:
         """Try again to restore what failed calls have left, of these or of all; returns what still could not be. With `force`,
-        what somebody has changed since is overwritten, after their version was kept. Raises StoreError.
+        what somebody has changed since is overwritten, after their version was kept. With `patience_s`, what others change for
+        longer than that is left for another time. Raises StoreError.
         """
+        self._audit.require_open()
         recovery = self._journal.recovery
-        left = await asyncio.to_thread(recovery.left)
-        if not left:
-            return []
-        async with self._locks.changing(f"recover-{new_id()}", _trees(each.path for each in left)):
-            return await asyncio.to_thread(recovery.retry, calls, force=force)
+        await asyncio.to_thread(recovery.write_ends)
+        for call, each in _by_call(await asyncio.to_thread(recovery.left)).items():
+            if calls and call not in calls:
+                continue
+            paths = [left.path for left in each]
+            retry = functools.partial(recovery.retry, call, paths, force=force)
+            try:
+                async with self._locks.changing(f"recover-{call}", _trees(paths), patience_s=patience_s):
+                    await self._to_its_end(retry)
+            except ToolError:
+                if patience_s is None:
+                    raise
+        return [left for left in await self.left() if not calls or left.call in calls]
 
     async def left(self) -> list[Left]:
         """What failed calls have changed and could not be restored yet."""
@@ -141,12 +175,10 @@ class Undoing:
             return [file.path for file in self._journal.rollbacks.apply(plan, principal).files], ""
 
         async def alone() -> tuple[list[str], str]:
-            plan = await asyncio.to_thread(self._journal.rollbacks.plan, Selection(run=run), Ways())
-            async with self._locks.changing(f"undo-{new_id()}", _trees(planned.path for planned in plan.paths)):
-                try:
-                    return await asyncio.to_thread(take_back)
-                except AgentdError as e:
-                    return [], e.message.rstrip(".")
+            try:
+                return await self._holding(lambda: self._journal.rollbacks.plan(Selection(run=run), Ways()).paths, take_back)
+            except AgentdError as e:
+                return [], e.message.rstrip(".")
 
         return await to_its_end(alone())  # nothing else may change files meanwhile, whether or not anybody waits for it
 
@@ -179,6 +211,13 @@ class Undoing:
         if not begun or begun[0].body.get("principal") != principal:
             message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
             raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
+
+
+def _by_call(left: Iterable[Left]) -> dict[str, list[Left]]:
+    found: dict[str, list[Left]] = {}
+    for each in left:
+        found.setdefault(each.call, []).append(each)
+    return found
 
 
 def _trees(paths: Iterable[bytes]) -> list[bytes]:

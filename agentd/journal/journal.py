@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from agentd_sandbox.paths import Nearby
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from agentd.store import Store
 
 
+T = TypeVar("T")
 _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
             VALUES (?, 'open', ?, ?, ?, ?, ?, ?)"""
 _IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length, ahead) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -393,14 +394,14 @@ class Journal:
 
         self.write_end(end)
 
-    def write_end(self, commit: Callable[[apsw.Connection], object]) -> None:
+    def write_end(self, commit: Callable[[apsw.Connection], T]) -> T:
         """A commit that something which has begun needs to end, on a full disk from what is set aside. Raises StoreError."""
         try:
-            self._store.write(commit)
+            return self._store.write(commit)
         except AgentdError as e:
             if e.reason is not Reason.STORE_FULL or not self.retention.reserve.release():
                 raise
-            self._store.write(commit)
+            return self._store.write(commit)
 
     def undo(self, call: str, principal: str) -> Undone:
         """Undo all that a call changed. Raises JournalError (UNDO_CONFLICT) and does nothing if any path is not as the call

@@ -25,7 +25,7 @@ from agentd.journal.transaction import Transaction
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     import apsw
     from agentd_sandbox.recorder import Operation
@@ -153,7 +153,7 @@ class Recovery:
         for call, _ in open_calls:
             try:
                 if call in again:
-                    self._retry(call, force=False)
+                    self._retry(call, self.left(call), force=False)
                 else:
                     self._recover(call, [image for image in images[call] if image.path not in theirs[call]])
             except (OSError, AgentdError) as e:  # one call that can't be had must not keep the daemon from starting
@@ -197,22 +197,23 @@ class Recovery:
 
     # -- what is left
 
-    def retry(self, calls: Collection[str] = (), *, force: bool = False) -> list[Left]:
-        """Try again what is left, of these calls or of all; returns what still is. With `force`, what somebody has changed
-        since is overwritten, after their version was kept. Raises StoreError.
+    def retry(self, call: str, paths: Collection[bytes], *, force: bool = False) -> None:
+        """Try again what is left of a call on these paths. With `force`, what somebody has changed since is overwritten, after
+        their version was kept. Raises StoreError.
         """
+        with self._busy:
+            self._retry(call, [left for left in self.left(call) if left.path in paths], force=force)
+
+    def write_ends(self) -> None:
+        """Write down the ends of calls that could not be written when they came. Raises StoreError."""
         with self._busy:
             for call in list(self._not_ended):
                 if not self.left(call):
-                    self._settle(call, [])
+                    self._settle(call, (), {})
                 self.ended(call)
-            for call in dict.fromkeys(left.call for left in self.left()):
-                if not calls or call in calls:
-                    self._retry(call, force=force)
-            return [left for left in self.left() if not calls or left.call in calls]
 
-    def _retry(self, call: str, *, force: bool) -> None:
-        left = {each.path: each for each in self.left(call)}
+    def _retry(self, call: str, wanted: Iterable[Left], *, force: bool) -> None:
+        left = {each.path: each for each in wanted}
         images = [image for image in self._changed_by(call) if image.path in left]
         changed = {image.path for image in images if not force and self._is_changed(left[image.path], image)}
         # What nobody has seen then may be somebody's by now: it is kept first, as at a start.
@@ -220,7 +221,8 @@ class Recovery:
         others = [i for i in images if i.path not in changed and i not in kept]
         failures = self.restoring(others, self._reopened(call), sweeps=os.fsencode(call)).run()
         failures += self._overwrite(call, kept) if kept else []  # last: it may be in a directory that is back now
-        self._settle(call, [*failures, *(Failure(path, _CHANGED) for path in changed)])
+        why = {failure.path: failure.why for failure in failures} | dict.fromkeys(changed, _CHANGED)
+        self._settle(call, left, why)
 
     def _reopened(self, call: str) -> Transaction:
         """A call that has not ended well goes on: what else must be noted on the way belongs to it."""
@@ -254,27 +256,25 @@ class Recovery:
             now = _unread(image.path) or ABSENT
         return now.differs_from(left.left) and now.differs_from(image.before)
 
-    def _settle(self, call: str, failures: Sequence[Failure]) -> None:
-        still = {failure.path: failure.why for failure in failures}
+    def _settle(self, call: str, paths: Collection[bytes], still: Mapping[bytes, str]) -> None:
+        """Of these paths, those that are `still` left stay on the list, with the reason. With the last one the call ends."""
+        gone = [path for path in paths if path not in still]
 
-        def settle(db: apsw.Connection) -> None:
-            paths = [path for (path,) in db.execute("SELECT path FROM leftover WHERE call = ?", (call,))]
-            gone = [(call, path) for path in paths if path not in still]
-            if gone or not still:
-                detail = _detail(call, [path for _, path in gone])
-                self._audit.append(db, Event(kind="call.recovered", principal="agentd", call=call, detail=detail))
-            db.executemany("DELETE FROM leftover WHERE call = ? AND path = ?", gone)
-            db.executemany(
-                "UPDATE leftover SET why = ?3 WHERE call = ?1 AND path = ?2", ((call, p, w) for p, w in still.items())
-            )
-            if not still:
+        def settle(db: apsw.Connection) -> bool:
+            db.executemany("DELETE FROM leftover WHERE call = ? AND path = ?", ((call, path) for path in gone))
+            db.executemany("UPDATE leftover SET why = ? WHERE call = ? AND path = ?", ((w, call, p) for p, w in still.items()))
+            ends = not db.execute("SELECT count(*) FROM leftover WHERE call = ?", (call,)).get
+            if gone or ends:
+                event = Event(kind="call.recovered", principal="agentd", call=call, detail=_detail(call, gone))
+                self._audit.append(db, event)
+            if ends:
                 db.execute("UPDATE journal SET state = 'rolled_back' WHERE call = ?", (call,))
                 db.execute(GIVE_UP, (call,))
+            return ends
 
-        self._journal.write_end(settle)
-        self._recount()
-        if not still:
+        if self._journal.write_end(settle):
             _log.info("call %s: what was left of it is restored", call)
+        self._recount()
 
 
 def _detail(call: str, paths: Sequence[bytes]) -> dict[str, object]:

@@ -29,7 +29,7 @@ class Reserve:
         except OSError as e:
             return e.errno not in _FULL
         try:
-            held = os.fstat(descriptor).st_blocks * 512
+            held = os.fstat(descriptor).st_size
             for size in _SIZES:
                 if size <= held:
                     break
@@ -40,14 +40,14 @@ class Reserve:
                     os.ftruncate(descriptor, 0)
                     if e.errno not in _FULL:  # a file system that can't do it: all works without, but for that
                         return True
-            return os.fstat(descriptor).st_blocks * 512 >= _SIZES[0]
+            return os.fstat(descriptor).st_size >= _SIZES[0]
         finally:
             os.close(descriptor)
 
     def release(self) -> bool:
         """Whether there was any."""
         try:
-            held = self._file.stat().st_blocks
+            held = self._file.stat().st_size
             self._file.unlink()
         except OSError:
             return False

@@ -117,7 +117,7 @@ class JournalServiceServicer:
 
     def StreamRollback(self, request, context):
         """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
-        Errors: as there. Whoever stops listening does not stop it.
+        Errors: as there. Whoever stops listening ends a wait for others; what has begun goes on to its end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

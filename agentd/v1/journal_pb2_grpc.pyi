@@ -47,7 +47,7 @@ class JournalServiceStub:
     """
     StreamRollback: _grpc.UnaryStreamMultiCallable[_journal_pb2.StreamRollbackRequest, _journal_pb2.StreamRollbackResponse]
     """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
-    Errors: as there. Whoever stops listening does not stop it.
+    Errors: as there. Whoever stops listening ends a wait for others; what has begun goes on to its end.
     """
     ListLeftovers: _grpc.UnaryUnaryMultiCallable[_journal_pb2.ListLeftoversRequest, _journal_pb2.ListLeftoversResponse]
     """Lists the paths that failed calls have changed and that could not be restored yet, oldest first."""
@@ -89,7 +89,7 @@ class JournalServiceAsyncStub(JournalServiceStub):
     """
     StreamRollback: _aio.UnaryStreamMultiCallable[_journal_pb2.StreamRollbackRequest, _journal_pb2.StreamRollbackResponse]  # type: ignore[assignment]
     """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
-    Errors: as there. Whoever stops listening does not stop it.
+    Errors: as there. Whoever stops listening ends a wait for others; what has begun goes on to its end.
     """
     ListLeftovers: _aio.UnaryUnaryMultiCallable[_journal_pb2.ListLeftoversRequest, _journal_pb2.ListLeftoversResponse]  # type: ignore[assignment]
     """Lists the paths that failed calls have changed and that could not be restored yet, oldest first."""
@@ -152,7 +152,7 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_journal_pb2.StreamRollbackResponse], _abc.AsyncIterator[_journal_pb2.StreamRollbackResponse]]:
         """Does what UndoCall or ApplyRollback does, and reports how far it is; the last message is what those return.
-        Errors: as there. Whoever stops listening does not stop it.
+        Errors: as there. Whoever stops listening ends a wait for others; what has begun goes on to its end.
         """
 
     @_abc_1.abstractmethod

@@ -372,7 +372,8 @@ class Broker:
 
     def check(self) -> None:
         """To be called now and then. Raises WorkerOffence."""
-        if self.files.written() > self.limits.written_mib << 20:
+        unnamed = self.processes.unnamed_bytes() if self.files.unnamed else 0
+        if self.files.written() + unnamed > self.limits.written_mib << 20:
             raise WorkerOffence(f"it wrote more than {self.limits.written_mib} MiB")
         if self.processes.many and self.processes.memory_kb() > self.limits.memory_mib << 10:
             raise WorkerOffence(f"its processes took more than {self.limits.memory_mib} MiB together")

@@ -44,6 +44,8 @@ class Files(Reach):
     _appended: list[bytes] = field(default_factory=list)
     _grown: dict[bytes, int] = field(default_factory=dict)
     """Files that may be written to, and how much there was of each at first."""
+    unnamed: bool = False
+    """Whether one of those has lost its name, and may be written to all the same."""
 
     def _record(self, *changes: tuple[Operation, bytes]) -> frozenset[bytes]:
         """The paths whose file is kept as it is, and must not be written to."""
@@ -156,9 +158,12 @@ class Files(Reach):
                 total += max(0, _room(os.lstat(path)) - before)
         return total
 
-    def _moved(self, old: bytes, new: bytes) -> None:
+    def _moved(self, source: Resolved, target: Resolved) -> None:
         """What was written counts by its new name."""
-        for path in [path for path in self._grown if path == old or path.startswith(old + b"/")]:
+        old, new = source.real, target.real
+        self.unnamed = self.unnamed or new in self._grown
+        below = [path for path in self._grown if path.startswith(old + b"/")] if source.is_folder else []
+        for path in (*below, *({old} & self._grown.keys())):
             self._grown[new + path[len(old) :]] = self._grown.pop(path)
 
     def require_room(self, length: int, most: int) -> None:
@@ -227,6 +232,7 @@ class Files(Reach):
             if folder and not target.is_empty:
                 raise OSError(errno.ENOTEMPTY, "not empty")
             self._record(("remove", target.real))
+            self.unnamed = self.unnamed or target.real in self._grown
             (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
 
     def make_folder(self, path: bytes, mode: int) -> None:
@@ -292,7 +298,7 @@ class Files(Reach):
                 os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
             else:
                 kernel.rename_to_new((source.parent, source.name), (target.parent, target.name))
-            self._moved(source.real, target.real)
+            self._moved(source, target)
 
     def _record_tree(self, source: Resolved, target: Resolved) -> None:
         """Every path of a folder that is moved goes, and comes at the other place. All must be within the scopes."""

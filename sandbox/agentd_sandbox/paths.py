@@ -208,12 +208,15 @@ class Nearby:
         try:
             if not self._stand_in(folder or b"/"):
                 return None
-            try:
-                found = os.open(name, _PATH_FLAGS, dir_fd=self._descriptor)
-            except FileNotFoundError:
-                found = -1
-            return Resolved(path, os.dup(self._descriptor), name, found)
+            parent = os.dup(self._descriptor)
         except (OSError, ValueError):
+            return None
+        try:
+            return Resolved(path, parent, name, os.open(name, _PATH_FLAGS, dir_fd=parent))
+        except FileNotFoundError:
+            return Resolved(path, parent, name, -1)
+        except (OSError, ValueError):
+            os.close(parent)
             return None
 
     def _stand_in(self, folder: bytes) -> bool:

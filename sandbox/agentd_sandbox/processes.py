@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import signal
+import stat
 import struct
 import time
 from dataclasses import dataclass, field
@@ -224,6 +225,18 @@ class Processes:
             for process in self.members():
                 with contextlib.suppress(OSError, ProcessLookupError):
                     self.signal(process, signal.SIGKILL)
+
+    def unnamed_bytes(self) -> int:
+        """What files that they hold open take, and that have no name any more."""
+        sizes: dict[tuple[int, int], int] = {}
+        for process in self.members() if self.many else [self.root]:
+            with contextlib.suppress(OSError):
+                for number in os.listdir(f"/proc/{process}/fd"):
+                    with contextlib.suppress(OSError):
+                        status = os.stat(f"/proc/{process}/fd/{number}")
+                        if status.st_nlink == 0 and stat.S_ISREG(status.st_mode):
+                            sizes[status.st_dev, status.st_ino] = max(status.st_size, status.st_blocks * 512)
+        return sum(sizes.values())
 
     def memory_kb(self) -> int:
         """What they hold together, files apart. Pages that forks share are counted for each."""

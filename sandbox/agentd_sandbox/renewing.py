@@ -27,12 +27,20 @@ def renewed(old: Resolved, place: Resolved, flags: int, mark: bytes) -> int:
         _make_like(opened, old)
         _take_its_name(old, place, temporary)
     except OSError:
+        _remove(temporary, place.parent, (old, opened))
         os.close(opened)
         raise
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=place.parent)
+    _remove(temporary, place.parent, (old, opened))
     return opened
+
+
+def _remove(temporary: bytes, folder: int, known: tuple[Resolved, int]) -> None:
+    """What has the name now: the file that was replaced, or the new one; never somebody's that came in between."""
+    old, new = known
+    with contextlib.suppress(OSError):
+        there = os.stat(temporary, dir_fd=folder, follow_symlinks=False)
+        if os.path.samestat(there, old.status) or os.path.samestat(there, os.fstat(new)):
+            os.unlink(temporary, dir_fd=folder)
 
 
 def _take_its_name(old: Resolved, place: Resolved, temporary: bytes) -> None:

@@ -5,6 +5,7 @@ Its exit status says whether the call has failed, and with it whether its change
 
 from __future__ import annotations
 
+import json
 import os
 import selectors
 import signal
@@ -43,6 +44,14 @@ def run(command: str, folder: str, ok: list[int] | None = None) -> dict[str, Any
     return answer | {"truncated": True} if output[1] or errors[1] else answer
 
 
+def _text(data: bytes, *, cut: bool) -> tuple[str, bool]:
+    """As text that is no longer in JSON than as many bytes: what is no text takes several times its length there."""
+    text = data.decode("utf-8", "replace")
+    while len(json.dumps(text, ensure_ascii=False).encode()) > OUTPUT_BYTES + 2:
+        text, cut = text[: len(text) * 3 // 4], True
+    return text, cut
+
+
 def _signal(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -66,10 +75,13 @@ def _read(shell: subprocess.Popen[bytes], deadline: float) -> tuple[tuple[str, b
     with selectors.DefaultSelector() as ready:
         for stream in kept:
             ready.register(stream, selectors.EVENT_READ)
+        last = deadline
         while ready.get_map() or shell.poll() is None:
             found = ready.select(_LOOK_S)
-            if not found and shell.poll() is not None:
-                break  # what it left running in the background ends with this call
+            if shell.poll() is not None:
+                last = min(last, time.monotonic() + _MARGIN_S)  # for what it has written; what it left behind may go on writing
+                if not found or time.monotonic() > last:
+                    break  # what it left running in the background ends with this call
             if time.monotonic() > deadline:
                 ended = False
                 break
@@ -81,5 +93,5 @@ def _read(shell: subprocess.Popen[bytes], deadline: float) -> tuple[tuple[str, b
                 room = OUTPUT_BYTES - len(kept[stream])
                 kept[stream] += data[:room]
                 cut[stream] |= len(data) > room
-    texts = {stream: (data.decode("utf-8", "replace"), cut[stream]) for stream, data in kept.items()}
+    texts = {stream: _text(data, cut=cut[stream]) for stream, data in kept.items()}
     return texts[shell.stdout], texts[shell.stderr], ended
