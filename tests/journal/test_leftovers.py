@@ -18,7 +18,7 @@ from agentd.journal import Keep
 from tests.journal.worlds import World, in_a_child, kill_at, need_root, run, small_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from agentd.journal import Transaction

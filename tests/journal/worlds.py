@@ -178,4 +178,3 @@ def _count(event: str, _arguments: object) -> None:
         if _armed[0] <= 0:
             _armed.clear()  # to be killed is an event, too
             os.kill(os.getpid(), signal.SIGKILL)
-
