@@ -200,7 +200,7 @@ def test_what_is_left_survives_a_kill_and_a_start_tries_it_again(world: World, o
     """A start while the obstacle is there leaves it on the list, one after that restores it."""
     call = failed(world, obstacle)
     assert world.reopen() == [call]
-    assert (world.left().keys(), world.state(call), world.journal.recovery.count) == ({"disk/file"}, "open", 1)
+    assert (set(world.left()), world.state(call), world.journal.recovery.count) == ({"disk/file"}, "open", 1)
     obstacle.take_away()
     assert world.reopen() == [call]
     assert (world.home / "disk" / "file").read_bytes() == OLD
