@@ -19,6 +19,7 @@ from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal import Keep, Selection, Ways
 from agentd.journal.restoring import Restoring
 from agentd.journal.state import look
+from agentd.store import ids
 from tests.journal.conftest import lent
 from tests.journal.worlds import World, as_nobody, need_root, run, small_disk
 
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 TERABYTE = 1 << 40
 REWRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 LARGE = os.urandom(200_000)
+
+
+@pytest.fixture(autouse=True)
+def _own_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is ahead in a test is not in the ids of those after it: forked ones would have the same."""
+    monkeypatch.setattr(ids, "_last", [0])
 
 
 @pytest.fixture
