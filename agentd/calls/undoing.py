@@ -101,10 +101,9 @@ class Undoing:
         self._audit.require_open()
         recovery = self._journal.recovery
         await asyncio.to_thread(recovery.write_ends)
-        for call, each in _by_call(await asyncio.to_thread(recovery.left)).items():
+        for call, paths in await asyncio.to_thread(recovery.calls):
             if calls and call not in calls:
                 continue
-            paths = [left.path for left in each]
             retry = functools.partial(recovery.retry, call, paths, force=force)
             try:
                 async with self._locks.changing(f"recover-{call}", _trees(paths), patience_s=patience_s):
@@ -211,13 +210,6 @@ class Undoing:
         if not begun or begun[0].body.get("principal") != principal:
             message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
             raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
-
-
-def _by_call(left: Iterable[Left]) -> dict[str, list[Left]]:
-    found: dict[str, list[Left]] = {}
-    for each in left:
-        found.setdefault(each.call, []).append(each)
-    return found
 
 
 def _trees(paths: Iterable[bytes]) -> list[bytes]:

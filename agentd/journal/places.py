@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _DIRECTORY, _FILE = 0o700, 0o600
+_SHOWN = 240
 _DENIED = (errno.EACCES, errno.EPERM)
 
 
@@ -153,6 +154,13 @@ class Granting:
             status = place.status if place.exists else None
             if status and (status.st_dev, status.st_ino) == identity and stat.S_IMODE(status.st_mode) == given:
                 os.chmod(f"/proc/self/fd/{place.descriptor}", mode)
+
+
+def shown(path: bytes) -> str:
+    """A path for a message or the log: on one line, and not longer than one."""
+    text = path.decode("utf-8", "backslashreplace")
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}\u2026{text[-_SHOWN // 2 :]}"
 
 
 def parents(path: bytes) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from agentd.audit import Event
 from agentd.errors import AgentdError
 from agentd.journal.images import GIVE_UP, times_around
-from agentd.journal.places import Granting, reach
+from agentd.journal.places import Granting, parents, reach, shown
 from agentd.journal.plan import finished_since
 from agentd.journal.restoring import Failure, Restoring, Target, restoring_does
 from agentd.journal.state import ABSENT, PathState, look, look_anyhow, without_content
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from agentd_sandbox.recorder import Operation
 
     from agentd.audit import AuditLog
+    from agentd.audit.events import Kind
     from agentd.journal.contents import Contents
     from agentd.journal.images import Image, Images
     from agentd.journal.journal import Journal
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _NAMED = 5  # paths in a message
+_AWAY = "the directory that it was in is not there"
+_ANOTHER = "its directory is another one now: a disk may not be mounted; `agentd recover --force` takes this one"
 _CHANGED = "somebody has changed it since; `agentd recover --force` overwrites it and keeps their version"
 
 
@@ -85,6 +88,14 @@ class Recovery:
             for call, path, why, since, found, principal in rows
         ]
 
+    def calls(self) -> list[tuple[str, list[bytes]]]:
+        """The calls of which something is left, and on which paths: newest first, as they found what earlier ones had made."""
+        query = "SELECT call, path FROM leftover JOIN journal USING (call) ORDER BY begun DESC, path"
+        found: dict[str, list[bytes]] = {}
+        for call, path in self._store.read(lambda db: list(db.execute(query))):
+            found.setdefault(str(call), []).append(path)
+        return list(found.items())
+
     # -- a call that has failed
 
     def restore(self, transaction: Transaction) -> list[Failure]:
@@ -97,9 +108,15 @@ class Recovery:
     def _restore(self, transaction: Transaction, images: Iterable[Image]) -> list[Failure]:
         return self.restoring(images, transaction).run()
 
-    def restoring(self, images: Iterable[Image], transaction: Transaction, sweeps: bytes = b"") -> Restoring:
+    def restoring(
+        self,
+        images: Iterable[Image],
+        transaction: Transaction,
+        sweeps: bytes = b"",
+        expected: Mapping[bytes, PathState] | None = None,
+    ) -> Restoring:
         """Paths on their way to what they were before. `transaction` is the call that does it: what it has kept of a path is
-        what may be overwritten there, and nothing that came later.
+        what may be overwritten there, or what is `expected` there, and nothing that came later.
         """
         ordered = sorted(images, key=lambda image: image.n)
         times = times_around(ordered)
@@ -109,8 +126,9 @@ class Recovery:
             if path not in transaction.images:
                 self._journal.capture(transaction, {path: "write"}, None)
 
-        own = any(image.call == transaction.call for image in ordered)
-        expected = {} if own else {path: image.before for path, image in transaction.images.items()}
+        if expected is None:
+            own = any(image.call == transaction.call for image in ordered)
+            expected = {} if own else {path: image.before for path, image in transaction.images.items()}
         return Restoring(targets, transaction.mark, times, before_granting, sweeps=sweeps, expected=expected)
 
     def _content(self, image: Image) -> Callable[[], Iterable[bytes]]:
@@ -119,7 +137,7 @@ class Recovery:
     def left_over(self, call: str, failures: Sequence[Failure]) -> str:
         """Put paths on the list of what is left. Returns them in words."""
         now = time.time_ns()
-        rows = [(call, failure.path, failure.why, now, _found(failure.path)) for failure in failures]
+        rows = [(call, f.path, f.why, now, _found(f.path) if f.why not in (_AWAY, _ANOTHER) else None) for f in failures]
 
         def note(db: apsw.Connection) -> None:
             db.executemany("INSERT OR REPLACE INTO leftover (call, path, why, since_ns, found) VALUES (?, ?, ?, ?, ?)", rows)
@@ -167,7 +185,9 @@ class Recovery:
 
     def _recover(self, call: str, images: list[Image]) -> None:
         """As a call of its own: what is there now is kept, and can be had again."""
+        images, away = _in_their_directories(images, {image.path for image in images})
         changed, failures = self._differing(call, images)
+        failures += away
         recovery = new_id()
         detail = _detail(call, [*changed])
         intent = Event(kind="undo.intent", principal="agentd", call=recovery, cause=call, detail=detail)
@@ -219,7 +239,12 @@ class Recovery:
         # What nobody has seen then may be somebody's by now: it is kept first, as at a start.
         kept = [i for i in images if i.path not in changed and (force or left[i.path].left is None)]
         others = [i for i in images if i.path not in changed and i not in kept]
-        failures = self.restoring(others, self._reopened(call), sweeps=os.fsencode(call)).run()
+        known = {image.path for image in self._images.of(call)}
+        others, failures = _in_their_directories(others, known)
+        kept, away = _in_their_directories(kept, known, or_another=force)
+        failures += away
+        expected = {path: each.left for path, each in left.items() if each.left}
+        failures += self.restoring(others, self._reopened(call), os.fsencode(call), expected).run()
         failures += self._overwrite(call, kept) if kept else []  # last: it may be in a directory that is back now
         why = {failure.path: failure.why for failure in failures} | dict.fromkeys(changed, _CHANGED)
         self._settle(call, left, why)
@@ -241,8 +266,8 @@ class Recovery:
             return failures
         transaction = self._journal.begin_restoring(recovery, intent, changed, failures)
         failures += self._restore(transaction, [image for image in images if image.path in transaction.images])
-        end = Event(kind="call.recovered", principal="agentd", call=recovery, cause=call, detail=detail)
-        self._journal.finish(transaction, end)
+        kind: Kind = "call.recovered" if len(failures) < len(images) else "call.abort"
+        self._journal.finish(transaction, Event(kind=kind, principal="agentd", call=recovery, cause=call, detail=detail))
         return failures
 
     @staticmethod
@@ -264,6 +289,8 @@ class Recovery:
             db.executemany("DELETE FROM leftover WHERE call = ? AND path = ?", ((call, path) for path in gone))
             db.executemany("UPDATE leftover SET why = ? WHERE call = ? AND path = ?", ((w, call, p) for p, w in still.items()))
             ends = not db.execute("SELECT count(*) FROM leftover WHERE call = ?", (call,)).get
+            for path in gone:  # what others have left there is this now
+                db.execute("UPDATE leftover SET found = ? WHERE path = ?", (_found(path), path))
             if gone or ends:
                 event = Event(kind="call.recovered", principal="agentd", call=call, detail=_detail(call, gone))
                 self._audit.append(db, event)
@@ -277,8 +304,42 @@ class Recovery:
         self._recount()
 
 
+def _in_their_directories(
+    images: Iterable[Image], known: Collection[bytes], *, or_another: bool = False
+) -> tuple[list[Image], list[Failure]]:
+    """Those whose directory is the one that it was, or is `known` as one of the call's. Another one may be somebody's, or be
+    there because a disk is not mounted: with `or_another` it will do.
+    """
+    there: list[Image] = []
+    away: list[Failure] = []
+    homes: dict[bytes, int | None] = {}
+    for image in images:
+        directory = os.path.dirname(image.path)
+        if directory not in homes:
+            homes[directory] = _inode_of(directory)
+        home = homes[directory]
+        ours = any(parent in known for parent in parents(image.path))
+        if ours or home == image.before.home or (home is not None and (or_another or not image.before.home)):
+            there.append(image)
+        else:
+            away.append(Failure(image.path, _AWAY if home is None else _ANOTHER))
+    return there, away
+
+
+def _inode_of(directory: bytes) -> int | None:
+    """None if it is not there, or the way to it leads elsewhere."""
+    try:
+        place = reach(directory) if directory != b"/" else None
+    except OSError:
+        return None
+    if place is None:
+        return os.stat(b"/").st_ino if directory == b"/" else None
+    with place:
+        return place.status.st_ino if place.is_folder else None
+
+
 def _detail(call: str, paths: Sequence[bytes]) -> dict[str, object]:
-    return {"recovers": call, "paths": [os.fsdecode(path) for path in paths[:_NAMED]], "count": len(paths)}
+    return {"recovers": call, "paths": [shown(path) for path in paths[:_NAMED]], "count": len(paths)}
 
 
 def _with_time(state: PathState, mtime_ns: int | None) -> PathState:

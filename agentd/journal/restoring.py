@@ -32,7 +32,7 @@ from agentd_sandbox.paths import Nearby, WalkError
 from agentd.errors import JournalError
 from agentd.journal.contents import first, write_with_holes
 from agentd.journal.flushing import make_all_durable
-from agentd.journal.places import Granting, at, parents, reach, reach_ours
+from agentd.journal.places import Granting, at, parents, reach, reach_ours, shown
 from agentd.journal.state import ABSENT, ATTRIBUTES, NO_ATTRIBUTES, PathState, is_file, look, look_anyhow
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Failure:
     why: str
 
     def __str__(self) -> str:
-        return f"{os.fsdecode(self.path)} ({self.why})"
+        return f"{shown(self.path)} ({self.why})"
 
 
 @dataclass(slots=True)
@@ -123,6 +123,11 @@ class Restoring:
         self._files = {state.inode: state for state in files}
         self._linked = {state.inode for state in files if state.links > 1}
         self._granting = Granting(lambda path: None if path in self._targets else self.before_granting(path))
+
+    @property
+    def changed(self) -> frozenset[bytes]:
+        """The paths that something was done to."""
+        return frozenset(self._changed)
 
     def run(self) -> list[Failure]:
         """All steps; returns what could not be done. What was done is durable."""
@@ -198,7 +203,7 @@ class Restoring:
         try:
             self._granting.changing(sweep, os.path.join(directory, b"."))
         except OSError as e:
-            _log.warning("what a killed call has left in %s can't be removed: %s", os.fsdecode(directory), e)
+            _log.warning("what a killed call has left in %s can't be removed: %s", shown(directory), e)
 
     # -- names
 

@@ -14,6 +14,7 @@ from agentd.audit import Event
 from agentd.errors import JournalError, Reason
 from agentd.journal.contents import TooLarge
 from agentd.journal.images import GIVE_UP
+from agentd.journal.places import shown
 from agentd.journal.plan import Plan, Planner, Verdict
 from agentd.journal.restoring import Restoring, Target, restoring_does
 from agentd.journal.state import PathState, take
@@ -102,8 +103,8 @@ class Rollbacks:
         transaction = self._journal.begin_restoring(event.call, event, paths | dict.fromkeys(alone, "write"))
         try:
             self._restore(transaction, plan, chosen, progress)
-        except (OSError, JournalError) as e:
-            why = e.message if isinstance(e, JournalError) else f"{os.fsdecode(e.filename)} can't be put back: {e.strerror}"
+        except JournalError as e:
+            why = e.message
             transaction.roll_back(event.model_copy(update={"kind": "call.abort", "error": why}))
             raise _failed(plan, why) from e
         if plan.selection.rehearsed:
@@ -154,18 +155,22 @@ class Rollbacks:
     def _restore(
         self, transaction: Transaction, plan: Plan, chosen: Sequence[PathPlan], progress: Callable[[int], None]
     ) -> None:
-        """Raises OSError. What the transaction has captured is what was planned for: nobody came in between."""
-        for planned in chosen:
-            if not transaction.images[planned.path].before.same_as(planned.now):
-                raise OSError(0, "it was changed while it was being restored", os.fsdecode(planned.path))
+        """Raises JournalError. What the transaction has captured is what was planned for: nobody came in between. What stopped
+        it is somebody's, and what nothing was done to is as it was: neither is rolled back.
+        """
+        expected = {path: image.before for path, image in transaction.images.items()}
+        meanwhile = [planned for planned in chosen if not expected[planned.path].same_as(planned.now)]
+        if meanwhile:
+            transaction.images.clear()
+            raise _stopped(meanwhile[0].path, "it was changed while it was being restored")
         targets = [self._target(planned, plan.times) for planned in chosen]
         before_granting = functools.partial(self._journal.note_mode, transaction)
-        expected = {path: image.before for path, image in transaction.images.items()}
-        failures = Restoring(
+        restoring = Restoring(
             *(targets, transaction.mark, plan.times, before_granting, progress), others=plan.others, expected=expected
-        ).run()
-        if failures:
-            raise OSError(0, failures[0].why, os.fsdecode(failures[0].path))
+        )
+        if failures := restoring.run():
+            transaction.keep_only(restoring.changed - restoring.failures.keys())
+            raise _stopped(failures[0].path, failures[0].why)
 
     def _target(self, planned: PathPlan, times: Mapping[bytes, int]) -> Target:
         if planned.merged is not None:
@@ -213,7 +218,7 @@ class Rollbacks:
             reason = Reason.NOT_UNDOABLE if known else Reason.CALL_NOT_FOUND
         elif left:
             paths = f"{len(left)} path{'s' * (len(left) != 1)}"
-            why = f"failed, and {paths} could not be restored yet: {os.fsdecode(left[0].path)}: {left[0].why}"
+            why = f"failed, and {paths} could not be restored yet: {shown(left[0].path)}: {left[0].why}"
             hint = f"`agentd recover {call}` tries again."
         else:
             why = _STATES.get(str(state), "changed nothing")
@@ -249,8 +254,8 @@ def _difference(path: bytes, old: PathState, new: PathState, before: bytes | Non
         return Difference(path, summary)
     if any(len(text) > _SHOWN_BYTES or b"\0" in text for text in (before, after)):
         return Difference(path, f"{summary}, binary: {len(before)} and {len(after)} bytes")
-    shown = os.fsdecode(path)
-    names = ("/dev/null" if old.kind == "absent" else f"a{shown}", "/dev/null" if new.kind == "absent" else f"b{shown}")
+    name = os.fsdecode(path)
+    names = ("/dev/null" if old.kind == "absent" else f"a{name}", "/dev/null" if new.kind == "absent" else f"b{name}")
     old_lines, new_lines = (text.decode("utf-8", "replace").splitlines(keepends=True) for text in (before, after))
     lines = [line if line.endswith("\n") else line + "\n" for line in difflib.unified_diff(old_lines, new_lines, *names)]
     added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
@@ -273,7 +278,7 @@ def _summary(old: PathState, new: PathState) -> str:
 
 
 def _blocked(plan: Plan, blocked: list[PathPlan]) -> JournalError:
-    named = "; ".join(f"{os.fsdecode(planned.path)}: {planned.why}" for planned in blocked[:_NAMED])
+    named = "; ".join(f"{shown(planned.path)}: {planned.why}" for planned in blocked[:_NAMED])
     more = f" (and {len(blocked) - _NAMED} more)" if len(blocked) > _NAMED else ""
     what = f"Call {plan.calls[0]} was" if len(plan.calls) == 1 else f"{len(plan.calls)} calls were"
     missing = all(planned.verdict is Verdict.MISSING_PREIMAGE for planned in blocked)
@@ -283,6 +288,10 @@ def _blocked(plan: Plan, blocked: list[PathPlan]) -> JournalError:
         hint="Put back what can be with --partial, keep both changes with --merge, or overwrite with --force.",
         metadata={"path": os.fsdecode(blocked[0].path), "call": plan.calls[-1]},
     )
+
+
+def _stopped(path: bytes, why: str) -> JournalError:
+    return JournalError(Reason.UNDO_CONFLICT, f"{shown(path)} can't be restored: {why}", metadata={"path": os.fsdecode(path)})
 
 
 def _failed(plan: Plan, why: str) -> JournalError:

@@ -58,6 +58,8 @@ class PathState:
     """Paths of other names of it, as far as they are known."""
     around_ns: int = 0
     """When its directory was last changed."""
+    home: int = 0
+    """Which directory it is in: the number of its inode, which outlives a mount."""
     stamp: str = ""
     """Inode, length and time of an unreadable file: the same ones mean the same content."""
 
@@ -217,9 +219,9 @@ def is_file(place: Resolved) -> bool:
 
 def state_of(place: Resolved) -> PathState:
     """Raises PermissionError if it is a file that can't be read, OSError."""
-    around = os.fstat(place.parent).st_mtime_ns
+    around = os.fstat(place.parent)
     if not place.exists:
-        return PathState("absent", around_ns=around)
+        return PathState("absent", around_ns=around.st_mtime_ns, home=around.st_ino)
     if is_file(place):
         with readable(place) as descriptor:
             return file_state(place, digest(descriptor))
@@ -231,13 +233,14 @@ def state_of(place: Resolved) -> PathState:
         target=os.fsdecode(os.readlink(b"", dir_fd=place.descriptor)) if kind == "link" else "",
         attributes=_attributes(place.descriptor) if kind == "folder" else None,
         inode=f"{status.st_dev}:{status.st_ino}",
-        around_ns=around,
+        around_ns=around.st_mtime_ns,
+        home=around.st_ino,
     )
 
 
 def file_state(place: Resolved, content: str, status: os.stat_result | None = None) -> PathState:
     """Of a file whose digest is known."""
-    status = status or os.fstat(place.descriptor)
+    status, around = status or os.fstat(place.descriptor), os.fstat(place.parent)
     return PathState(
         "file",
         *_plain(status),
@@ -246,7 +249,8 @@ def file_state(place: Resolved, content: str, status: os.stat_result | None = No
         holes=status.st_blocks * 512 < status.st_size,
         inode=f"{status.st_dev}:{status.st_ino}",
         links=status.st_nlink,
-        around_ns=os.fstat(place.parent).st_mtime_ns,
+        around_ns=around.st_mtime_ns,
+        home=around.st_ino,
         stamp="" if status.st_mode & stat.S_IRUSR else _stamp(status),
     )
 
@@ -256,13 +260,14 @@ def _stamp(status: os.stat_result) -> str:
 
 
 def _unread(place: Resolved) -> PathState:
-    status = os.fstat(place.descriptor)
+    status, around = os.fstat(place.descriptor), os.fstat(place.parent)
     return PathState(
         _kind(status),
         *_plain(status),
         inode=f"{status.st_dev}:{status.st_ino}",
         links=status.st_nlink,
-        around_ns=os.fstat(place.parent).st_mtime_ns,
+        around_ns=around.st_mtime_ns,
+        home=around.st_ino,
         stamp=_stamp(status),
     )
 

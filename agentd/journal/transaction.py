@@ -137,6 +137,10 @@ class Transaction:
             self._names = _linked(self.roots)
         return tuple(os.fsdecode(name) for name in self._names.get(inode, ()) if name != path)[:_NAMES]
 
+    def keep_only(self, paths: frozenset[bytes]) -> None:
+        """Nothing was done to any other path."""
+        self.images = {path: image for path, image in self.images.items() if path in paths}
+
     def finish(self, event: Event) -> tuple[FileTouched, ...]:
         """Record the end of the call with what it changed; durable when it returns."""
         return self._journal.finish(self, event)

@@ -138,7 +138,7 @@ def test_what_is_of_another_type_at_a_start_is_not_lost(world: World, work: Path
             name: state for name, state in theirs.items() if name != "other"
         }
         shutil.rmtree(work / "file") if (work / "file").is_dir() else (work / "file").unlink()
-        world.journal.recovery.retry(force=True)
+        world.retry(force=True)
         assert ((work / "file").read_text(), world.left(), world.state(call)) == ("old", {}, "rolled_back")
         return
     assert (work / "file").read_text() == "old"
@@ -227,7 +227,7 @@ def test_a_recovery_while_the_disk_is_not_mounted_waits_for_it(world: World, tmp
         assert list(work.iterdir()) == []
         assert world.left().keys() == {"work/file", "work/other"}
         with mounted(work, real):
-            world.journal.recovery.retry()
+            world.retry()
         assert (real / "file").read_text() == (real / "other").read_text() == "old"
         assert (world.left(), world.state(call)) == ({}, "rolled_back")
 
@@ -289,7 +289,7 @@ def test_what_was_half_done_in_a_directory_that_is_gone_is_restored_when_it_is_b
     if work.is_symlink():
         work.unlink()
     work.with_name("aside").rename(work)
-    assert world.journal.recovery.retry() == []
+    assert world.retry() == []
     assert ((work / "file").read_text(), (work / "other").read_text()) == ("old", "old")
     assert world.state(call) == "rolled_back"
 
@@ -382,7 +382,7 @@ def test_an_edit_during_a_retry_is_not_lost(world: World, monkeypatch: pytest.Mo
         assert world.roll_back(transaction) is not None
         run("mount", "-o", "remount,rw", work)
         edit_while_restoring(monkeypatch, when, lambda: BY[by](work / "file"))
-        world.journal.recovery.retry()
+        world.retry()
         if (work / "file").read_text() == "old":
             undo_recoveries(world, transaction.call)
         assert (work / "file").read_text() == "theirs, and longer"
@@ -493,7 +493,7 @@ def test_what_is_left_under_a_jumping_clock_goes_back_newest_first(world: World,
         work.unlink()
         work.with_name("aside").rename(work)
         calls.append(transaction.call)
-    assert world.journal.recovery.retry() == []
+    assert world.retry() == []
     assert [path.read_text() for path in paths] == ["old", "old"]
     assert {world.state(call) for call in calls} == {"rolled_back"}
 
@@ -526,10 +526,10 @@ def test_a_content_that_is_missing_or_damaged_is_said_and_stops_no_other(world: 
     assert any(word in world.left()["work/file"] for word in ("missing", "damaged"))
     assert sorted(os.listdir(work)) == ["file", "other"]
     events = len(world.events())
-    world.journal.recovery.retry()
+    world.retry()
     assert len(world.events()) == events
     kept.write_bytes(whole)
-    assert world.journal.recovery.retry() == []
+    assert world.retry() == []
     assert (work / "file").read_bytes() == LARGE
 
 
@@ -750,7 +750,7 @@ def _leave_and_retry(world: World, work: Path, call: str, roll_back: Callable[[]
     world.reopen()
     work.unlink()
     work.with_name("aside").rename(work)
-    world.journal.recovery.retry()
+    world.retry()
 
 
 # -- large
@@ -857,7 +857,7 @@ def test_a_file_of_4_tib_that_took_a_path_s_place_does_not_stop_a_recovery(world
     with bounded(20):
         world.reopen()
         if force:
-            world.journal.recovery.retry(force=True)
+            world.retry(force=True)
         assert (work / "other").read_text() == "old"
         if (work / "file").stat().st_size != 4 * TERABYTE:
             undo_recoveries(world, call)
@@ -951,7 +951,7 @@ def _not_ours(root: Path) -> None:
     (world.home / "folder").unlink()
     (world.home / "aside").rename(folder)
     with contextlib.suppress(AgentdError):
-        world.journal.recovery.retry()
+        world.retry()
     assert ((folder / "file").read_text(), world.left()) == ("old", {})
     world.store.close()
 

@@ -19,11 +19,11 @@ from agentd_sandbox.files import Files
 
 from agentd.audit import AuditLog, Event
 from agentd.errors import JournalError
-from agentd.journal import Journal, Keep, Transaction
+from agentd.journal import Journal, Keep, Left, Transaction
 from agentd.store import Store, new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 KEEP = Keep(file_bytes=8 << 20, low_space_bytes=0)
 NOBODY = 65534
@@ -41,6 +41,15 @@ class World:
         self.store = Store(self.root / "state")
         self.audit = AuditLog(self.store)
         self.journal = Journal(self.store, self.audit, self.root / "state" / "objects", self.keep)
+
+    def retry(self, calls: Sequence[str] = (), *, force: bool = False) -> list[Left]:
+        """As the daemon does it, now and then and at a person's word."""
+        recovery = self.journal.recovery
+        recovery.write_ends()
+        for call, paths in recovery.calls():
+            if not calls or call in calls:
+                recovery.retry(call, paths, force=force)
+        return [left for left in recovery.left() if not calls or left.call in calls]
 
     def reopen(self) -> list[str]:
         self.store.close()
