@@ -14,6 +14,7 @@ import hashlib
 import os
 import secrets
 import signal
+import time
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
@@ -33,6 +34,8 @@ _BLOCK = 4096
 _PACKED = ".zst"
 _LEVEL = 3  # zstd's own choice: at 300 MB/s and more faster than any card writes
 _WORTH_PACKING = 256  # bytes: below that it takes more time than it saves space
+_LONG = 256 << 20  # more than any call may change
+_PATIENCE_S = (120.0, 5.0)  # for one file, and for one that is so long
 _PAYS = 0.9  # of its size; measured on the first chunk
 _FICLONE = 0x4004_9409  # _IOW(0x94, 9, int), linux/fs.h
 _SETSIG, _SETLEASE, _GETLEASE = 10, 1024, 1025  # linux/fcntl.h; the same on all architectures
@@ -324,8 +327,13 @@ def _digest(chunks: Iterable[bytes]) -> str:
 
 
 def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    """Raises OSError (ETIMEDOUT) if it takes too long: a file of holes can be longer than any disk."""
+    long = os.fstat(file.fileno()).st_size > _LONG
+    deadline = time.monotonic() + (_PATIENCE_S[1] if long else _PATIENCE_S[0])
     while chunk := file.read(_CHUNK):
         yield chunk
+        if time.monotonic() > deadline:
+            raise OSError(errno.ETIMEDOUT, "reading it takes too long")
 
 
 def _head(source: int, size: int) -> bytes:

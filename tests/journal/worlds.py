@@ -82,7 +82,8 @@ class World:
 
     def broker(self, home: Path | None = None) -> tuple[Transaction, Files]:
         transaction = self.begin()
-        scope = (PathRule(os.fsencode(home or self.home)),)
+        transaction.roots = (os.fsencode(home or self.home),)
+        scope = (PathRule(transaction.roots[0]),)
         return transaction, Files(Access(scope, scope), transaction)
 
     def roll_back(self, transaction: Transaction) -> JournalError | None:
