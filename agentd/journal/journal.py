@@ -7,7 +7,6 @@ that has no end when the daemon starts is rolled back (`recovery`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from agentd_sandbox.paths import Nearby
 
-from agentd.audit import Event, FileOperation, FileTouched
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
+from agentd.journal.ending import file_touched, leave_out_directories, looked_at, with_files
 from agentd.journal.flushing import make_all_durable
 from agentd.journal.images import GIVE_UP, Image, Images, times_around
 from agentd.journal.places import Granting, parents
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     import apsw
     from agentd_sandbox.recorder import Operation
 
-    from agentd.audit import AuditLog
+    from agentd.audit import AuditLog, Event, FileTouched
     from agentd.store import Store
 
 
@@ -48,7 +47,6 @@ _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, prin
 _IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length, ahead) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 _AGAIN = "UPDATE pre_image SET before = ?, content = ?, object = ?, length = ?, ahead = 0 WHERE call = ? AND n = ?"
 _AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND n = ?"
-_ON_RECORD = 5000  # files in the event of a call's end: a megabyte
 _UNUSED = "DELETE FROM pre_image WHERE call = ? AND ahead = 1 AND after IS NULL"
 """States that were taken ahead, and of which nothing came."""
 _BATCH = 500
@@ -160,6 +158,15 @@ class Journal:
         transaction.rows += len(rows)
         transaction.ahead.update((image.path, (image, paths[image.path])) for image in numbered)
 
+    def confirm(self, transaction: Transaction, paths: Sequence[bytes]) -> None:
+        """States that were taken ahead count whatever is at their paths by now: what was removed is about to be made anew. Raises
+        StoreError.
+        """
+        rows = [(transaction.call, transaction.images[path].n) for path in paths]
+        self._store.write(lambda db: db.executemany("UPDATE pre_image SET ahead = 0 WHERE call = ? AND n = ?", rows))
+        for path in paths:
+            transaction.images[path] = replace(transaction.images[path], ahead=False)
+
     def _capture_closed(
         self, transaction: Transaction, paths: Mapping[bytes, Operation], failures: list[Failure] | None
     ) -> None:
@@ -227,7 +234,7 @@ class Journal:
             done = (json.dumps(list(undoes)), transaction.call)
             db.execute("UPDATE journal SET state = 'done', undoes = ? WHERE call = ?", done)
             db.executemany("UPDATE journal SET state = ?2 WHERE call = ?1", settled)
-            self._audit.append(db, _with_files(event, files, undoable=bool(files)))
+            self._audit.append(db, with_files(event, files, undoable=bool(files)))
 
         try:
             self._end(commit, self._results(transaction, after, results))
@@ -252,7 +259,7 @@ class Journal:
         def commit(db: apsw.Connection) -> None:
             db.execute(_UNUSED, (transaction.call,))
             db.execute("UPDATE journal SET state = ? WHERE call = ?", ("rehearsed" if files else "done", transaction.call))
-            self._audit.append(db, _with_files(event, files, undoable=False))
+            self._audit.append(db, with_files(event, files, undoable=False))
 
         self._end(commit, self._results(transaction, after, results))
         self._part(transaction.images.values())
@@ -271,13 +278,13 @@ class Journal:
         """What the call has left, durable, and what of it is new. Raises JournalError with everything restored."""
         try:
             with Granting(lambda path: self.note_mode(transaction, path)) as granting:
-                after = _looked_at(transaction.images, granting)
+                after = looked_at(transaction.images, granting)
                 files = {
                     path: touched
                     for path, image in transaction.images.items()
-                    if (touched := _touched(path, image.before, after[path])) is not None
+                    if (touched := file_touched(path, image.before, after[path])) is not None
                 }
-                _leave_out_directories(transaction, after, files)
+                leave_out_directories(transaction, after, files)
                 self._add_directories(transaction, after, files, granting)
                 make_all_durable(files, one_by_one=not granting.used)
         except AgentdError:  # what it left can't be written down
@@ -313,7 +320,7 @@ class Journal:
                     after[directory] = state
         if images:
             self._write_images(transaction, list(images.values()), None, self.write_end)
-            touched = {path: _touched(path, image.before, after[path]) for path, image in images.items() if path in after}
+            touched = {path: file_touched(path, image.before, after[path]) for path, image in images.items() if path in after}
             files |= {path: each for path, each in touched.items() if each}
 
     def note_mode(self, transaction: Transaction, path: bytes) -> None:
@@ -414,18 +421,6 @@ class Journal:
         return self.recovery.recover()
 
 
-def _with_files(event: Event, files: Mapping[bytes, FileTouched], *, undoable: bool) -> Event:
-    """Of very many, the first ones, how many there are, and a digest of all of them; the journal has them, too."""
-    touched = tuple(files.values())
-    detail = event.detail
-    if len(touched) > _ON_RECORD:
-        digest = hashlib.sha256()
-        for each in touched:
-            digest.update(each.model_dump_json().encode() + b"\n")
-        detail = {**(detail or {}), "files": {"count": len(touched), "sha256": digest.hexdigest()}}
-    return event.model_copy(update={"files": touched[:_ON_RECORD], "undoable": undoable, "detail": detail})
-
-
 def _columns(kept: Kept) -> tuple[bytes | None, str | None, int]:
     return kept.inline, kept.object, kept.length
 
@@ -459,36 +454,3 @@ def _noting(path: bytes, failures: list[Failure] | None) -> Iterator[None]:
         if failures is None:
             raise
         failures.append(Failure(path, e.message.rstrip(".")))
-
-
-def _looked_at(paths: Iterable[bytes], granting: Granting) -> dict[bytes, PathState]:
-    """The state of each; what lies in a directory that is not there is not there, either. Raises OSError."""
-    found: dict[bytes, PathState] = {}
-    with contextlib.closing(Nearby()) as nearby:
-        for path in sorted(paths, key=lambda p: p.count(b"/")):
-            above = found.get(os.path.dirname(path))
-            gone = above is not None and above.kind != "folder"
-            found[path] = ABSENT if gone else look_anyhow(path, granting, nearby=nearby)
-    return found
-
-
-def _leave_out_directories(transaction: Transaction, after: dict[bytes, PathState], files: dict[bytes, FileTouched]) -> None:
-    """Those that are different only in their time, because of what was changed in them: that is on record with it."""
-    for directory in {os.path.dirname(path) for path in files} & files.keys():
-        before, now = transaction.images[directory].before, after[directory]
-        if before.kind == now.kind == "folder" and before.same_as(now):
-            after[directory] = replace(now, mtime_ns=before.mtime_ns)
-            del files[directory]
-
-
-def _touched(path: bytes, before: PathState, after: PathState) -> FileTouched | None:
-    if not after.differs_from(before):
-        return None
-    if before.kind == "absent":
-        operation: FileOperation = "create"
-    elif after.kind == "absent":
-        operation = "delete"
-    else:
-        same = (before.kind, before.digest, before.target) == (after.kind, after.digest, after.target)
-        operation = "attributes" if same else "change"
-    return FileTouched(path=os.fsdecode(path), operation=operation, before=before.digest or None, after=after.digest or None)

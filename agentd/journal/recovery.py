@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from agentd.audit import Event
 from agentd.errors import AgentdError
 from agentd.journal.images import GIVE_UP, times_around
+from agentd.journal.making import Target, restoring_does
 from agentd.journal.places import Granting, parents, reach, shown
 from agentd.journal.plan import finished_since
-from agentd.journal.restoring import Failure, Restoring, Target, restoring_does
+from agentd.journal.restoring import Failure, Restoring
 from agentd.journal.state import ABSENT, PathState, look, look_anyhow, without_content
 from agentd.journal.transaction import Transaction
 from agentd.store import new_id

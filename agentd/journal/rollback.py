@@ -14,9 +14,10 @@ from agentd.audit import Event
 from agentd.errors import JournalError, Reason
 from agentd.journal.contents import TooLarge
 from agentd.journal.images import GIVE_UP
+from agentd.journal.making import Target, restoring_does
 from agentd.journal.places import shown
 from agentd.journal.plan import Plan, Planner, Verdict
-from agentd.journal.restoring import Restoring, Target, restoring_does
+from agentd.journal.restoring import Restoring
 from agentd.journal.state import PathState, take
 from agentd.store import new_id
 

@@ -79,13 +79,18 @@ class Transaction:
     def before_changes(self, changes: Sequence[Change]) -> frozenset[bytes]:
         """Make the pre-images of paths durable, once per path, in one commit. Raises Refusal where that can't be done."""
         wanted: dict[bytes, Operation] = {}
+        anew: list[bytes] = []
         for change in changes:
-            image = self.images.get(change.path) or self._taken_ahead(change)
+            if (image := self.images.get(change.path)) is not None and image.ahead:
+                anew.append(change.path)
+            image = image or self._taken_ahead(change)
             if image is None or (image.content.length and change.operation != "append"):
                 wanted[change.path] = change.operation
-        if not wanted:
+        if not (wanted or anew):
             return frozenset()
         try:
+            if anew:
+                self._journal.confirm(self, anew)
             if len(changes) == 1 and changes[0].operation == "remove":
                 self._take_ahead(changes[0].path)
             self._journal.capture(self, wanted, None)
