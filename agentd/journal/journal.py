@@ -6,17 +6,14 @@ that has no end when the daemon starts is rolled back (`recovery`).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from agentd_sandbox.paths import Nearby
-
 from agentd.errors import AgentdError, JournalError, Reason
+from agentd.journal.capturing import Captures
 from agentd.journal.contents import INLINE_BYTES, Contents, Kept, TooLarge
 from agentd.journal.ending import file_touched, leave_out_directories, looked_at, with_files
 from agentd.journal.flushing import make_all_durable
@@ -24,28 +21,24 @@ from agentd.journal.images import GIVE_UP, Image, Images, times_around
 from agentd.journal.places import Granting, parents
 from agentd.journal.plan import Selection, Ways
 from agentd.journal.recovery import Recovery
-from agentd.journal.restoring import Failure
 from agentd.journal.retention import Keep, Retention
 from agentd.journal.rollback import Rollbacks, Undone
-from agentd.journal.state import ABSENT, PathState, as_it_was, keep, look_anyhow
-from agentd.journal.transaction import Seen, Taker, Transaction, unreadable
+from agentd.journal.state import PathState, keep, look_anyhow
+from agentd.journal.transaction import Taker, Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     import apsw
     from agentd_sandbox.recorder import Operation
 
     from agentd.audit import AuditLog, Event, FileTouched
+    from agentd.journal.restoring import Failure
     from agentd.store import Store
 
 
 T = TypeVar("T")
-_BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
-            VALUES (?, 'open', ?, ?, ?, ?, ?, ?)"""
-_IMAGE = "INSERT INTO pre_image (call, n, path, before, content, object, length, ahead) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-_AGAIN = "UPDATE pre_image SET before = ?, content = ?, object = ?, length = ?, ahead = 0 WHERE call = ? AND n = ?"
 _AFTER = "UPDATE pre_image SET after = ?, result = ?, result_object = ? WHERE call = ? AND n = ?"
 _UNUSED = "DELETE FROM pre_image WHERE call = ? AND ahead = 1 AND after IS NULL"
 """States that were taken ahead, and of which nothing came."""
@@ -60,6 +53,7 @@ class Journal:
         self._store, self._audit = store, audit
         self._contents = Contents(objects)
         self._taker = Taker(self._contents, bounds)
+        self.captures = Captures(store, audit, self._taker, self._contents)
         self._bounds = bounds
         self.retention = Retention(store, audit, objects.parent, self._contents, bounds)
         self._images = Images(store, self._contents)
@@ -79,7 +73,7 @@ class Journal:
         transaction.roots = tuple(named)
         if named:
             self.retention.require_space(named)
-        self.capture(transaction, self._taker.at_once(named), intent)
+        self.captures.capture(transaction, self._taker.at_once(named), intent)
         return transaction
 
     def begin_restoring(
@@ -93,7 +87,7 @@ class Journal:
         ordered = dict(sorted(paths.items(), key=lambda item: item[0].count(b"/")))
         around = {os.path.dirname(path) for path in paths}
         transaction.roots = tuple(path for path in around if not around.intersection(parents(path)))
-        self.capture(transaction, ordered, intent, failures)
+        self.captures.capture(transaction, ordered, intent, failures)
         return transaction
 
     def _new(self, call: str, *, limited: bool = True) -> Transaction:
@@ -104,116 +98,6 @@ class Journal:
     def foresee(self, paths: Iterable[bytes]) -> str:
         """Why changing these paths could not be undone, as far as can be said beforehand; empty if it could."""
         return self._taker.foresee(paths)
-
-    def capture(
-        self,
-        transaction: Transaction,
-        paths: Mapping[bytes, Operation],
-        intent: Event | None,
-        failures: list[Failure] | None = None,
-    ) -> None:
-        """Add pre-images of paths to a transaction; with `intent`, the event and the transaction itself too.
-
-        A path maps to what is about to happen to it. Raises JournalError (NOT_UNDOABLE, DESCRIPTORS_SHORT), StoreError.
-        """
-        images: list[Image] = []
-        closed: dict[bytes, Operation] = {}
-        nearby, gone = Nearby(), set[bytes]()
-        try:
-            for path, operation in paths.items():
-                if os.path.dirname(path) in gone:
-                    images.append(Image(transaction.call, path, ABSENT))
-                    continue
-                with _noting(path, failures):
-                    try:
-                        images.append(self._taker.take(transaction, path, operation, nearby))
-                        if not transaction.limited and images[-1].before.kind == "absent":
-                            gone.add(path)
-                    except OSError:
-                        # Kept as it is, it could not be read later, either.
-                        closed[path] = "write" if operation in ("remove", "replace") else operation
-                        if noted := self._taker.note(transaction, path):
-                            images.append(noted)
-            self._write_images(transaction, images, intent)
-        except AgentdError:
-            self._part(images)
-            raise
-        finally:
-            nearby.close()
-        if closed:
-            self._capture_closed(transaction, closed, failures)
-
-    def capture_ahead(self, transaction: Transaction, paths: Mapping[bytes, Seen]) -> None:
-        """Take the states of small files and symlinks that may be removed next: they count only if they are. Raises
-        AgentdError, and then none of them was taken.
-        """
-        images: list[Image] = []
-        with contextlib.closing(Nearby()) as nearby:
-            for path in paths:
-                with contextlib.suppress(OSError):
-                    images.append(self._taker.take(transaction, path, "write", nearby))
-        numbered = [replace(image, n=n, ahead=True) for n, image in enumerate(images, transaction.rows)]
-        rows = [(*_row(image), 1) for image in numbered]
-        self._store.write(lambda db: db.executemany(_IMAGE, rows))
-        transaction.rows += len(rows)
-        transaction.ahead.update((image.path, (image, paths[image.path])) for image in numbered)
-
-    def confirm(self, transaction: Transaction, paths: Sequence[bytes]) -> None:
-        """States that were taken ahead count whatever is at their paths by now: what was removed is about to be made anew. Raises
-        StoreError.
-        """
-        rows = [(transaction.call, transaction.images[path].n) for path in paths]
-        self._store.write(lambda db: db.executemany("UPDATE pre_image SET ahead = 0 WHERE call = ? AND n = ?", rows))
-        for path in paths:
-            transaction.images[path] = replace(transaction.images[path], ahead=False)
-
-    def _capture_closed(
-        self, transaction: Transaction, paths: Mapping[bytes, Operation], failures: list[Failure] | None
-    ) -> None:
-        """Their modes are on record by now: the owner may be permitted to read them for a while."""
-        images: list[Image] = []
-        with Granting(lambda path: self.note_mode(transaction, path)) as granting:
-            for path, operation in paths.items():
-                with _noting(path, failures):
-                    try:
-                        image = granting.reading(lambda: self._taker.take(transaction, path, operation), path)  # noqa: B023
-                    except OSError as e:
-                        raise unreadable(path, e) from e
-                    images.append(replace(image, before=as_it_was(image.before, path, granting)))
-        self._write_images(transaction, images, None)
-
-    def _write_images(
-        self,
-        transaction: Transaction,
-        images: Sequence[Image],
-        intent: Event | None,
-        write: Callable[[Callable[[apsw.Connection], object]], object] | None = None,
-    ) -> None:
-        write = write or self._store.write
-        numbered, known = _numbered(transaction, images)
-        again = [image for image in numbered if image.n in known]
-        new = [image for image in numbered if image.n not in known]
-
-        def commit(db: apsw.Connection) -> None:
-            if intent is not None:
-                self._audit.append(db, intent)
-                who = (intent.run, intent.session, intent.principal, intent.tool.effect if intent.tool else "")
-                db.execute(_BEGIN, (transaction.call, transaction.begun, time.time_ns(), *who))
-            db.executemany(_IMAGE, ((*_row(image), 0) for image in new))
-            db.executemany(_AGAIN, ((i.before.to_json(), *_columns(i.content), i.call, i.n) for i in again))
-
-        write(commit)
-        transaction.rows += len(new)
-        for image in numbered:
-            transaction.ahead.pop(image.path, None)
-            transaction.images[image.path] = image
-
-    def _part(self, images: Iterable[Image]) -> None:
-        """A file that was to be kept as it is, but is still in its place, is somebody's again, and nobody else's."""
-        for image in images:
-            if image.content.as_it_is and image.content.object:
-                with contextlib.suppress(AgentdError):  # the next start does it
-                    self._contents.part(image.content.object)
 
     def finish(
         self,
@@ -242,7 +126,7 @@ class Journal:
             self.recovery.not_ended(transaction.call)
             self.restore(transaction)
             raise
-        self._part(transaction.images.values())
+        self.captures.part(transaction.images.values())
         return tuple(files.values())
 
     def rehearse(self, transaction: Transaction, event: Event) -> tuple[FileTouched, ...]:
@@ -262,7 +146,7 @@ class Journal:
             self._audit.append(db, with_files(event, files, undoable=False))
 
         self._end(commit, self._results(transaction, after, results))
-        self._part(transaction.images.values())
+        self.captures.part(transaction.images.values())
         return tuple(files.values())
 
     def _results(
@@ -277,7 +161,7 @@ class Journal:
     def _settled(self, transaction: Transaction) -> tuple[dict[bytes, PathState], dict[bytes, FileTouched]]:
         """What the call has left, durable, and what of it is new. Raises JournalError with everything restored."""
         try:
-            with Granting(lambda path: self.note_mode(transaction, path)) as granting:
+            with Granting(lambda path: self.captures.note_mode(transaction, path)) as granting:
                 after = looked_at(transaction.images, granting)
                 files = {
                     path: touched
@@ -319,14 +203,9 @@ class Journal:
                     images[directory] = Image(transaction.call, directory, replace(state, mtime_ns=former))
                     after[directory] = state
         if images:
-            self._write_images(transaction, list(images.values()), None, self.write_end)
+            self.captures.write(transaction, list(images.values()), None, self.write_end)
             touched = {path: file_touched(path, image.before, after[path]) for path, image in images.items() if path in after}
             files |= {path: each for path, each in touched.items() if each}
-
-    def note_mode(self, transaction: Transaction, path: bytes) -> None:
-        """What is about to be given another mode for a while gets its own again, whatever happens in between."""
-        if path not in transaction.images:
-            self.capture(transaction, {path: "write"}, None)
 
     def _result(self, path: bytes, state: PathState, limit: int) -> Kept:
         """What a call has made of a file: small ones to be shown and merged later, all of a rehearsal to be applied."""
@@ -384,7 +263,7 @@ class Journal:
                 self.recovery.not_ended(transaction.call)
             raise
         self.recovery.ended(transaction.call)
-        self._part(transaction.images.values())
+        self.captures.part(transaction.images.values())
         if left is not None:
             raise left
 
@@ -419,38 +298,3 @@ class Journal:
     def recover(self) -> list[str]:
         """Roll back what a killed daemon left open, newest first; returns the calls."""
         return self.recovery.recover()
-
-
-def _columns(kept: Kept) -> tuple[bytes | None, str | None, int]:
-    return kept.inline, kept.object, kept.length
-
-
-def _numbered(transaction: Transaction, images: Sequence[Image]) -> tuple[list[Image], set[int]]:
-    """Each with its place among those of the call, and the places that were known: a path keeps its own."""
-    count = transaction.rows
-    numbered: list[Image] = []
-    known: set[int] = set()
-    for image in images:
-        former = transaction.images.get(image.path) or transaction.ahead.get(image.path, (None, None))[0]
-        n = former.n if former else count
-        if former:
-            known.add(n)
-        else:
-            count += 1
-        numbered.append(image if image.n == n else Image(image.call, image.path, image.before, image.content, n=n))
-    return numbered, known
-
-
-def _row(image: Image) -> tuple[object, ...]:
-    return image.call, image.n, image.path, image.before.to_json(), *_columns(image.content)
-
-
-@contextlib.contextmanager
-def _noting(path: bytes, failures: list[Failure] | None) -> Iterator[None]:
-    """With `failures`, an error of this path is put there."""
-    try:
-        yield
-    except AgentdError as e:
-        if failures is None:
-            raise
-        failures.append(Failure(path, e.message.rstrip(".")))

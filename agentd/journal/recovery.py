@@ -125,7 +125,7 @@ class Recovery:
 
         def before_granting(path: bytes) -> None:
             if path not in transaction.images:
-                self._journal.capture(transaction, {path: "write"}, None)
+                self._journal.captures.capture(transaction, {path: "write"}, None)
 
         if expected is None:
             own = any(image.call == transaction.call for image in ordered)
@@ -205,7 +205,7 @@ class Recovery:
         changed: dict[bytes, Operation] = {}
         failures: list[Failure] = []
         reopened = self._reopened(call)
-        with Granting(lambda path: self._journal.note_mode(reopened, path)) as granting:
+        with Granting(lambda path: self._journal.captures.note_mode(reopened, path)) as granting:
             for image in images:
                 try:
                     now = look_anyhow(image.path, granting, image.before)

@@ -165,7 +165,7 @@ class Rollbacks:
             transaction.images.clear()
             raise _stopped(meanwhile[0].path, "it was changed while it was being restored")
         targets = [self._target(planned, plan.times) for planned in chosen]
-        before_granting = functools.partial(self._journal.note_mode, transaction)
+        before_granting = functools.partial(self._journal.captures.note_mode, transaction)
         restoring = Restoring(
             *(targets, transaction.mark, plan.times, before_granting, progress), others=plan.others, expected=expected
         )

@@ -90,10 +90,10 @@ class Transaction:
             return frozenset()
         try:
             if anew:
-                self._journal.confirm(self, anew)
+                self._journal.captures.confirm(self, anew)
             if len(changes) == 1 and changes[0].operation == "remove":
                 self._take_ahead(changes[0].path)
-            self._journal.capture(self, wanted, None)
+            self._journal.captures.capture(self, wanted, None)
         except CannotKeep as e:
             raise Refusal(e.errno, str(e)) from None
         except JournalError as e:
@@ -130,7 +130,7 @@ class Transaction:
             self._removed[directory] = _NO_MORE  # the others are large, and taken one by one
         size = self.size
         with contextlib.suppress(AgentdError):  # each is taken by itself then, or refused
-            self._journal.capture_ahead(self, names)
+            self._journal.captures.capture_ahead(self, names)
         self.size = size
 
     def _covers(self, directory: bytes) -> bool:
