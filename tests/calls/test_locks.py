@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,8 +107,8 @@ def test_who_waits_says_for_whom_and_a_cancel_ends_the_wait(home: Path):
         async with held.changing("first", [os.fsencode(home / "a")]):
 
             async def second() -> None:
-                async with held.changing("second", [os.fsencode(home / "a" / "b")], waits.append):
-                    pytest.fail("it should have waited")
+                await held.acquire("second", [os.fsencode(home / "a" / "b")], waits.append)
+                pytest.fail("it should have waited")
 
             task = asyncio.create_task(second())
             await until(lambda: waits)
@@ -168,3 +169,20 @@ def test_only_so_many_wait(home: Path, monkeypatch: pytest.MonkeyPatch):
         await asyncio.wait_for(task, 5)
 
     asyncio.run(scene())
+
+
+def test_a_bind_mount_of_a_part_is_that_part(tmp_path: Path):
+    """Whatever it is called: the names within the file system count."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount")
+    (tmp_path / "src" / "sub").mkdir(parents=True)
+    (tmp_path / "at here").mkdir()
+    made = subprocess.run(["mount", "--bind", tmp_path / "src" / "sub", tmp_path / "at here"], check=False)
+    if made.returncode != 0:
+        pytest.skip("nothing can be mounted here")
+    try:
+        assert tree(tmp_path / "src").overlaps(tree(tmp_path / "at here" / "new"))
+        assert tree(tmp_path / "at here").overlaps(tree(tmp_path / "src" / "sub" / "x"))
+        assert not tree(tmp_path / "at here" / "x").overlaps(tree(tmp_path / "src" / "y"))
+    finally:
+        subprocess.run(["umount", tmp_path / "at here"], check=True)
