@@ -326,3 +326,26 @@ def returns_text() -> Any:
 @tool("eats_memory")
 def eats_memory() -> dict[str, Any]:
     return {"n": len(bytearray(1 << 30))}
+
+
+@tool("fills")
+def fills(path: str, how: str, mib: int) -> dict[str, Any]:
+    """Files of 8 MiB, one after another; the time of a look passes with each."""
+    size = 8 << 20
+    for n in range(mib // 8):
+        descriptor = os.open(f"{path}/{how}{n}", os.O_WRONLY | os.O_CREAT, 0o600)
+        match how:
+            case "written":
+                os.write(descriptor, bytes(size))
+            case "holes":
+                os.ftruncate(descriptor, size)
+            case "set aside":
+                os.posix_fallocate(descriptor, 0, size)
+            case "moved":
+                os.write(descriptor, bytes(size))
+                os.rename(f"{path}/{how}{n}", f"{path}/other{n}")
+            case "unnamed":
+                os.unlink(f"{path}/{how}{n}")
+                os.write(descriptor, bytes(size))
+        time.sleep(0.1)
+    return {"done": True}

@@ -15,6 +15,7 @@ from agentd_sandbox import (
     Access,
     Contact,
     Job,
+    Limits,
     Outcome,
     OutputTooLarge,
     PathRule,
@@ -22,6 +23,7 @@ from agentd_sandbox import (
     Sandbox,
     WorkerCancelled,
     WorkerDied,
+    WorkerOffence,
     WorkerTimeout,
     probe,
 )
@@ -307,6 +309,23 @@ def test_a_worker_that_hangs_is_ended_at_its_deadline(arena: Arena):
     """It is gone when the error comes."""
     with pytest.raises(WorkerTimeout):
         arena.run("hang", deadline_s=0.3)
+
+
+@pytest.mark.parametrize("how", ["written", "holes", "set aside", "moved", "unnamed"])
+def test_what_a_call_writes_has_a_bound(arena: Arena, monkeypatch: pytest.MonkeyPatch, how: str):
+    """In whatever way it is written; below it, the same call succeeds."""
+    monkeypatch.setattr(arena.sandbox, "limits", Limits(written_mib=64))
+    access = arena.access(write=True)
+    assert arena.run("fills", access, path=str(arena.inside), how=how, mib=32, deadline_s=20).result == {"done": True}
+    for file in arena.inside.iterdir():
+        file.unlink()
+    if how == "set aside":  # refused before it is there
+        outcome = arena.run("fills", access, path=str(arena.inside), how=how, mib=160, deadline_s=20)
+        assert outcome.error is not None
+        assert "full" in outcome.error
+        return
+    with pytest.raises(WorkerOffence, match="64 MiB"):
+        arena.run("fills", access, path=str(arena.inside), how=how, mib=160, deadline_s=20)
 
 
 def test_a_call_can_be_cancelled(arena: Arena):
