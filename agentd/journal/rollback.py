@@ -170,7 +170,7 @@ class Rollbacks:
             *(targets, transaction.mark, plan.times, before_granting, progress), others=plan.others, expected=expected
         )
         if failures := restoring.run():
-            transaction.keep_only(restoring.changed - restoring.failures.keys())
+            transaction.keep_only(restoring.changed)
             raise _stopped(failures[0].path, failures[0].why)
 
     def _target(self, planned: PathPlan, times: Mapping[bytes, int]) -> Target:

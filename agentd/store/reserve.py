@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MIB = 1 << 20
-_SIZES = range(8 * _MIB, 0, -_MIB // 2)
-"""As much of it as can be had: a start takes up to one, a recovery more."""
+_WHOLE = 8 * _MIB
+"""A start takes up to one, a recovery more. Of a small disk an eighth."""
 _NEEDED = 2 * _MIB
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -29,8 +29,8 @@ class Reserve:
         except OSError as e:
             return e.errno not in _FULL
         try:
-            held = os.fstat(descriptor).st_size
-            for size in _SIZES:
+            held, whole = os.fstat(descriptor).st_size, self._whole()
+            for size in (whole, whole * 3 // 4, whole // 2, whole // 4):
                 if size <= held:
                     break
                 try:
@@ -40,7 +40,7 @@ class Reserve:
                     os.ftruncate(descriptor, 0)
                     if e.errno not in _FULL:  # a file system that can't do it: all works without, but for that
                         return True
-            return os.fstat(descriptor).st_size >= _SIZES[0]
+            return os.fstat(descriptor).st_size >= whole
         finally:
             os.close(descriptor)
 
@@ -59,4 +59,8 @@ class Reserve:
             space = os.statvfs(self._folder)
         except OSError:  # it is made in a moment
             return False
-        return space.f_bavail * space.f_frsize < _NEEDED and self.release()
+        return space.f_bavail * space.f_frsize < min(_NEEDED, self._whole()) and self.release()
+
+    def _whole(self) -> int:
+        space = os.statvfs(self._folder)
+        return min(_WHOLE, space.f_blocks * space.f_frsize // 8)

@@ -131,8 +131,8 @@ class JournalServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RecoverCalls(self, request, context):
-        """Tries again to restore what is left. Returns what still could not be.
-        Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
+        """Tries again to restore what is left, of the caller's own calls or, for an admin, of all. Returns what still could not be.
+        Errors: FAILED_PRECONDITION AUDIT_CLOSED; RESOURCE_EXHAUSTED STORE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

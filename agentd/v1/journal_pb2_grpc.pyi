@@ -52,8 +52,8 @@ class JournalServiceStub:
     ListLeftovers: _grpc.UnaryUnaryMultiCallable[_journal_pb2.ListLeftoversRequest, _journal_pb2.ListLeftoversResponse]
     """Lists the paths that failed calls have changed and that could not be restored yet, oldest first."""
     RecoverCalls: _grpc.UnaryUnaryMultiCallable[_journal_pb2.RecoverCallsRequest, _journal_pb2.ListLeftoversResponse]
-    """Tries again to restore what is left. Returns what still could not be.
-    Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
+    """Tries again to restore what is left, of the caller's own calls or, for an admin, of all. Returns what still could not be.
+    Errors: FAILED_PRECONDITION AUDIT_CLOSED; RESOURCE_EXHAUSTED STORE_FULL.
     """
     DiffChanges: _grpc.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]
     """Shows what a selection of calls has changed, from before the first to after the last of them.
@@ -94,8 +94,8 @@ class JournalServiceAsyncStub(JournalServiceStub):
     ListLeftovers: _aio.UnaryUnaryMultiCallable[_journal_pb2.ListLeftoversRequest, _journal_pb2.ListLeftoversResponse]  # type: ignore[assignment]
     """Lists the paths that failed calls have changed and that could not be restored yet, oldest first."""
     RecoverCalls: _aio.UnaryUnaryMultiCallable[_journal_pb2.RecoverCallsRequest, _journal_pb2.ListLeftoversResponse]  # type: ignore[assignment]
-    """Tries again to restore what is left. Returns what still could not be.
-    Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
+    """Tries again to restore what is left, of the caller's own calls or, for an admin, of all. Returns what still could not be.
+    Errors: FAILED_PRECONDITION AUDIT_CLOSED; RESOURCE_EXHAUSTED STORE_FULL.
     """
     DiffChanges: _aio.UnaryUnaryMultiCallable[_journal_pb2.DiffChangesRequest, _journal_pb2.DiffChangesResponse]  # type: ignore[assignment]
     """Shows what a selection of calls has changed, from before the first to after the last of them.
@@ -169,8 +169,8 @@ class JournalServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _journal_pb2.RecoverCallsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_journal_pb2.ListLeftoversResponse, _abc.Awaitable[_journal_pb2.ListLeftoversResponse]]:
-        """Tries again to restore what is left. Returns what still could not be.
-        Errors: NOT_FOUND CALL_NOT_FOUND; RESOURCE_EXHAUSTED STORE_FULL.
+        """Tries again to restore what is left, of the caller's own calls or, for an admin, of all. Returns what still could not be.
+        Errors: FAILED_PRECONDITION AUDIT_CLOSED; RESOURCE_EXHAUSTED STORE_FULL.
         """
 
     @_abc_1.abstractmethod

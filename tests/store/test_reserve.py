@@ -26,7 +26,7 @@ def test_it_is_set_aside_once_and_given_up_once(tmp_path: Path):
     assert not reserve.release()
 
 
-@pytest.mark.parametrize(("left", "held"), [(0, 0), (3 * MIB, 3 * MIB), (100 * MIB, 8 * MIB)])
+@pytest.mark.parametrize(("left", "held"), [(0, 0), (3 * MIB, 2 * MIB), (5 * MIB, 4 * MIB), (100 * MIB, 8 * MIB)])
 def test_on_a_full_disk_it_is_what_can_be_had_and_that_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, held: int
 ):
