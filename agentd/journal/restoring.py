@@ -271,7 +271,7 @@ class Restoring:
         ):  # what it is to be may be the beginning of what it is
             self._granting.give(target.path)
         its_own = now.links == 1 or now.inode == state.inode
-        holes = now.holes or not state.holes
+        holes = now.holes == state.holes
         if not (now.kind == "file" and now.digest == state.digest and its_own and holes):
             self._write(target, now)
         self._sources.written(target)

@@ -223,6 +223,8 @@ class Files(Reach):
     # -- changes of names
 
     def remove(self, path: bytes, *, folder: bool) -> None:
+        if folder and path.rstrip(b"/").endswith(b"/."):  # rmdir(2): not by that name
+            raise OSError(errno.EINVAL, "dot")
         with self._named(path) as target:
             self.require(target, "write")
             if not target.exists:
