@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls.locks import Locks
-    from agentd.journal import Difference, Journal, Left, PathPlan, Plan, Rehearsal, Undone
+    from agentd.journal import Difference, Journal, Left, Plan, Rehearsal, Undone
 
 _CALLS_OF_A_RUN = 10_000
 _TREES = 64  # that are held at once
@@ -61,26 +61,25 @@ class Undoing:
     ) -> Undone:
         rollbacks = self._journal.rollbacks
 
-        def apply() -> Undone:
-            plan = rollbacks.plan(selection, ways)
+        def apply(plan: Plan) -> Undone:
             if digest is not None and plan.digest != digest:
                 message = "Something has changed since this plan was made; nothing was undone."
                 raise JournalError(Reason.PLAN_CHANGED, message, hint="Make a new plan and look at it.")
             total = len(plan.paths)
             return rollbacks.apply(plan, principal, lambda done: progress(min(done, total), total))
 
-        return await self._holding(lambda: rollbacks.plan(selection, ways).paths, apply)
+        return await self._holding(selection, ways, apply)
 
-    async def _holding(self, plan: Callable[[], Iterable[PathPlan]], do: Callable[[], T]) -> T:
-        """Do something that changes what a plan names, holding all of that. Once begun it is done to its end."""
-        paths: set[bytes] | None = None
+    async def _holding(self, selection: Selection, ways: Ways, do: Callable[[Plan], T]) -> T:
+        """Do something with a plan, holding all that it names. Once begun it is done to its end."""
+        plan = functools.partial(self._journal.rollbacks.plan, selection, ways)
         while True:
-            wanted = {planned.path for planned in await asyncio.to_thread(plan)}
+            wanted = {planned.path for planned in (await asyncio.to_thread(plan)).paths}
             async with self._locks.changing(f"undo-{new_id()}", _trees(wanted)):
+                made = await asyncio.to_thread(plan)
                 # Before its turn came, a call may have ended that it is about.
-                paths = {planned.path for planned in await asyncio.to_thread(plan)}
-                if paths <= wanted:
-                    return await self._to_its_end(do)
+                if {planned.path for planned in made.paths} <= wanted:
+                    return await self._to_its_end(functools.partial(do, made))
 
     async def _to_its_end(self, do: Callable[[], T]) -> T:
         task = asyncio.ensure_future(asyncio.to_thread(do))
@@ -160,7 +159,7 @@ class Undoing:
         A run that has reached outside can't be taken back, nor one whose files others have changed since.
         """
 
-        def take_back() -> tuple[list[str], str]:
+        def take_back(plan: Plan) -> tuple[list[str], str]:
             entries = self._audit.naming("run", run, _CALLS_OF_A_RUN)
             intents = [entry.body for entry in entries if entry.body.get("kind") == "call.intent"]
             if outside := next((body["tool"]["name"] for body in intents if _reaches_outside(body)), ""):
@@ -168,14 +167,13 @@ class Undoing:
             for rehearsal in self._journal.rollbacks.rehearsals(principal):
                 if rehearsal.run == run:
                     self._journal.rollbacks.drop(rehearsal.call, principal)
-            plan = self._journal.rollbacks.plan(Selection(run=run), Ways())
             if not any(planned.does or planned.blocks for planned in plan.paths):
                 return [], ""
             return [file.path for file in self._journal.rollbacks.apply(plan, principal).files], ""
 
         async def alone() -> tuple[list[str], str]:
             try:
-                return await self._holding(lambda: self._journal.rollbacks.plan(Selection(run=run), Ways()).paths, take_back)
+                return await self._holding(Selection(run=run), Ways(), take_back)
             except AgentdError as e:
                 return [], e.message.rstrip(".")
 
