@@ -28,7 +28,7 @@ _TREES = 64  # that are held at once
 _STOP_S = 30.0
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-"""Is told how many paths are done, and of how many."""
+"""Is called with how many paths are done, and of how many."""
 
 
 def no_progress(_done: int, _total: int) -> None:
@@ -45,8 +45,8 @@ class Undoing:
     async def undo(
         self, call: str, principal: str, ways: Ways, *, any_call: bool = True, progress: Progress = no_progress
     ) -> Undone:
-        """Undo a call, one's own unless `any_call`; waits for calls that change the same files. `progress` is told how many
-        paths of how many are done, on another thread.
+        """Undo a call, one's own unless `any_call`; waits for calls that change the same files. `progress` is called, on another
+        thread, with how many paths of how many are done.
 
         Raises what the journal raises, and RequestError (CALL_NOT_FOUND) for others' calls.
         """

@@ -53,13 +53,13 @@ __all__ = ["Client"]
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-"""Is told how many paths are done, and of how many."""
+"""Is called with how many paths are done, and of how many."""
 DEADLINE_S = 60.0
 """Of everything but runs, which have limits of their own."""
 
 
 def no_progress(_done: int, _total: int) -> None:
-    """Nobody is told."""
+    """Report nothing."""
 
 
 class Client:
@@ -275,7 +275,7 @@ class Client:
     def undo(
         self, call: str, *, partial: bool = False, force: bool = False, merge: bool = False, progress: Progress = no_progress
     ) -> journal_pb2.UndoCallResponse:
-        """Undo what a call (`calls/{call}`) has changed. `progress` is told how many paths of how many are done."""
+        """Undo what a call (`calls/{call}`) has changed. `progress` is called with how many paths of how many are done."""
         request = journal_pb2.UndoCallRequest(name=call, partial=partial, force=force, merge=merge)
         return self._rolled_back(journal_pb2.StreamRollbackRequest(call=request), progress)
 

@@ -107,8 +107,14 @@ class Restoring:
     def __post_init__(self) -> None:
         self._targets = {target.path: target for target in self.targets}
         self._granting = Granting(lambda path: None if path in self._targets else self.before_granting(path))
-        known = (self._targets, self._now, self.others, self.mark)
-        self._sources = Sources(*known, self._granting, self._noted)
+        self._sources = Sources(
+            targets=self._targets,
+            now=self._now,
+            others=self.others,
+            mark=self.mark,
+            granting=self._granting,
+            noted=self._noted,
+        )
 
     @property
     def changed(self) -> frozenset[bytes]:

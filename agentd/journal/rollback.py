@@ -167,7 +167,13 @@ class Rollbacks:
         targets = [self._target(planned, plan.times) for planned in chosen]
         before_granting = functools.partial(self._journal.captures.note_mode, transaction)
         restoring = Restoring(
-            *(targets, transaction.mark, plan.times, before_granting, progress), others=plan.others, expected=expected
+            targets=targets,
+            mark=transaction.mark,
+            times=plan.times,
+            before_granting=before_granting,
+            progress=progress,
+            others=plan.others,
+            expected=expected,
         )
         if failures := restoring.run():
             transaction.keep_only(restoring.changed)
