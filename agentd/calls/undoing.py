@@ -45,8 +45,8 @@ class Undoing:
     async def undo(
         self, call: str, principal: str, ways: Ways, *, any_call: bool = True, progress: Progress = no_progress
     ) -> Undone:
-        """Undo a call, one's own unless `any_call`; waits for calls that change the same files. `progress` is called, on another
-        thread, with how many paths of how many are done.
+        """Undo a call, one's own unless `any_call`; waits for calls that change the same files. `progress` is called, on a
+        thread of its own, with how many paths of how many are done.
 
         Raises what the journal raises, and RequestError (CALL_NOT_FOUND) for others' calls.
         """
