@@ -151,8 +151,16 @@ class Captures:
 
     def note_mode(self, transaction: Transaction, path: bytes) -> None:
         """What is about to be given another mode for a while gets its own again, whatever happens in between."""
-        if path not in transaction.images:
+        image = transaction.images.get(path)
+        if image is None:
             self.capture(transaction, {path: "write"}, None)
+            return
+        status = os.lstat(path)
+        inode = f"{status.st_dev}:{status.st_ino}"
+        if status.st_nlink > 1 and image.before.inode != inode:  # what is there now is another file, known by its other names
+            names = [os.fsencode(name) for name in transaction.other_names(path, inode)]
+            if names and not any(name in transaction.images for name in names):
+                self.capture(transaction, {names[0]: "write"}, None)
 
 
 def _columns(kept: Kept) -> tuple[bytes | None, str | None, int]:

@@ -166,7 +166,7 @@ class Journal:
                 files = {
                     path: touched
                     for path, image in transaction.images.items()
-                    if (touched := file_touched(path, image.before, after[path])) is not None
+                    if path in after and (touched := file_touched(path, image.before, after[path])) is not None
                 }
                 leave_out_directories(transaction, after, files)
                 self._add_directories(transaction, after, files, granting)

@@ -256,7 +256,9 @@ class Recovery:
         known = self._images.of(call)
         rows = max((image.n for image in known), default=-1) + 1
         images = {image.path: image for image in known if not image.ahead}
-        return Transaction(self._journal, call, int(begun), images, limited=False, rows=rows)
+        around = {os.path.dirname(path) for path in images}
+        roots = tuple(path for path in around if not around.intersection(parents(path)))
+        return Transaction(self._journal, call, int(begun), images, limited=False, rows=rows, roots=roots)
 
     def _overwrite(self, call: str, images: Sequence[Image]) -> list[Failure]:
         """As a call of its own: what somebody has made of these paths is kept, and can be had again."""

@@ -47,7 +47,10 @@ def main(descriptor: int) -> NoReturn:
     if "namespaces" in setup["layers"]:
         layers.enter_namespaces()
         os.chdir(setup["folder"])  # the same one, in the mounts that can't be written
-    control.sendall(b"r")
+    try:
+        control.sendall(b"r")
+    except OSError:  # the daemon was killed meanwhile: there is nobody to work for
+        os._exit(0)
     manner = worker.Manner(frozenset(setup["layers"]), setup["wait_killable"], os.getpid())
     while True:
         message, descriptors, _flags, _address = socket.recv_fds(control, REQUEST.size, 2)
