@@ -129,11 +129,6 @@ class Contents:
         """A whole content. Raises JournalError (NOT_UNDOABLE)."""
         return b"".join(self.chunks(kept))
 
-    def check(self, kept: Kept) -> None:
-        """Raises JournalError (NOT_UNDOABLE) if a content is missing or not what it was."""
-        for _ in self.chunks(kept):
-            pass
-
     def _stored(self, kept: Kept) -> Iterator[bytes]:
         if kept.inline is not None:
             yield unpack(kept.inline, kept.digest)

@@ -7,6 +7,7 @@ on a list with the reason and what was there then; it is tried again while the d
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -123,10 +124,7 @@ class Recovery:
         times = times_around(ordered)
         targets = [Target(i.path, _with_time(i.before, times.get(i.path)), self._content(i), i.content.length) for i in ordered]
 
-        def before_granting(path: bytes) -> None:
-            if path not in transaction.images:
-                self._journal.captures.capture(transaction, {path: "write"}, None)
-
+        before_granting = functools.partial(self._journal.captures.note_mode, transaction)
         if expected is None:
             own = any(image.call == transaction.call for image in ordered)
             expected = {} if own else {path: image.before for path, image in transaction.images.items()}

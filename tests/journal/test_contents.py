@@ -175,7 +175,7 @@ def test_what_is_damaged_is_an_error_and_never_a_content(contents: Contents, tmp
         case _:
             place.write_bytes(b"")
     with pytest.raises(JournalError) as caught:
-        contents.check(found)
+        contents.read(found)
     assert caught.value.reason is Reason.NOT_UNDOABLE
 
 
