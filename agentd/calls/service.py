@@ -191,7 +191,11 @@ class Calls:
     async def _in_thread(self, prepared: Prepared, ended: Callable[[], None] = lambda: None) -> CallResult:
         """`ended` is called when nothing of it goes on any more, whoever has given up waiting for it."""
         cancelled = threading.Event()
-        work = self._in_context(self._execute, prepared, cancelled)
+        try:
+            work = self._in_context(self._execute, prepared, cancelled)
+        except BaseException:  # no thread takes it: the daemon is stopping
+            ended()
+            raise
         work.add_done_callback(lambda _: ended())
         try:
             return await asyncio.shield(work)

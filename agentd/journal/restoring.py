@@ -80,8 +80,7 @@ class Failure:
 class Restoring:
     """Brings paths to their targets. `mark` is the call that does it; `times` are of directories that are no targets.
 
-    `before_granting` is called with a directory that is no target before its mode is changed for a while; `progress` with
-    how many paths are done.
+    `before_granting` is called with a path before its mode is changed for a while; `progress` with how many paths are done.
     """
 
     targets: Iterable[Target]
@@ -106,7 +105,7 @@ class Restoring:
 
     def __post_init__(self) -> None:
         self._targets = {target.path: target for target in self.targets}
-        self._granting = Granting(lambda path: None if path in self._targets else self.before_granting(path))
+        self._granting = Granting(self.before_granting)
         self._sources = Sources(
             targets=self._targets,
             now=self._now,

@@ -15,7 +15,7 @@ import pytest
 
 from agentd.errors import JournalError, Reason
 from agentd.journal import Keep
-from tests.journal.worlds import World, in_a_child, kill_at, need_root, run, small_disk
+from tests.journal.worlds import World, as_nobody, in_a_child, kill_at, need_root, run, small_disk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -385,6 +385,41 @@ def test_a_kill_in_the_middle_of_a_forced_retry_loses_nothing_of_theirs(world: W
             return
         assert code == -signal.SIGKILL
     pytest.fail("it takes more steps than were tried")
+
+
+def test_another_closed_file_in_the_place_of_one_that_is_restored_keeps_its_mode():
+    """It is opened for a while to be read; killed at any step of that, and it is closed again after the next start."""
+    assert as_nobody(_another_in_its_place) == 0
+
+
+def _another_in_its_place(root: Path) -> None:
+    world = World(root)
+    other, file = world.home / "other", world.home / "file"
+    for step in range(1, 400, 3):
+        other.write_text("theirs")
+        other.chmod(0)
+        file.write_text("old")
+        world.store.close()
+        code = in_a_child(lambda step=step: _roll_back_until_killed(world, file, other, step))  # type: ignore[misc]
+        world.open()
+        world.journal.recover()
+        assert (file.read_text(), other.stat().st_mode & 0o777, world.left()) == ("old", 0, {}), step
+        other.unlink()
+        if code == 0:
+            world.store.close()
+            return
+        assert code == -signal.SIGKILL
+    pytest.fail("it takes more steps than were tried")
+
+
+def _roll_back_until_killed(world: World, file: Path, other: Path, step: int) -> None:
+    world.open()
+    transaction = world.begin(file)
+    transaction.roots = (os.fsencode(world.home),)
+    file.unlink()
+    file.hardlink_to(other)
+    kill_at(step)
+    assert world.roll_back(transaction) is None
 
 
 def _had_again(world: World, file: Path) -> bytes:
