@@ -114,10 +114,10 @@ _MODES = ("000", "400", "444", "555", "644", "700", "755", "u+w", "a-w", "u-rwx"
 
 def became_a_copy(difference: Difference, before: Snapshot, touched: frozenset[bytes]) -> bool:
     """Whether the paths that were touched parted from names that were not, which nobody can find: they lie in directories that
-    may not be searched.
+    may not be searched, or could not be meanwhile, as the script had changed their modes.
     """
     group = before.links.get(difference.path, frozenset())
-    hidden = {path for path in group if path not in touched and is_closed(path, before)}
+    hidden = {path for path in group if path not in touched and (is_closed(path, before) or is_below(path, touched))}
     expected = hidden if difference.path in hidden else group - hidden
     return difference.what == "links" and bool(hidden) and difference.became == repr(sorted(expected))
 
@@ -125,6 +125,13 @@ def became_a_copy(difference: Difference, before: Snapshot, touched: frozenset[b
 def is_closed(path: bytes, before: Snapshot) -> bool:
     while path := os.path.dirname(path):
         if path in before.entries and before.entries[path].mode & 0o500 != 0o500:
+            return True
+    return False
+
+
+def is_below(path: bytes, touched: frozenset[bytes]) -> bool:
+    while path := os.path.dirname(path):
+        if path in touched:
             return True
     return False
 
