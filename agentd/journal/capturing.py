@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog, Event
     from agentd.journal.contents import Contents, Kept
+    from agentd.journal.state import PathState
     from agentd.store import Store
 
 _BEGIN = """INSERT INTO journal (call, state, begun, time_ns, run, session, principal, effect)
@@ -76,6 +77,23 @@ class Captures:
             nearby.close()
         if closed:
             self._capture_closed(transaction, closed, failures)
+        if not transaction.looked_everywhere and any(_lacks_names(image.before) for image in images):
+            self._look_for_names(transaction)
+
+    def _look_for_names(self, transaction: Transaction) -> None:
+        """Other names of files in directories that may not be searched. They are on record by now, and so is the call: a mode
+        may be changed for a while.
+        """
+        with Granting(lambda path: self.note_mode(transaction, path)) as granting:
+            transaction.look_for_names(granting)
+        found: list[Image] = []
+        for path, image in transaction.images.items():
+            if _lacks_names(image.before):
+                twins = transaction.other_names(path, image.before.inode)
+                if len(twins) > len(image.before.twins):
+                    found.append(replace(image, before=replace(image.before, twins=twins)))
+        if found:
+            self.write(transaction, found, None)
 
     def capture_ahead(self, transaction: Transaction, paths: Mapping[bytes, Seen]) -> None:
         """Take the states of small files and symlinks that may be removed next: they count only if they are. Raises
@@ -161,6 +179,10 @@ class Captures:
             names = [os.fsencode(name) for name in transaction.other_names(path, inode)]
             if names and not any(name in transaction.images for name in names):
                 self.capture(transaction, {names[0]: "write"}, None)
+
+
+def _lacks_names(state: PathState) -> bool:
+    return state.kind == "file" and state.links > len(state.twins) + 1
 
 
 def _columns(kept: Kept) -> tuple[bytes | None, str | None, int]:

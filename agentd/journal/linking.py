@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentd.journal.places import at, parents
-from agentd.journal.state import ABSENT, PathState, is_file, look
+from agentd.journal.state import ABSENT, PathState, is_file, look_anyhow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,13 +66,14 @@ class Sources:
         twins = {os.fsencode(name) for target in self.targets.values() for name in target.state.twins}
         for path in twins - self.targets.keys():
             with contextlib.suppress(OSError):
-                found = look(path, self._files.get(self.inode_at(path), ABSENT))
+                inode = self.granting.reading(functools.partial(self._inode, path), path)
+                found = look_anyhow(path, self.granting, self._files.get(inode, ABSENT))
                 if found.inode in self._linked and self._is_wanted(found):
                     self.of.setdefault(found.inode, path)
         for path, state in self.others.items():
             if path not in self.targets and state.inode in self._linked:
                 with contextlib.suppress(OSError):
-                    if look(path, state).same_as(state):
+                    if look_anyhow(path, self.granting, state).same_as(state):
                         self.of.setdefault(state.inode, path)
 
     def save(self) -> None:
@@ -117,9 +118,12 @@ class Sources:
         state = self._files.get(now.inode, ABSENT)
         return state.digest == now.digest and (now.holes or not state.holes)
 
-    @staticmethod
-    def inode_at(path: bytes) -> str:
-        with contextlib.suppress(OSError), at(path) as place:
-            if is_file(place):
-                return f"{place.status.st_dev}:{place.status.st_ino}"
+    def inode_at(self, path: bytes) -> str:
+        with contextlib.suppress(OSError):
+            return self._inode(path)
         return ""
+
+    @staticmethod
+    def _inode(path: bytes) -> str:
+        with at(path) as place:
+            return f"{place.status.st_dev}:{place.status.st_ino}" if is_file(place) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import stat
 from dataclasses import dataclass, field, replace
@@ -15,16 +16,18 @@ from agentd_sandbox.paths import Nearby, WalkError
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, TooLarge
 from agentd.journal.images import Image
+from agentd.journal.places import at
 from agentd.journal.state import keep, opened, without_content
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from agentd_sandbox import Change
     from agentd_sandbox.recorder import Operation
 
     from agentd.audit import Event, FileTouched
     from agentd.journal.journal import Journal
+    from agentd.journal.places import Granting
     from agentd.journal.retention import Keep
 
 _MIB = 1 << 20
@@ -34,6 +37,7 @@ _NAMES = 8  # of those that are noted
 _SEVERAL, _NO_MORE = 2, 1 << 30  # commits for names of a directory
 _AHEAD = 512  # paths whose states are taken before they are removed, in one commit with that of the first
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+_Listed = list[tuple[bytes, os.stat_result]]
 Seen = tuple[int, int, int, int]
 """Inode, length, and the times of the last changes of content and of anything: the same ones mean the same state."""
 
@@ -70,6 +74,8 @@ class Transaction:
     _removed: dict[bytes, int] = field(default_factory=dict)
     """How many commits the removal of names of a directory has taken so far."""
     _names: dict[str, list[bytes]] | None = None
+    looked_everywhere: bool = False
+    """Whether other names have been looked for in directories that may not be searched, too."""
 
     @property
     def mark(self) -> bytes:
@@ -139,8 +145,13 @@ class Transaction:
     def other_names(self, path: bytes, inode: str) -> tuple[str, ...]:
         """Of a file with several, some that are not `path`: what is removed can then come back as a name of the same file."""
         if self._names is None:
-            self._names = _linked(self.roots)
+            self._names = _linked(self.roots, _as_it_is)
         return tuple(os.fsdecode(name) for name in self._names.get(inode, ()) if name != path)[:_NAMES]
+
+    def look_for_names(self, granting: Granting) -> None:
+        """Also in directories that may not be searched: they are known to `other_names` from then on."""
+        self.looked_everywhere = True
+        self._names = _linked(self.roots, granting.reading)
 
     def keep_only(self, paths: frozenset[bytes]) -> None:
         """Nothing was done to any other path."""
@@ -159,22 +170,33 @@ class Transaction:
         self._journal.roll_back(self, event)
 
 
-def _linked(roots: Iterable[bytes]) -> dict[str, list[bytes]]:
+def _as_it_is(do: Callable[[], _Listed], _directory: bytes) -> _Listed:
+    return do()
+
+
+def _linked(roots: Iterable[bytes], reading: Callable[[Callable[[], _Listed], bytes], _Listed]) -> dict[str, list[bytes]]:
     """Files that have several names, by device and inode, as far as a look of bounded length finds them."""
     found: dict[str, list[bytes]] = {}
-    count = 0
-    for root in roots:
-        for directory, _, names in os.walk(root):
-            for name in names:
-                path = os.path.join(directory, name)
+    count, todo = 0, list(roots)
+    while todo and count <= _LOOKED_AT:
+        directory = todo.pop()
+        with contextlib.suppress(OSError, AgentdError):
+            for path, status in reading(functools.partial(_listed, directory), directory):
                 count += 1
-                with contextlib.suppress(OSError):
-                    status = os.lstat(path)
-                    if status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
-                        found.setdefault(f"{status.st_dev}:{status.st_ino}", []).append(path)
-            if count > _LOOKED_AT:
-                return found
+                if stat.S_ISDIR(status.st_mode):
+                    todo.append(path)
+                elif status.st_nlink > 1 and stat.S_ISREG(status.st_mode):
+                    found.setdefault(f"{status.st_dev}:{status.st_ino}", []).append(path)
     return found
+
+
+def _listed(directory: bytes) -> _Listed:
+    """What is in a directory, which is no symlink. Raises OSError."""
+    with at(directory) as place:
+        if not place.is_folder:
+            return []
+        with os.scandir(f"/proc/self/fd/{place.descriptor}") as entries:
+            return [(directory.rstrip(b"/") + b"/" + os.fsencode(e.name), e.stat(follow_symlinks=False)) for e in entries]
 
 
 def _seen(path: bytes) -> Seen | None:

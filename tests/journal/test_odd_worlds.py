@@ -928,6 +928,35 @@ def _close(root: Path, closed: str) -> None:
     world.store.close()
 
 
+@pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_name_comes_back_as_one_of_the_same_file_though_the_other_is_in_a_closed_folder(ends: str):
+    """Nobody may look there, and the file may not be read: both have their modes again afterwards."""
+    assert as_nobody(lambda root: _twin_in_a_closed_folder(root, ends)) == 0
+
+
+def _twin_in_a_closed_folder(root: Path, ends: str) -> None:
+    world = World(root)
+    folder, file = world.home / "folder", world.home / "file"
+    folder.mkdir()
+    file.write_text("old")
+    (folder / "twin").hardlink_to(file)
+    number = file.stat().st_ino
+    file.chmod(0)
+    folder.chmod(0)
+    transaction, files = world.broker()
+    files.remove(os.fsencode(file), folder=False)
+    assert folder.stat().st_mode & 0o777 == 0
+    if ends == "well":
+        world.end(transaction)
+        world.journal.undo(transaction.call, "p")
+    else:
+        assert world.roll_back(transaction) is None
+    status = file.stat()
+    assert (status.st_ino, status.st_nlink, status.st_mode & 0o777, folder.stat().st_mode & 0o777) == (number, 2, 0, 0)
+    world.store.close()
+    folder.chmod(0o700)
+
+
 def test_somebody_else_s_closed_folder_is_left_and_said():
     """What root has closed stays closed: the path is on the list, the others are restored, and later it is, too."""
     need_root()

@@ -6,7 +6,6 @@ says how many are run, AGENTD_SCRIPTS_FIRST which seed is the first.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import subprocess
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING
 import pytest
 from agentd_sandbox import probe
 
-from tests.journal.scripts import ROOT, became_a_copy
-from tests.journal.trees import Node, Snapshot, clear, compare, look, plant
+from tests.journal.scripts import ROOT
+from tests.journal.trees import Node, clear, compare, look, plant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -142,29 +141,3 @@ def test_the_comparison_sees_a_change(top: bytes, what: str):
             raise
         pytest.skip("this file system has no attributes")
     assert what in {f"{difference.what} of {difference.kind}" for difference in compare(before, look(top))}
-
-
-def _links(*groups: set[bytes]) -> Snapshot:
-    entries = look(os.fsencode(__file__)).entries
-    return Snapshot({path: entries[b""] for group in groups for path in group}, {p: frozenset(g) for g in groups for p in g})
-
-
-@pytest.mark.parametrize(
-    ("touched", "mode", "excused"),
-    [
-        ({b"a"}, 0o000, True),
-        ({b"a"}, 0o755, False),  # the other name could be found
-        ({b"a", b"d"}, 0o755, True),  # the script may have closed the directory meanwhile
-        ({b"a", b"d/x"}, 0o000, False),  # the call touched the other name, too
-        (set[bytes](), 0o755, False),
-    ],
-)
-def test_a_link_may_come_back_as_a_copy_only_where_nobody_could_know(touched: set[bytes], mode: int, *, excused: bool):
-    """Its other name was left alone, in a directory that may not be searched."""
-    before, after = _links({b"a", b"d/x"}), _links({b"a"}, {b"d/x"})
-    directory = dataclasses.replace(next(iter(before.entries.values())), mode=mode)
-    before = Snapshot({**before.entries, b"d": directory}, before.links)
-    after = Snapshot({**after.entries, b"d": directory}, after.links)
-    found = compare(before, after)
-    assert found
-    assert all(became_a_copy(difference, before, frozenset(touched)) for difference in found) == excused
