@@ -143,9 +143,12 @@ class Granting:
         """It has got the mode that it is to have."""
         self._modes.pop(path, None)
 
-    def take_back(self) -> None:
-        """Deepest first: each has its mode again, unless it was given another one meanwhile."""
-        for path in sorted(self._modes, key=lambda p: -p.count(b"/")):
+    def take_back(self, below: bytes = b"") -> None:
+        """All, or what lies below a directory, deepest first: each has its mode again, unless it was given another one
+        meanwhile.
+        """
+        given = [path for path in self._modes if path.startswith(below + b"/")]
+        for path in sorted(given, key=lambda p: -p.count(b"/")):
             self._take_back(path)
 
     def _take_back(self, path: bytes) -> None:

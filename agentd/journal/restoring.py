@@ -360,6 +360,8 @@ class Restoring:
                         place.name, ns=(place.status.st_atime_ns, state.mtime_ns), dir_fd=place.parent, follow_symlinks=False
                     )
 
+        if state.kind == "folder" and state.mode & stat.S_IRWXU != stat.S_IRWXU:  # nobody gets at what is below afterwards
+            self._granting.take_back(below=target.path)
         if target.path in self._changed or self._has_other_attributes(target.path, state):
             self._granting.reading(set_all, target.path)
             self._granting.forget(target.path)

@@ -936,25 +936,29 @@ def test_a_name_comes_back_as_one_of_the_same_file_though_the_other_is_in_a_clos
 
 def _twin_in_a_closed_folder(root: Path, ends: str) -> None:
     world = World(root)
-    folder, file = world.home / "folder", world.home / "file"
-    folder.mkdir()
+    above, file = world.home / "above", world.home / "file"
+    folder = above / "folder"
+    folder.mkdir(parents=True)
     file.write_text("old")
     (folder / "twin").hardlink_to(file)
     number = file.stat().st_ino
-    file.chmod(0)
-    folder.chmod(0)
+    for path in (file, folder, above):
+        path.chmod(0)
     transaction, files = world.broker()
+    files.change_mode(os.fsencode(above), 0o555)
     files.remove(os.fsencode(file), folder=False)
-    assert folder.stat().st_mode & 0o777 == 0
+    assert (folder.stat().st_mode & 0o777, above.stat().st_mode & 0o777) == (0, 0o555)
     if ends == "well":
         world.end(transaction)
         world.journal.undo(transaction.call, "p")
     else:
         assert world.roll_back(transaction) is None
     status = file.stat()
-    assert (status.st_ino, status.st_nlink, status.st_mode & 0o777, folder.stat().st_mode & 0o777) == (number, 2, 0, 0)
-    world.store.close()
+    assert (status.st_ino, status.st_nlink, status.st_mode & 0o777, above.stat().st_mode & 0o777) == (number, 2, 0, 0)
+    above.chmod(0o700)
+    assert folder.stat().st_mode & 0o777 == 0
     folder.chmod(0o700)
+    world.store.close()
 
 
 def test_somebody_else_s_closed_folder_is_left_and_said():
