@@ -78,18 +78,18 @@ class Captures:
         if closed:
             self._capture_closed(transaction, closed, failures)
         if not transaction.looked_everywhere and any(_lacks_names(image.before) for image in images):
-            self._look_for_names(transaction)
+            self._look_for_names(transaction, paths)
 
-    def _look_for_names(self, transaction: Transaction) -> None:
-        """Other names of files in directories that may not be searched. They are on record by now, and so is the call: a mode
-        may be changed for a while.
+    def _look_for_names(self, transaction: Transaction, paths: Iterable[bytes]) -> None:
+        """Other names, in directories that may not be searched, of files that are still there. They are on record by now, and
+        so is the call: a mode may be changed for a while.
         """
         with Granting(lambda path: self.note_mode(transaction, path)) as granting:
             transaction.look_for_names(granting)
         found: list[Image] = []
-        for path, image in transaction.images.items():
+        for image in [transaction.images[path] for path in paths if path in transaction.images]:
             if _lacks_names(image.before):
-                twins = transaction.other_names(path, image.before.inode)
+                twins = transaction.other_names(image.path, image.before.inode)
                 if len(twins) > len(image.before.twins):
                     found.append(replace(image, before=replace(image.before, twins=twins)))
         if found:

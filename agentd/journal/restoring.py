@@ -271,29 +271,29 @@ class Restoring:
             if self._link(target, source):
                 return
         # A file that has other names, too, is not this path's to change.
-        if (
-            now.kind == "file" and now.links == 1 and not now.mode & stat.S_IRUSR
-        ):  # what it is to be may be the beginning of what it is
+        alone = self._is_alone(now, state)
+        if alone and not now.mode & stat.S_IRUSR:  # what it is to be may be the beginning of what it is
             self._granting.give(target.path)
-        its_own = now.links == 1 or now.inode == state.inode
+        its_own = alone or now.inode == state.inode
         holes = now.holes == state.holes
         if not (now.kind == "file" and now.digest == state.digest and its_own and holes):
             self._write(target, now)
         self._sources.written(target)
 
+    def _is_alone(self, now: PathState, state: PathState) -> bool:
+        """Whether what is at a path is a file that has no other name, nor has been given one here."""
+        taken = now.inode in self._sources.of and now.inode != state.inode
+        return now.kind == "file" and now.links == 1 and not taken
+
     def _write(self, target: Target, now: PathState) -> None:
-        if (
-            target.length
-            and now.kind == "file"
-            and now.links == 1
-            and self._granting.reading(lambda: cut(target, now), target.path)
-        ):
+        alone = self._is_alone(now, target.state)
+        if target.length and alone and self._granting.reading(lambda: cut(target, now), target.path):
             self._became(target.path, target.state)
             return
         try:
             self._replace(target, lambda place, name: write_file(place, name, target))
         except OSError as e:
-            if e.errno not in _FULL or now.kind != "file" or now.links != 1 or target.length:
+            if e.errno not in _FULL or not alone or target.length:
                 raise
             for _ in target.content():  # all of it must be there
                 pass

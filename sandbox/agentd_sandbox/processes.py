@@ -262,26 +262,32 @@ def kill_descendants(process: int) -> None:
     """Kill all that a subreaper has below it, until nothing is left, or only what is stuck in the kernel.
 
     Such a process (a file system that does not answer) has been killed as well: it will run no instruction of its own any more,
-    and is not waited for. What a killed process has started becomes a child of the subreaper, and is found by the next look.
+    and is not waited for. What was being started meanwhile is found by the next look.
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    killed: dict[int, float] = {}
     while below := _below(process):
+        now = time.monotonic()
         for each in below:
+            killed.setdefault(each, now)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(each, signal.SIGKILL)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        if time.monotonic() > deadline:
+        if all(now - killed[each] > _PATIENCE_S for each in below):
             return
         time.sleep(_LOOK_AGAIN_S)
 
 
 def _below(process: int) -> list[int]:
-    children: list[int] = []
-    with contextlib.suppress(OSError), open(f"/proc/{process}/task/{process}/children") as file:
-        children = [int(child) for child in file.read().split()]
-    return children
+    """Its descendants, nearest first."""
+    found = [process]
+    for each in found:
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{each}/task"):
+                with contextlib.suppress(OSError), open(f"/proc/{each}/task/{thread}/children") as file:
+                    found.extend(int(child) for child in file.read().split())
+    return found[1:]
 
 
 def _processes() -> list[int]:

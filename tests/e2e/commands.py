@@ -246,6 +246,13 @@ def started(process: int) -> int:
     return int(fields[19]) if fields and fields[0] not in (b"Z", b"X") else 0
 
 
+def described(process: int) -> str:
+    """What it runs, its state, and what it waits for."""
+    fields, line = _stat(process), _read(f"/proc/{process}/cmdline").replace(b"\0", b" ")
+    waits = _read(f"/proc/{process}/wchan") + b" " + _read(f"/proc/{process}/syscall").strip()
+    return f"{process} {line!r} {fields[:2]} in {waits!r}"
+
+
 def _stat(process: int) -> list[bytes]:
     return _read(f"/proc/{process}/stat").rpartition(b")")[2].split()
 

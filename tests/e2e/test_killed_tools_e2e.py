@@ -24,6 +24,7 @@ from tests.e2e.commands import (
     Background,
     begin,
     below,
+    described,
     differences,
     marked,
     nobodys_daemon,
@@ -121,17 +122,19 @@ class Dying:
         assert self.daemon.process is not None
         if self.daemon.process.poll() is None:
             return
-        left = set(marked(self.mark)) | {each for each, when in self.zygote.items() if started(each) == when}
-        for each in left:
+        for each in self.left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each, signal.SIGKILL)
 
-    def is_gone(self) -> bool:
-        return not marked(self.mark) and not any(started(each) == when for each, when in self.zygote.items())
+    def left(self) -> set[int]:
+        return set(marked(self.mark)) | {each for each, when in self.zygote.items() if started(each) == when}
 
     def require_gone(self) -> float:
         """How long it took after the daemon's death."""
-        return wait_until(self.is_gone, GONE_S, f"the end of all processes of {self.command!r}")
+        try:
+            return wait_until(lambda: not self.left(), GONE_S, f"the end of all processes of {self.command!r}")
+        except AssertionError as e:
+            raise AssertionError(f"{e}; left: {', '.join(map(described, self.left()))}") from None
 
     def require_restored(self) -> None:
         left = differences(self.before, tree(self.work))

@@ -478,7 +478,12 @@ class Worker:
                 plan = house.journal.rollbacks.plan(Selection(calls=("c2",), rehearsed=True), Ways())
                 applied = house.journal.rollbacks.apply(plan, "p")
             with raising_wrong("applied and undone"):
-                house.journal.undo(applied.call, "p")
+                try:
+                    house.journal.undo(applied.call, "p")
+                except JournalError as e:  # docs/journal.md says when
+                    if "changed nothing" not in e.message or {d.what for d in compare(before, look(home))} - {"links", "holes"}:
+                        raise
+                    return
             require_same("applied and undone", before, home)
 
     def _cancel(self, case: Case, house: House, home: Path, told: Told) -> None:

@@ -929,6 +929,26 @@ def _close(root: Path, closed: str) -> None:
 
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
+def test_a_file_of_the_same_content_that_was_replaced_by_a_linked_one_is_a_file_of_its_own_again(world: World, ends: str):
+    a, b, own = (world.home / name for name in ("a", "b", "own"))
+    a.write_text("same")
+    own.write_text("same")
+    b.hardlink_to(a)
+    own.chmod(0o600)
+    transaction, files = world.broker()
+    files.remove(os.fsencode(b), folder=False)
+    files.rename(os.fsencode(a), os.fsencode(own), replace=True)
+    if ends == "well":
+        world.end(transaction)
+        world.journal.undo(transaction.call, "p")
+    else:
+        assert world.roll_back(transaction) is None
+    assert a.samefile(b)
+    assert not own.samefile(a)
+    assert (a.stat().st_mode & 0o777, own.stat().st_mode & 0o777) == (0o644, 0o600)
+
+
+@pytest.mark.parametrize("ends", ["well", "badly"])
 def test_a_name_comes_back_as_one_of_the_same_file_though_the_other_is_in_a_closed_folder(ends: str):
     """Nobody may look there, and the file may not be read: both have their modes again afterwards."""
     assert as_nobody(lambda root: _twin_in_a_closed_folder(root, ends)) == 0
