@@ -119,10 +119,9 @@ def set_mode(place: Resolved, state: PathState, *, its_own: bool) -> None:
 
 
 def _set_extended(there: str, wanted: dict[str, str]) -> None:
-    """As far as the file system has such things: content and mode matter more. The mode is set after this."""
-    mode = stat.S_IMODE(os.stat(there).st_mode)
-    if mode & 0o600 != 0o600:  # or even the owner may not
-        os.chmod(there, mode | 0o600)
+    """As far as the file system has such things: content and mode matter more. The mode is set after this. Raises OSError:
+    EACCES where even the owner may not, and has to be permitted to first.
+    """
     try:
         present = {name: os.getxattr(there, name).hex() for name in os.listxattr(there) if name.startswith(ATTRIBUTES)}
         if present == wanted:
@@ -132,5 +131,7 @@ def _set_extended(there: str, wanted: dict[str, str]) -> None:
         for name, value in wanted.items():
             os.setxattr(there, name, bytes.fromhex(value))
     except OSError as e:
-        if e.errno not in NO_ATTRIBUTES:
+        status = os.stat(there)
+        closed = status.st_uid == os.geteuid() and status.st_mode & 0o600 != 0o600
+        if e.errno not in NO_ATTRIBUTES or (e.errno == errno.EACCES and closed):
             raise

@@ -422,6 +422,40 @@ def _roll_back_until_killed(world: World, file: Path, other: Path, step: int) ->
     assert world.roll_back(transaction) is None
 
 
+def test_a_name_that_comes_back_leaves_the_mode_of_its_file_alone():
+    """Its owner may not write to it, and another name of it was no business of the call's: not even a kill changes its mode."""
+    assert as_nobody(_twin_is_left_alone) == 0
+
+
+def _twin_is_left_alone(root: Path) -> None:
+    world = World(root)
+    twin, file = world.home / "twin", world.home / "file"
+    for step in range(1, 400, 3):
+        twin.write_text("old")
+        file.hardlink_to(twin)
+        twin.chmod(0o400)
+        world.store.close()
+        code = in_a_child(lambda step=step: _remove_until_killed(world, file, step))  # type: ignore[misc]
+        world.open()
+        world.journal.recover()
+        assert (twin.stat().st_mode & 0o777, twin.stat().st_nlink, world.left()) == (0o400, 2, {}), step
+        twin.unlink()
+        file.unlink()
+        if code == 0:
+            world.store.close()
+            return
+        assert code == -signal.SIGKILL
+    pytest.fail("it takes more steps than were tried")
+
+
+def _remove_until_killed(world: World, file: Path, step: int) -> None:
+    world.open()
+    transaction, files = world.broker()
+    files.remove(os.fsencode(file), folder=False)
+    kill_at(step)
+    assert world.roll_back(transaction) is None
+
+
 def _had_again(world: World, file: Path) -> bytes:
     """What undoing the recoveries, newest first, brings back first."""
     done = [str(event["call"]) for event in world.events("call.recovered") if event.get("cause")]
