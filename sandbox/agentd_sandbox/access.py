@@ -95,7 +95,8 @@ class Access:
     `execute` names the programs that may be started; with any, what programs need to run at all may be read.
     `use` names the credentials that the broker may add to requests of this call. `devices` are nodes that may be opened
     to read and to write, `operate` names those that the broker itself has operated for the call; what is done to either
-    can't be undone. What is `hidden` does not exist, whatever the other rules say.
+    can't be undone. What is `hidden` does not exist, whatever the other rules say. So doesn't what is `absent`, by device and
+    inode: a bind mount or another mount of its file system is no way to it. What is `protected` may not be changed.
     """
 
     read: tuple[PathRule, ...] = ()
@@ -106,6 +107,8 @@ class Access:
     devices: tuple[PathRule, ...] = ()
     operate: frozenset[str] = field(default_factory=frozenset)
     hidden: tuple[PathRule, ...] = ()
+    absent: frozenset[tuple[int, int]] = frozenset()
+    protected: frozenset[tuple[int, int]] = frozenset()
 
     @cached_property
     def _reading(self) -> Rules:

@@ -12,6 +12,7 @@ import errno
 import os
 import stat
 import struct
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,14 +26,19 @@ from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
 from agentd_sandbox.recorder import Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from agentd_sandbox.files import Files
     from agentd_sandbox.kernel import Notification
     from agentd_sandbox.network import Network
+    from agentd_sandbox.paths import Resolved
     from agentd_sandbox.processes import Processes
     from agentd_sandbox.proxy import Proxy
+    from agentd_sandbox.reach import Right
 
 _ATTRIBUTE_BYTES = 65536  # XATTR_SIZE_MAX
-_CLONE_THREAD = 0x0001_0000
+_CLONE_THREAD, _CLONE_VM = 0x0001_0000, 0x100
+_DECIDING_S, _DECIDE_AGAIN_S = 2.0, 0.001
 _SA_RESTART = 0x1000_0000
 _WORD = struct.Struct("@L")
 _SIGNALS = 65  # 0 to 64: signal(7)
@@ -60,6 +66,8 @@ class Broker:
     _pairs: int = 0
     _alive: int = 1
     _started: dict[int, bytes] = field(default_factory=dict)
+    _lent: set[int] = field(default_factory=set)
+    """Processes whose child has their memory; they wait for it."""
     _undelivered: dict[int, tuple[int, tuple[int, ...], int, int]] = field(default_factory=dict)
     connections: Connections = field(init=False)
     _names: dict[int, str] = field(default_factory=lambda: profile().names)
@@ -76,6 +84,8 @@ class Broker:
         self.calls += 1
         self.files.require_granted()
         name = self.busy = self.files.call = self._names[call.number]
+        self.files.walks.end(call.thread)
+        self._lent.discard(call.thread)
         if self._undelivered and self._answer_again(call):
             return
         try:
@@ -245,7 +255,7 @@ class Broker:
     def clone(self, call: Notification, flags: int) -> int | None:
         """A new thread or process: counted, and let through, as all there is to it are values."""
         if not flags & _CLONE_THREAD:
-            return self.fork(call)
+            return self.fork(call, lends=bool(flags & _CLONE_VM))
         self._threads += 1
         if self._threads > self.limits.threads:
             self._threads = self.processes.threads() + 1
@@ -274,7 +284,10 @@ class Broker:
             raise OSError(errno.EMFILE, "sockets")
         return self.let_through(call)
 
-    def fork(self, call: Notification) -> int | None:
+    def fork(self, call: Notification, *, lends: bool = False) -> int | None:
+        """`lends`: the new process has the memory of this one, which waits until it starts a program or ends (vfork)."""
+        if lends:
+            self._lend(call)
         self._forks += 1
         if not self.processes.many:
             self.processes.many = True
@@ -289,30 +302,63 @@ class Broker:
                 raise OSError(errno.EAGAIN, "processes")
         return self.let_through(call)
 
-    def execute(self, call: Notification, path: int) -> int | None:
-        """The kernel reads the path again, so nobody may be able to change it, nor what it leads through.
+    def _lend(self, call: Notification) -> None:
+        """At most two processes have one memory, and the one that lent it waits: then whoever asks is alone in it."""
+        shared = self.processes.parent(call.thread) in self._lent and self.processes.shares_memory(call.thread)
+        if shared or not self.processes.is_alone(call.thread):
+            self.files.deny("vfork", "its memory is not its own, or it has several threads")
+            raise OSError(errno.EPERM, "shared")
+        self._lent.add(call.thread)
 
-        The program is looked at once more when it makes its first call.
-        """
-        place = self.path(call, AT_FDCWD, path)
-        with self.files.existing(place, "execute") as target:
+    def execute(self, call: Notification, path: int) -> int | None:
+        """What the kernel does then is what is decided on here; and once more when the program makes its first call."""
+
+        def require_program(target: Resolved) -> None:
             if not stat.S_ISREG(target.status.st_mode):
                 raise OSError(errno.EACCES, "no program")
-            swappable = any(self.files.access.may_write(link) for link in target.links)
-        # With `..` in it, a folder on the way that becomes a link makes it lead elsewhere.
-        if swappable or (b"/../" in place and self.files.access.write):
-            self.files.deny(place, "execve by a way that could be changed")
-            raise OSError(errno.EACCES, "link")
-        self._require_unshared(call, path, "execve")
+
+        self._let_walk(call, path, "execute", require_program)
         self._started[call.thread] = self.processes.program(call.thread)
         self.processes.forget_one(call.thread)
         return self.let_through(call)
 
-    def _require_unshared(self, call: Notification, path: int, what: str) -> None:
-        text = self.string(call, path)
-        if not self.processes.unshared(call.thread, path, len(text) + 1, self.files.access.may_write):
-            self.files.deny(text, f"{what} where somebody else could change the path meanwhile")
+    def change_folder(self, call: Notification, path: int) -> int | None:
+        def require_directory(target: Resolved) -> None:
+            if not target.is_folder:
+                raise OSError(errno.ENOTDIR, "folder")
+            if not os.access(f"/proc/self/fd/{target.descriptor}", os.X_OK):
+                raise OSError(errno.EACCES, "mode")
+
+        self._let_walk(call, path, "see", require_directory)
+        return self.let_through(call)
+
+    def _let_walk(self, call: Notification, path: int, right: Right, require: Callable[[Resolved], None]) -> None:
+        """Decide on a path that the kernel reads and walks once more. Nobody can change either meanwhile, from here on.
+
+        First nobody else must have this memory, then it is opened anew, and only then is it read: what was read before, and
+        whose memory the number of this thread once stood for, does not count.
+        """
+        if not self.processes.is_alone(call.thread):
+            self.files.deny(self.busy, "where somebody else could change the path meanwhile")
             raise OSError(errno.EPERM, "shared")
+        self.processes.forget_one(call.thread)
+        deadline = time.monotonic() + _DECIDING_S
+        while True:
+            seen = self.files.walks.changes
+            place = self.path(call, AT_FDCWD, path)
+            if not kernel.still_waiting(self.listener, call.id):
+                raise OSError(errno.EINTR, "gone")
+            if not self.processes.is_private(call.thread, path, len(self.string(call, path)) + 1, self.files.access.may_write):
+                self.files.deny(place, "its path lies where somebody else could change it")
+                raise OSError(errno.EPERM, "shared")
+            with self.files.walked(place, right) as target:
+                require(target)
+                ways = target.ways
+            if self.files.walks.begin(call.thread, call.number, ways, seen):
+                return
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, "names on the way change all the time")
+            time.sleep(_DECIDE_AGAIN_S)
 
     def check_program(self, call: Notification) -> None:
         """Whether what runs now may: by swapping the path, another program may have been started. Or none at all."""
@@ -323,15 +369,6 @@ class Broker:
             and not self.files.access.may_execute(now)
         ):
             raise WorkerOffence(f"it started {os.fsdecode(now)} by changing a path that was being checked")
-
-    def change_folder(self, call: Notification, path: int) -> int | None:
-        """The kernel reads the path again, so nobody may be able to change it. Later uses are resolved anew anyway."""
-        place = self.path(call, AT_FDCWD, path)
-        with self.files.existing(place, "see") as target:
-            if not target.is_folder:
-                raise OSError(errno.ENOTDIR, "folder")
-        self._require_unshared(call, path, "chdir")
-        return self.let_through(call)
 
     def kill(self, call: Notification, process: int, number: int) -> int:
         """kill(2): a process, its own group (0), a group (negative) or all (-1): of this session only."""

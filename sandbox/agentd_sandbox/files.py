@@ -19,6 +19,7 @@ from agentd_sandbox.paths import Resolved, reopen, resolve
 from agentd_sandbox.reach import DEVICES, Reach
 from agentd_sandbox.recorder import Change, Recorder
 from agentd_sandbox.renewing import renewed
+from agentd_sandbox.walks import Walks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ class Files(Reach):
 
     recorder: Recorder
     made_up: Mapping[bytes, bytes] = field(default_factory=dict)
+    walks: Walks = field(default_factory=Walks)
+    """What the kernel looks up by itself, for all calls."""
     largest: int = LARGEST_FILE
     """Bytes that a file may be made to have."""
     appends: bool = True
@@ -65,7 +68,7 @@ class Files(Reach):
         creating = bool(flags & os.O_CREAT)
         exclusive = creating and flags & os.O_EXCL
         follow = not (flags & os.O_NOFOLLOW or exclusive)
-        with self._reach(path, follow=follow, parent=False) as target:
+        with self._found(path, follow=follow) as target:
             if target.exists:
                 return self._open_existing(target, flags)
             return self._create(target, flags, mode & ~umask)
@@ -235,7 +238,8 @@ class Files(Reach):
                 raise OSError(errno.ENOTEMPTY, "not empty")
             self._record(("remove", target.real))
             self.unnamed = self.unnamed or target.real in self._grown
-            (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
+            with self.walks.changing(target.real):
+                (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
 
     def make_folder(self, path: bytes, mode: int) -> None:
         with self._new(path) as target:
@@ -265,7 +269,7 @@ class Files(Reach):
     def _is_inside(self, spelled: bytes) -> bool:
         """Whether a path lies in the scopes as it is spelled, and as it is: other people's links may be on the way."""
         try:
-            with resolve(spelled, follow=True, visible=self._may_see) as end:
+            with self._walk_to(spelled) as end:
                 return all(self.access.may_read(path) or self.access.may_write(path) for path in (spelled, end.real))
         except OSError:
             return False
@@ -296,10 +300,11 @@ class Files(Reach):
                 if source.is_link:
                     self._leads_within(target.real, os.readlink(b"", dir_fd=source.descriptor))
                 self._record(("move", source.real), ("replace" if target.exists else "create", target.real))
-            if target.exists:
-                os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
-            else:
-                kernel.rename_to_new((source.parent, source.name), (target.parent, target.name))
+            with self.walks.changing(source.real, target.real):
+                if target.exists:
+                    os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
+                else:
+                    kernel.rename_to_new((source.parent, source.name), (target.parent, target.name))
             self._moved(source, target)
 
     def _record_tree(self, source: Resolved, target: Resolved) -> None:
@@ -316,9 +321,6 @@ class Files(Reach):
                 self._leads_within(target.real + path[len(source.real) :], os.readlink(path))
         coming = [target.real + path[len(source.real) :] for path in going]
         self._record(*(("move", path) for path in going), *(("create", path) for path in coming))
-
-    def _named(self, path: bytes) -> Resolved:
-        return self._reach(path, follow=False, parent=True)
 
     def _new(self, path: bytes) -> Resolved:
         """Something that is not there yet, and may be made."""

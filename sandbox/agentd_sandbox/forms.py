@@ -162,7 +162,7 @@ FORMS: dict[str, Form] = {
     "execve": lambda b, c, path, *_: b.execute(c, path),
     "clone": lambda b, c, flags, *_: b.clone(c, flags),
     "fork": lambda b, c, *_: b.fork(c),
-    "vfork": lambda b, c, *_: b.fork(c),
+    "vfork": lambda b, c, *_: b.fork(c, lends=True),
     "kill": lambda b, c, process, number, *_: b.kill(c, process, number),
     "tkill": lambda b, c, thread, number, *_: b.kill_thread(c, -1, thread, number),
     "tgkill": lambda b, c, process, thread, number, *_: b.kill_thread(c, process, thread, number),

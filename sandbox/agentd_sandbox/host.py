@@ -30,6 +30,7 @@ from agentd_sandbox.outcome import Outcome
 from agentd_sandbox.proxy import Credential, Proxy
 from agentd_sandbox.serving import Serving, Waiting
 from agentd_sandbox.system import environment, program_rules, python_rules
+from agentd_sandbox.walks import Walks
 from agentd_sandbox.worker import LENGTH
 from agentd_sandbox.zygote import REQUEST
 
@@ -85,6 +86,7 @@ class Sandbox:
     _spare: Waiting | None = None
     _cgroup: Cgroup | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _walks: Walks = field(default_factory=Walks)
     _brokers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_BROKERS, thread_name_prefix="broker"))
     _processors: itertools.cycle[int] = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
     _python: tuple[PathRule, ...] = field(default_factory=python_rules)
@@ -151,7 +153,7 @@ class Sandbox:
         rules = self._python + (program_rules() if access.execute else ())
         reach = replace(access, read=access.read + rules)
         made_up = peers.made_up_files() if access.connect else {}
-        files = Files(reach, recorder, made_up, appends=not worker.questions, revoked=revoked)
+        files = Files(reach, recorder, made_up, self._walks, appends=not worker.questions, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
         proxy = Proxy(peers, credentials, files.deny, stopped, self.trust, self.operate, files.require_granted)
         folder = os.fsencode(os.path.realpath(self.folder))

@@ -5,8 +5,9 @@ Symlinks are read and their text is walked like any other, so what counts in the
 a process in procfs (`/proc/123`, `/proc/self`) does not exist for the walker: its links would lead into the process
 that walks.
 
-Most paths have no link in them at all. Those take one open instead of a walk: if the kernel says that what it opened as
-O_PATH is called exactly what was asked for, then no link was on the way (17 us become 7, measured on x86_64).
+Most paths lie in a directory that one has been looked up in before. It is kept open, and one open instead of a walk is enough:
+if the kernel says that the directory is still called what it was, then no link is on the way to it. Nothing is looked up on
+the way there that has not been decided on, one component after another.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 _PROC_SUPER_MAGIC = 0x9FA0  # linux/magic.h
 _DEPTH = 4096  # folders on the way
 _HELD = 32  # of them that are held open
-_KEPT = 32  # what a call keeps open that stays as it is
+_KEPT = 24  # what a call keeps open that stays as it is
+_DIRECTORIES = 8  # that it has looked something up in last
 _LINKS = 40  # as the kernel: path_resolution(7)
 _PATH_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -37,6 +39,10 @@ class WalkError(OSError):
     def __init__(self, code: int, reached: bytes) -> None:
         super().__init__(code, os.strerror(code))
         self.reached = reached
+
+
+class Absent(WalkError):
+    """It is there, but not for this walker, whatever it is called."""
 
 
 @dataclass(slots=True)
@@ -51,8 +57,10 @@ class Resolved:
     name: bytes
     descriptor: int  # -1 if there is nothing by that name
     trailing_slash: bool = False
-    links: tuple[bytes, ...] = ()
-    """The real paths of the links that were followed on the way."""
+    ways: tuple[bytes, ...] = ()
+    """The real paths that the walk led over, itself the last; none if there was no walk."""
+    is_protected: bool = False
+    """Whether it is, or lies in, something that may not be changed."""
     _status: os.stat_result | None = None
     borrowed: bool = False
     """Whether its descriptors are the walker's, who goes on using them."""
@@ -94,30 +102,68 @@ class Resolved:
         self.descriptor = self.parent = -1
 
 
-@dataclass(slots=True)
-class _Walk:
-    """The folders from / down to where we are, each held open so that `..` means the real parent.
+Identity = tuple[int, int]
+"""Device and inode: which file or directory it is, whatever it is called and wherever it is mounted."""
 
-    What is not `visible` is not there, wherever the way leads on from it.
+
+def identity(status: os.stat_result) -> Identity:
+    return status.st_dev, status.st_ino
+
+
+def everything(_: bytes) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What is there for a walker. What is not `visible`, by its real path, is not looked up; what is among `absent` does not
+    exist, wherever the way leads on from it; `protected` is there, but not to be changed, with all below it.
     """
 
-    visible: Callable[[bytes], bool]
-    folders: list[tuple[bytes, int]] = field(default_factory=lambda: [(b"", os.open(b"/", _PATH_FLAGS | os.O_DIRECTORY))])
+    visible: Callable[[bytes], bool] = everything
+    absent: frozenset[Identity] = frozenset()
+    protected: frozenset[Identity] = frozenset()
+
+
+@dataclass(slots=True)
+class _Step:
+    """A directory on the way; its descriptor is -1 while it is not held open."""
+
+    name: bytes
+    descriptor: int
+    is_protected: bool
+
+
+@dataclass(slots=True)
+class _Walk:
+    """The directories from / down to where we are, each held open so that `..` means the real parent."""
+
+    sight: Sight
+    todo: list[bytes] = field(default_factory=list)
+    """The components that are left, the next one last."""
+    trailing: bool = False
+    """Whether the path says of itself that it leads to a directory."""
+    ways: list[bytes] = field(default_factory=list)
+    links: int = 0
+    steps: list[_Step] = field(default_factory=lambda: [_Step(b"", os.open(b"/", _PATH_FLAGS | os.O_DIRECTORY), False)])
 
     @property
     def here(self) -> int:
-        name, descriptor = self.folders[-1]
-        if descriptor < 0:
-            descriptor = self._again()
-            self.folders[-1] = name, descriptor
-        return descriptor
+        step = self.steps[-1]
+        if step.descriptor < 0:
+            step.descriptor = self._again()
+        return step.descriptor
+
+    @property
+    def is_protected(self) -> bool:
+        return self.steps[-1].is_protected
 
     def _again(self) -> int:
-        """A folder far up a long way, which is held open no more: walked to once more by its real names."""
+        """A directory far up a long way, which is held open no more: walked to once more by its real names."""
         descriptor = os.open(b"/", _PATH_FLAGS | os.O_DIRECTORY)
-        for name, _ in self.folders[1:]:
+        for step in self.steps[1:]:
             try:
-                below = os.open(name, _PATH_FLAGS | os.O_DIRECTORY, dir_fd=descriptor)
+                below = os.open(step.name, _PATH_FLAGS | os.O_DIRECTORY, dir_fd=descriptor)
             except OSError as e:
                 raise WalkError(e.errno or errno.EIO, self.real) from None
             finally:
@@ -127,26 +173,46 @@ class _Walk:
 
     @property
     def real(self) -> bytes:
-        return b"/".join(name for name, _ in self.folders) or b"/"
+        return b"/".join(step.name for step in self.steps) or b"/"
 
-    def enter(self, name: bytes, descriptor: int) -> None:
-        self.folders.append((name, descriptor))
-        if len(self.folders) > _DEPTH:
+    def enter(self, name: bytes, descriptor: int, *, is_protected: bool) -> None:
+        self.steps.append(_Step(name, descriptor, is_protected))
+        if len(self.steps) > _DEPTH:
             raise WalkError(errno.ENAMETOOLONG, self.real)
-        if len(self.folders) > _HELD:
-            former, held = self.folders[-_HELD - 1]
-            self.folders[-_HELD - 1] = former, _closed(held)
+        if len(self.steps) > _HELD:
+            former = self.steps[-_HELD - 1]
+            former.descriptor = _closed(former.descriptor)
 
     def up(self, *, to_root: bool = False) -> None:
-        while len(self.folders) > 1:
-            _closed(self.folders.pop()[1])
+        while len(self.steps) > 1:
+            _closed(self.steps.pop().descriptor)
             if not to_root:
                 break
 
+    def add(self, path: bytes) -> None:
+        self.trailing = self.trailing or (not self.todo and path.endswith((b"/", b"/.")))
+        self.todo.extend(part for part in reversed(path.split(b"/")) if part not in (b"", b"."))
+
+    def follow(self, link: int) -> None:
+        """Go on where a link, which is closed, leads to."""
+        self.links += 1
+        target = os.readlink(b"", dir_fd=link)
+        os.close(link)
+        if self.links > _LINKS:
+            raise WalkError(errno.ELOOP, self.ways[-1])
+        if target.startswith(b"/"):
+            self.up(to_root=True)
+        self.add(target)
+
+    def at(self, name: bytes, found: int, status: os.stat_result | None, *, is_protected: bool) -> Resolved:
+        """What the way has led to."""
+        ways = tuple(self.ways)
+        return Resolved(ways[-1], os.dup(self.here), name, found, self.trailing, ways, is_protected, _status=status)
+
     def close(self) -> None:
-        for _, descriptor in self.folders:
-            _closed(descriptor)
-        self.folders.clear()
+        for step in self.steps:
+            _closed(step.descriptor)
+        self.steps.clear()
 
 
 def _closed(descriptor: int) -> int:
@@ -190,81 +256,114 @@ def _unmerged(path: bytes) -> bytes:
 
 
 @dataclass(slots=True)
+class Directory:
+    """One that is kept open as O_PATH."""
+
+    descriptor: int
+    is_protected: bool = False
+
+    def is_called(self, path: bytes) -> bool:
+        return os.readlink(b"%d" % self.descriptor, dir_fd=_own_descriptors()) == path
+
+
+def _as_spelled(path: bytes) -> Directory | None:
+    """None if its name leads past a link, or to what belongs to a process. Raises OSError."""
+    found = Directory(os.open(path, _PATH_FLAGS | os.O_DIRECTORY))
+    if found.is_called(path) and kernel.file_system(found.descriptor) != _PROC_SUPER_MAGIC:
+        return found
+    os.close(found.descriptor)
+    return None
+
+
+@dataclass(slots=True)
 class Nearby:
-    """Resolves names that lie beside each other: the folder of the last one is kept open, and used again for as long as it is
-    called what it was. Close after use.
+    """Resolves names that lie beside each other: their directories are kept open, `most` at a time, and used again for as long
+    as each is called what it was. `find` opens one that is there as it is spelled. Close after use.
     """
 
-    _folder: bytes = b""
-    _descriptor: int = -1
+    find: Callable[[bytes], Directory | None] = _as_spelled
+    most: int = 1
+    _kept: dict[bytes, Directory] = field(default_factory=dict)
 
-    def named(self, path: bytes) -> Resolved | None:
-        """The path with its folder, itself not followed if it is a link. None if it has to be walked: it is not there as it is
-        spelled, or can't be had.
+    def named(self, path: bytes, *, with_parent: bool = True) -> Resolved | None:
+        """The path with its directory, itself not followed if it is a link. None if it has to be walked: it is not there as it
+        is spelled, or can't be had. Raises WalkError if `find` does.
         """
         folder, _, name = path.rpartition(b"/")
         if not name or name in (b".", b".."):
             return None
         try:
-            if not self._stand_in(folder or b"/"):
-                return None
-            parent = os.dup(self._descriptor)
+            at = self._directory(folder or b"/")
+        except WalkError:
+            raise
         except (OSError, ValueError):
+            return None
+        if at is None:
             return None
         try:
-            return Resolved(path, parent, name, os.open(name, _PATH_FLAGS, dir_fd=parent))
+            found = os.open(name, _PATH_FLAGS, dir_fd=at.descriptor)
         except FileNotFoundError:
-            return Resolved(path, parent, name, -1)
+            found = -1
         except (OSError, ValueError):
-            os.close(parent)
             return None
+        parent = os.dup(at.descriptor) if with_parent or found < 0 else -1
+        return Resolved(path, parent, name, found, is_protected=at.is_protected)
 
-    def _stand_in(self, folder: bytes) -> bool:
-        if folder != self._folder or self._descriptor < 0:
-            self.close()
-            self._descriptor, self._folder = os.open(folder, _PATH_FLAGS | os.O_DIRECTORY), folder
-            if kernel.file_system(self._descriptor) == _PROC_SUPER_MAGIC:
-                self.close()
-                return False
-        if os.readlink(b"%d" % self._descriptor, dir_fd=_own_descriptors()) == folder:
-            return True
-        self.close()
-        return False
+    def _directory(self, path: bytes) -> Directory | None:
+        kept = self._kept.get(path)
+        if kept is not None:
+            if kept.is_called(path):
+                return kept
+            os.close(self._kept.pop(path).descriptor)
+        while len(self._kept) >= self.most:
+            os.close(self._kept.pop(next(iter(self._kept))).descriptor)
+        found = self.find(path)
+        if found is not None:
+            self._kept[path] = found
+        return found
 
     def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor = -1
+        while self._kept:
+            os.close(self._kept.popitem()[1].descriptor)
 
 
 @dataclass(slots=True)
 class Walker:
-    """Resolves paths for one call. Knows which devices it has seen are not procfs.
+    """Resolves paths for one call, as far as it has `sight` of them.
 
     What is `steady` it looks up only once: every program that starts opens the same libraries.
     """
 
+    sight: Sight
     steady: Callable[[bytes], bool]
-    _ordinary: set[int] = field(default_factory=set)
     _kept: dict[bytes, Resolved] = field(default_factory=dict)
-    _nearby: Nearby = field(default_factory=Nearby)
+    _nearby: Nearby = field(init=False)
 
-    def named(self, path: bytes, *, visible: Callable[[bytes], bool]) -> Resolved:
+    def __post_init__(self) -> None:
+        self._nearby = Nearby(self._directory, _DIRECTORIES)
+
+    def named(self, path: bytes) -> Resolved:
         """As `resolve` without following a link at its end: something that is to be made, renamed or removed."""
-        return self._nearby.named(path) or resolve(path, follow=False, visible=visible)
+        return self._beside(path, with_parent=True) or self.walked(path, follow=False)
 
-    def existing(self, path: bytes, *, follow: bool, visible: Callable[[bytes], bool]) -> Resolved:
-        """As `resolve`, but without the parent where the path is there as it is spelled."""
+    def existing(self, path: bytes, *, follow: bool) -> Resolved:
+        """As `resolve`, but without the parent where that was not needed."""
         if kept := self._kept.get(path):
             return kept
-        spelled = _unmerged(path)
-        found = self._as_spelled(spelled, follow=follow) or self._missing(spelled)
+        found = self._beside(_unmerged(path), with_parent=False)
+        if found is not None and follow and found.is_link:
+            found.__exit__()
+            found = None
         if found is None:
-            return resolve(path, follow=follow, visible=visible)
+            return self.walked(path, follow=follow)
         if self.steady(found.real) and len(self._kept) < _KEPT and not found.is_link:
             found.borrowed = True
             self._kept[path] = found
         return found
+
+    def walked(self, path: bytes, *, follow: bool) -> Resolved:
+        """As `resolve`."""
+        return resolve(path, follow=follow, sight=self.sight)
 
     def close(self) -> None:
         for kept in self._kept.values():
@@ -273,55 +372,42 @@ class Walker:
         self._kept.clear()
         self._nearby.close()
 
-    def _as_spelled(self, path: bytes, *, follow: bool) -> Resolved | None:
-        try:
-            found = os.open(path, _PATH_FLAGS)
-        except (OSError, ValueError):
+    def _beside(self, path: bytes, *, with_parent: bool) -> Resolved | None:
+        """By the directory that it lies in. None if it has to be walked."""
+        if is_crooked(path) or not self.sight.visible(path):
             return None
-        real = os.readlink(b"%d" % found, dir_fd=_own_descriptors())
-        status = os.fstat(found)
-        plain = status.st_dev in self._ordinary or self._is_ordinary(found, status.st_dev)
-        if real == path and plain and not (follow and stat.S_ISLNK(status.st_mode)):
-            return Resolved(real, -1, b"", found, _status=status)
-        os.close(found)
-        return None
+        found = self._nearby.named(path, with_parent=with_parent)
+        if found is not None and found.exists:
+            which = identity(found.status)
+            if which in self.sight.absent:
+                found.__exit__()
+                raise Absent(errno.ENOENT, path)
+            found.is_protected = found.is_protected or which in self.sight.protected
+        return found
 
-    def _missing(self, path: bytes) -> Resolved | None:
-        """Nothing by that name in a folder that is there as it is spelled."""
-        folder, _, name = path.rpartition(b"/")
-        if not name or name in (b".", b".."):
-            return None
-        parent = self._as_spelled(folder or b"/", follow=False)
-        if parent is None:
-            return None
-        try:
-            os.close(os.open(name, _PATH_FLAGS, dir_fd=parent.descriptor))
-        except FileNotFoundError:
-            return Resolved(path, parent.descriptor, name, -1)
-        except OSError:
-            pass
-        parent.__exit__()  # no folder, or there is something after all: a link that leads nowhere, or one that came this moment
-        return None
-
-    def _is_ordinary(self, descriptor: int, device: int) -> bool:
-        if kernel.file_system(descriptor) == _PROC_SUPER_MAGIC:
-            return False
-        self._ordinary.add(device)
-        return True
+    def _directory(self, path: bytes) -> Directory | None:
+        with self.walked(path, follow=False) as found:
+            if not found.exists:
+                raise WalkError(errno.ENOENT, found.real)
+            ordinary = found.is_folder and kernel.file_system(found.descriptor) != _PROC_SUPER_MAGIC
+            if found.real != path or not ordinary:
+                return None
+            return Directory(os.dup(found.descriptor), found.is_protected)
 
 
-def everything(_: bytes) -> bool:
-    return True
+def is_crooked(path: bytes) -> bool:
+    """With dots or needless slashes in it, only a walk can tell where a path leads."""
+    return b"//" in path or b"/./" in path or b"/../" in path or path.endswith((b"/", b"/.", b"/.."))
 
 
-def resolve(path: bytes, *, follow: bool, visible: Callable[[bytes], bool] = everything) -> Resolved:
+def resolve(path: bytes, *, follow: bool, sight: Sight | None = None) -> Resolved:
     """Walk an absolute path. The last component may be missing; if it is a link, `follow` says what to do.
 
-    Raises WalkError where the way there is broken, or leads through what is not visible.
+    Raises WalkError where the way there is broken, or leads through what is not there for this walker.
     """
     if not path.startswith(b"/"):
         raise WalkError(errno.ENOENT, b"/")
-    walk = _Walk(visible)
+    walk = _Walk(sight or Sight())
     try:
         return _resolve(walk, path, follow=follow)
     finally:
@@ -329,65 +415,53 @@ def resolve(path: bytes, *, follow: bool, visible: Callable[[bytes], bool] = eve
 
 
 def _resolve(walk: _Walk, path: bytes, *, follow: bool) -> Resolved:
-    trailing = path.endswith((b"/", b"/."))
-    todo = [part for part in reversed(path.split(b"/")) if part not in (b"", b".")]
-    links: list[bytes] = []
-    while todo:
-        name = todo.pop()
+    walk.add(path)
+    while walk.todo:
+        name = walk.todo.pop()
         if name == b"..":
             walk.up()
             continue
-        found = _open(walk, name, last=not todo)
+        found = _open(walk, name)
         if found < 0:
-            return Resolved(_join(walk.real, name), os.dup(walk.here), name, -1, trailing, tuple(links))
-        mode = os.fstat(found).st_mode
-        if stat.S_ISLNK(mode) and (todo or follow or trailing):
-            links.append(_join(walk.real, name))
-            target = os.readlink(b"", dir_fd=found)
+            return walk.at(name, found, None, is_protected=walk.is_protected)
+        status = os.fstat(found)
+        if stat.S_ISLNK(status.st_mode) and (walk.todo or follow or walk.trailing):
+            walk.follow(found)
+            continue
+        is_protected = walk.is_protected or identity(status) in walk.sight.protected
+        if not stat.S_ISDIR(status.st_mode) and (walk.todo or walk.trailing):
             os.close(found)
-            if len(links) > _LINKS:
-                raise WalkError(errno.ELOOP, _join(walk.real, name))
-            trailing = trailing or (not todo and target.endswith((b"/", b"/.")))
-            if target.startswith(b"/"):
-                walk.up(to_root=True)
-            todo.extend(part for part in reversed(target.split(b"/")) if part not in (b"", b"."))
-        elif not todo:
-            return _found(walk, name, found, mode, trailing=trailing, links=tuple(links))
-        elif stat.S_ISDIR(mode):
-            walk.enter(name, found)
-        else:
-            os.close(found)
-            raise WalkError(errno.ENOTDIR, _join(walk.real, name))
-    # The path ended in `..` or is / itself: the folder we stand in.
-    real, name, here = walk.real, walk.folders[-1][0], os.dup(walk.here)
+            raise WalkError(errno.ENOTDIR, walk.ways[-1])
+        if not walk.todo:
+            return walk.at(name, found, status, is_protected=is_protected)
+        walk.enter(name, found, is_protected=is_protected)
+    # The path ended in `..` or is / itself: the directory we stand in.
+    real, name, here, is_protected = walk.real, walk.steps[-1].name, os.dup(walk.here), walk.is_protected
     walk.up()
-    return Resolved(real, os.dup(walk.here), name or b".", here, trailing_slash=True, links=tuple(links))
+    return Resolved(real, os.dup(walk.here), name or b".", here, True, (*walk.ways, real), is_protected)
 
 
-def _open(walk: _Walk, name: bytes, *, last: bool) -> int:
+def _open(walk: _Walk, name: bytes) -> int:
     """A component as O_PATH; -1 if it is the last one and there is nothing by that name."""
     real = _join(walk.real, name)
-    if _names_a_process(walk.here, name) or not walk.visible(real):
+    if _names_a_process(walk.here, name) or not walk.sight.visible(real):
         raise WalkError(errno.ENOENT, real)
+    walk.ways.append(real)
     try:
-        return os.open(name, _PATH_FLAGS, dir_fd=walk.here)
+        found = os.open(name, _PATH_FLAGS, dir_fd=walk.here)
     except OSError as e:
-        if e.errno == errno.ENOENT and last:
+        if e.errno == errno.ENOENT and not walk.todo:
             return -1
-        raise WalkError(e.errno or errno.EIO, _join(walk.real, name)) from None
+        raise WalkError(e.errno or errno.EIO, real) from None
+    if walk.sight.absent and identity(os.fstat(found)) in walk.sight.absent:
+        os.close(found)
+        raise Absent(errno.ENOENT, real)
+    return found
 
 
 def _names_a_process(folder: int, name: bytes) -> bool:
     """By the type of the file system, so that a second mount of procfs is no way around it."""
     return (name.isdigit() or name in (b"self", b"thread-self")) and kernel.file_system(folder) == _PROC_SUPER_MAGIC
-
-
-def _found(walk: _Walk, name: bytes, found: int, mode: int, *, trailing: bool, links: tuple[bytes, ...]) -> Resolved:
-    real = _join(walk.real, name)
-    if trailing and not stat.S_ISDIR(mode):
-        os.close(found)
-        raise WalkError(errno.ENOTDIR, real)
-    return Resolved(real, os.dup(walk.here), name, found, trailing, links)
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

@@ -100,24 +100,20 @@ class Processes:
             descriptor = self._memories[thread] = os.open(f"/proc/{thread}/mem", os.O_RDWR | os.O_CLOEXEC)
         return descriptor
 
-    def unshared(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
-        """Whether nobody but the waiting thread can change this memory: then the kernel may read it once more.
-
-        That is so if its process has one thread (and the parent that shares its memory since a vfork, which waits), and
-        the memory is private and not a file's that it may write (mmap(2): changes of the file may show).
-        """
+    def is_alone(self, thread: int) -> bool:
+        """Whether it is the only thread of a process of this call. While it waits, nobody can make another one."""
         seen = _look(thread)  # with one thread only, that is its process
-        if seen.threads != 1 or seen.session != self.root:
-            return False
-        if thread != self.root and kernel.share_memory(thread, seen.parent):
-            above = _look(seen.parent)
-            if above.threads != 1 or above.session != self.root:
-                return False
-            if seen.parent != self.root and kernel.share_memory(seen.parent, above.parent):
-                return False  # if its parent dies, theirs goes on in this memory
-        return self._private(thread, address, length, may_write)
+        return seen.threads == 1 and seen.session == self.root
 
-    def _private(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
+    def parent(self, process: int) -> int:
+        return _look(process).parent
+
+    def shares_memory(self, process: int) -> bool:
+        """With its parent; also where that can't be found out."""
+        return kernel.share_memory(process, _look(process).parent)
+
+    def is_private(self, thread: int, address: int, length: int, may_write: Callable[[bytes], bool]) -> bool:
+        """Whether memory is its process's alone, and not a file's that it may write (mmap(2): changes of the file may show)."""
         maps = os.open(f"/proc/{thread}/maps", os.O_RDONLY | os.O_CLOEXEC)
         try:
             if _is_anonymous(maps, address, length):

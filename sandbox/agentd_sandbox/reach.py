@@ -7,6 +7,7 @@ real path.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 from dataclasses import dataclass, field
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Literal
 
 from agentd_sandbox.errors import WorkerRevoked
 from agentd_sandbox.outcome import Denial
-from agentd_sandbox.paths import Resolved, Walker, WalkError, resolve
+from agentd_sandbox.paths import Absent, Resolved, Sight, Walker, WalkError, is_crooked
 from agentd_sandbox.system import is_part_of_system
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from agentd_sandbox.access import Access
 
 DEVICES = frozenset({b"/dev/null", b"/dev/zero", b"/dev/full", b"/dev/urandom", b"/dev/random"})
@@ -40,7 +43,8 @@ class Reach:
     _walker: Walker = field(init=False)
 
     def __post_init__(self) -> None:
-        self._walker = Walker(steady=self._is_steady)
+        sight = Sight(self._may_see, self.access.absent, self.access.protected)
+        self._walker = Walker(sight, self._is_steady)
 
     def require_granted(self) -> None:
         """Raises WorkerRevoked once the call may do nothing any more."""
@@ -63,7 +67,25 @@ class Reach:
 
     def existing(self, path: bytes, right: Right, *, follow: bool = True) -> Resolved:
         """Something that is there, and may be used as `right` says."""
-        target = self._reach(path, follow=follow, parent=False)
+        return self._usable(self._found(path, follow=follow), right)
+
+    def _found(self, path: bytes, *, follow: bool) -> Resolved:
+        """What a path leads to, if anything."""
+        return self._reach(path, functools.partial(self._walker.existing, follow=follow))
+
+    def _named(self, path: bytes) -> Resolved:
+        """The name itself, with the directory that it is in."""
+        return self._reach(path, self._walker.named)
+
+    def walked(self, path: bytes, right: Right) -> Resolved:
+        """As `existing`, with all the ways that lead there."""
+        target = self._reach(path, self._walk_to)
+        return self._usable(target, right)
+
+    def _walk_to(self, path: bytes) -> Resolved:
+        return self._walker.walked(path, follow=True)
+
+    def _usable(self, target: Resolved, right: Right) -> Resolved:
         try:
             self.require(target, right)
             if not target.exists:
@@ -73,17 +95,16 @@ class Reach:
             raise
         return target
 
-    def _reach(self, path: bytes, *, follow: bool, parent: bool) -> Resolved:
+    def _reach(self, path: bytes, find: Callable[[bytes], Resolved]) -> Resolved:
         """A hidden path is not even looked up: a link out there that leads into the scopes does not exist either."""
-        if not (self._may_see(path) or _is_crooked(path)):
+        if not (self._may_see(path) or is_crooked(path)):
             self.deny(path, "no scope to see it")
             raise OSError(errno.ENOENT, "hidden")
         try:
-            if parent and not follow:
-                return self._walker.named(path, visible=self._may_see)
-            if parent:
-                return resolve(path, follow=follow, visible=self._may_see)
-            return self._walker.existing(path, follow=follow, visible=self._may_see)
+            return find(path)
+        except Absent as e:
+            self.deny(e.reached, "it is agentd's own")
+            raise
         except WalkError as e:
             if self._may_see(e.reached):
                 raise
@@ -104,6 +125,9 @@ class Reach:
             case "read":
                 allowed = access.may_read(real) or real in DEVICES
             case "write":
+                if target.is_protected:
+                    self.deny(real, "agentd runs it, or is configured by it")
+                    raise OSError(errno.EACCES, "protected")
                 allowed = access.may_write(real)
             case "execute":
                 allowed = access.may_execute(real)
@@ -112,8 +136,3 @@ class Reach:
         if not allowed:
             self.deny(real, f"no scope to {right} it")
             raise OSError(errno.EACCES if target.exists and access.may_see(real) else errno.ENOENT, "denied")
-
-
-def _is_crooked(path: bytes) -> bool:
-    """With dots or needless slashes in it, only the walk can tell where a path leads."""
-    return b"/." in path or b"//" in path or path.endswith(b"/")
