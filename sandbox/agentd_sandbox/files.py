@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel
 from agentd_sandbox.limits import LARGEST_FILE
-from agentd_sandbox.paths import Resolved, reopen, resolve
+from agentd_sandbox.paths import Identity, Resolved, identity, reopen, resolve
 from agentd_sandbox.reach import DEVICES, Reach
 from agentd_sandbox.recorder import Change, Recorder
 from agentd_sandbox.renewing import renewed
@@ -47,6 +47,8 @@ class Files(Reach):
     _appended: list[bytes] = field(default_factory=list)
     _grown: dict[bytes, int] = field(default_factory=dict)
     """Files that may be written to, and how much there was of each at first."""
+    _made: set[bytes] = field(default_factory=set)
+    """Paths that the call has made: their content is its own, whether it may be read or not."""
     unnamed: bool = False
     """Whether one of those has lost its name, and may be written to all the same."""
 
@@ -81,6 +83,7 @@ class Files(Reach):
         if target.trailing_slash:
             raise OSError(errno.EISDIR, "folder")
         self._record(("create", target.real))
+        self._made.add(target.real)
         self._grown.setdefault(target.real, 0)
         exact = flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.open(target.name, exact, mode & 0o777, dir_fd=target.parent)
@@ -168,6 +171,10 @@ class Files(Reach):
         below = [path for path in self._grown if path.startswith(old + b"/")] if source.is_folder else []
         for path in (*below, *({old} & self._grown.keys())):
             self._grown[new + path[len(old) :]] = self._grown.pop(path)
+        self._made.discard(new)
+        made = [path for path in self._made if path == old or path.startswith(old + b"/")]
+        self._made.difference_update(made)
+        self._made.update(new + path[len(old) :] for path in made)
 
     def require_room(self, length: int, most: int) -> None:
         """Raises OSError (ENOSPC) if the call would have written more than it may."""
@@ -237,6 +244,7 @@ class Files(Reach):
             if folder and not target.is_empty:
                 raise OSError(errno.ENOTEMPTY, "not empty")
             self._record(("remove", target.real))
+            self._made.discard(target.real)
             self.unnamed = self.unnamed or target.real in self._grown
             with self.walks.changing(target.real):
                 (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
@@ -244,6 +252,7 @@ class Files(Reach):
     def make_folder(self, path: bytes, mode: int) -> None:
         with self._new(path) as target:
             self._record(("create", target.real))
+            self._made.add(target.real)
             os.mkdir(target.name, mode & 0o777, dir_fd=target.parent)
 
     def make_link(self, text: bytes, path: bytes) -> None:
@@ -251,6 +260,7 @@ class Files(Reach):
         with self._new(path) as target:
             self._leads_within(target.real, text)
             self._record(("create", target.real))
+            self._made.add(target.real)
             os.symlink(text, target.name, dir_fd=target.parent)
 
     def _leads_within(self, link: bytes, text: bytes) -> None:
@@ -277,9 +287,9 @@ class Files(Reach):
     def make_name(self, old: bytes, new: bytes, *, follow: bool) -> None:
         """A hard link: both names within what may be written. From then on the file can't be, until one is gone."""
         with self.existing(old, "write", follow=follow) as source, self._new(new) as target:
-            self.require(source, "read")
             if not stat.S_ISREG(source.status.st_mode):
                 raise OSError(errno.EPERM, "no file")
+            self._require_known(source.real)
             self._only_name(source)
             self._record(("create", target.real))
             os.link(f"/proc/self/fd/{source.descriptor}", target.name, dst_dir_fd=target.parent, follow_symlinks=True)
@@ -290,6 +300,7 @@ class Files(Reach):
             self.require(target, "write")
             if not source.exists:
                 raise OSError(errno.ENOENT, "missing")
+            self._require_known(source.real)
             if target.exists and not replace:
                 raise OSError(errno.EEXIST, "exists")
             if target.is_folder and not (source.is_folder and target.is_empty):
@@ -307,16 +318,25 @@ class Files(Reach):
                     kernel.rename_to_new((source.parent, source.name), (target.parent, target.name))
             self._moved(source, target)
 
+    def _require_known(self, path: bytes) -> None:
+        """By another name, it could be read where this one may not be: only what may be read, or is its own, gets one."""
+        if not (self.access.may_read(path) or path in self._made):
+            self.deny(path, "no scope to read it, which another name would do")
+            raise OSError(errno.EACCES, "unread")
+
     def _record_tree(self, source: Resolved, target: Resolved) -> None:
         """Every path of a folder that is moved goes, and comes at the other place. All must be within the scopes."""
         going: list[bytes] = []
-        for path in _tree(source):
+        own = self.access.absent | self.access.protected
+        for path, which in _tree(source):
             going.append(path)
             inside = self.access.may_write(path) and self.access.may_write(target.real + path[len(source.real) :])
+            inside = inside and which not in own
             if not inside or len(going) > _TREE_LIMIT:
                 why = "something in it is outside the scopes" if not inside else f"more than {_TREE_LIMIT} entries"
                 self.deny(source.real, f"can't be moved: {why}")
                 raise OSError(errno.EACCES if not inside else errno.EPERM, "tree")
+            self._require_known(path)
             if os.path.islink(path):
                 self._leads_within(target.real + path[len(source.real) :], os.readlink(path))
         coming = [target.real + path[len(source.real) :] for path in going]
@@ -434,9 +454,9 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _tree(top: Resolved) -> Iterator[bytes]:
-    """All paths of a folder, itself first. Follows no link."""
-    yield top.real
-    for folder, folders, names, _descriptor in os.fwalk(b".", onerror=_raise, follow_symlinks=False, dir_fd=top.descriptor):
+def _tree(top: Resolved) -> Iterator[tuple[bytes, Identity]]:
+    """All paths of a folder with what is there, itself first. Follows no link."""
+    yield top.real, identity(top.status)
+    for folder, folders, names, here in os.fwalk(b".", onerror=_raise, follow_symlinks=False, dir_fd=top.descriptor):
         for name in (*folders, *names):
-            yield top.real + folder[1:] + b"/" + name
+            yield top.real + folder[1:] + b"/" + name, identity(os.stat(name, dir_fd=here, follow_symlinks=False))

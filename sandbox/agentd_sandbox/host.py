@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +46,7 @@ _START_TIMEOUT_S = 10.0
 _TICK_S = 0.1
 _OVERHEAD_BYTES = 4096  # usage and JSON syntax around a result
 _WORKERS, _LARGE_WORKERS = 8, 4  # at a time, and how many of them may take all the memory that one may
-_BROKERS = 32  # threads; a file system that does not answer holds one until it does
+_STUCK = 128  # brokers that wait for file systems which do not answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class Sandbox:
     _cgroup: Cgroup | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _walks: Walks = field(default_factory=Walks)
-    _brokers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_BROKERS, thread_name_prefix="broker"))
+    _stuck: list[Serving] = field(default_factory=list)
     _processors: itertools.cycle[int] = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
     _python: tuple[PathRule, ...] = field(default_factory=python_rules)
 
@@ -114,7 +113,6 @@ class Sandbox:
             self._stop_zygote()
             if self._cgroup:
                 self._cgroup.remove()
-        self._brokers.shutdown(wait=False, cancel_futures=True)
 
     def run(
         self,
@@ -128,6 +126,7 @@ class Sandbox:
 
         Once `revoked` is set, no more system call is done for it: it ends with WorkerRevoked.
         """
+        self._require_brokers()
         revoked = revoked or threading.Event()
         started = time.monotonic()
         worker = self._take()
@@ -135,15 +134,24 @@ class Sandbox:
         serving = Serving(broker, worker)
         try:
             try:
-                serving.begin(self._brokers)
+                serving.begin()
                 body = _exchange(worker, serving, job, cancelled)
             finally:
                 serving.end()
             result, error, cpu_us, rss_kb = _answer(body)
         except SandboxFailure as e:
             e.outcome = _outcome(broker, started, None, str(e))
+            if serving.is_stuck:
+                with self._lock:
+                    self._stuck.append(serving)
             raise
         return _outcome(broker, started, result, error, cpu_us, rss_kb)
+
+    def _require_brokers(self) -> None:
+        with self._lock:
+            self._stuck = [serving for serving in self._stuck if serving.is_stuck]
+            if len(self._stuck) >= _STUCK:
+                raise SandboxFailure(f"{_STUCK} calls still wait for file systems that do not answer")
 
     def _broker(
         self, worker: Waiting, access: Access, recorder: Recorder, deadline: float, revoked: threading.Event

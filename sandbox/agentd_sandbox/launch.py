@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
@@ -84,17 +83,13 @@ def launch(
         )
     theirs.close()
     waiting = Waiting(ours)
-    threads = ThreadPoolExecutor(1)
+    waiting.greet()
+    serving = Serving(_broker(waiting, access, folder, time.monotonic() + deadline_s, limits), waiting)
+    serving.begin()
     try:
-        waiting.greet()
-        serving = Serving(_broker(waiting, access, folder, time.monotonic() + deadline_s, limits), waiting)
-        serving.begin(threads)
-        try:
-            status = _wait(child, serving, deadline_s)
-        finally:
-            serving.end()
+        status = _wait(child, serving, deadline_s)
     finally:
-        threads.shutdown(wait=False)
+        serving.end()
     if serving.offence:
         raise serving.offence
     files = serving.broker.files

@@ -18,7 +18,6 @@ from agentd_sandbox.worker import HELLO
 
 if TYPE_CHECKING:
     import socket
-    from concurrent.futures import Future, ThreadPoolExecutor
 
     from agentd_sandbox.broker import Broker
     from agentd_sandbox.desk import Desk
@@ -93,10 +92,19 @@ class Serving:
     worker: Waiting
     offence: WorkerOffence | None = None
     _gone: threading.Event = field(default_factory=threading.Event)
-    _served: Future[None] | None = None
+    _begun: bool = False
+    _is_stuck: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self, threads: ThreadPoolExecutor) -> None:
-        self._served = threads.submit(self._serve)
+    @property
+    def is_stuck(self) -> bool:
+        """Whether it was given up, and its thread still waits for a file system."""
+        return self._is_stuck and not self._gone.is_set()
+
+    def begin(self) -> None:
+        """On a thread of its own, which nobody waits for at the end of the process: a file system may not answer for ever."""
+        self._begun = True
+        threading.Thread(target=self._serve, name="broker", daemon=True).start()
 
     def end(self) -> None:
         """Kill the worker and all it has started, and return when nothing that is under its filter is left.
@@ -107,12 +115,16 @@ class Serving:
         self.broker.proxy.stop()
         self.worker.processes.kill()
         deadline = time.monotonic() + _GONE_TIMEOUT_S
-        while self._served and not self._gone.wait(0.002 if self.worker.processes.many else _TICK_S):
-            if time.monotonic() > deadline:
-                self._served.add_done_callback(lambda _: self.worker.close())
+        while self._begun and not self._gone.wait(0.002 if self.worker.processes.many else _TICK_S):
+            if time.monotonic() > deadline and self._give_up():
                 raise BrokerStuck(f"the broker still waits for the file system in {self.broker.busy or 'a call'}")
             self.worker.processes.kill()
         self.worker.close()
+
+    def _give_up(self) -> bool:
+        with self._lock:
+            self._is_stuck = not self._gone.is_set()
+        return self._is_stuck
 
     def _serve(self) -> None:
         """The broker's thread: until the listener hangs up, which is when the last process under the filter is gone."""
@@ -126,7 +138,10 @@ class Serving:
                 os.sched_setaffinity(0, ALL_PROCESSORS)
             self.broker.network.traffic.settle(())
             self.broker.files.close()
-            self._gone.set()
+            with self._lock:
+                self._gone.set()
+            if self._is_stuck:
+                self.worker.close()
 
     def _await_death(self) -> None:
         """At level 1 there is one process, and no listener that would hang up with it."""
