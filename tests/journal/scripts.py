@@ -481,7 +481,10 @@ class Worker:
                 try:
                     house.journal.undo(applied.call, "p")
                 except JournalError as e:  # docs/journal.md says when
-                    if "changed nothing" not in e.message or {d.what for d in compare(before, look(home))} - {"links", "holes"}:
+                    if "changed nothing" not in e.message or {d.what for d in compare(before, look(os.fsencode(home)))} - {
+                        "links",
+                        "holes",
+                    }:
                         raise
                     return
             require_same("applied and undone", before, home)
