@@ -77,9 +77,7 @@ class Daemon:
         """Opens the store and reads the tools. `file` is where the configuration is from. Raises StoreError, ConfigError."""
         self._config = config
         self._calls_at_once = calls_at_once(calls.CONCURRENT_CALLS)
-        single = (file, config.audit.anchor_file)
-        own = (config.state, config.socket, config.automations, *config.tools.bundles, *(path for path in single if path))
-        self._own = tuple(dict.fromkeys(path.resolve() for path in own))
+        self._own = parts.own(config, file)
         self._toolbox = calls.load(config.tools.bundles, files("agentd.bundled_tools"), config.tools.bundled)
         self._credentials = calls.load_credentials(config.credentials, config.state)
         if Reserve(config.state).release_if_full():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -30,7 +31,7 @@ from agentd.engine import automaton
 from agentd.engine.prompt import ToolSpec
 from agentd.engine.settings import EngineSettings, Room
 from agentd.errors import ConfigError, Reason, RequestError, SandboxError
-from agentd.grants import Grant
+from agentd.grants import Grant, Own, programs
 from agentd.journal import Keep
 from agentd.runs import Limits, ModelSettings
 
@@ -50,6 +51,20 @@ if TYPE_CHECKING:
 
 _ROOM = 0.9  # of the limit: what grows while it runs is not to reach it
 _VCGENCMD_S, _PMIC_S = 10.0, 10.0  # between two questions: asking 10 times a second slows decoding
+
+
+def own(config: Config, file: Path | None) -> Own:
+    """What belongs to the daemon, or is run by it. Directories of ours are made, so that nobody makes them elsewhere and moves
+    them here: from then on they are known by identity.
+    """
+    with contextlib.suppress(OSError):  # who starts says why it can't be had
+        config.automations.mkdir(parents=True, exist_ok=True)
+    tls = (config.listen.key, config.listen.certificate, config.listen.client_ca) if config.listen else (None, None, None)
+    single = (file, config.audit.anchor_file, tls[0])
+    absent = (config.state, config.socket, config.automations, *config.tools.bundles, *(path for path in single if path))
+    model = Path(config.engine.model)
+    protected = (*programs(), *(path for path in (*tls[1:], model) if path and path.is_absolute()))
+    return Own(absent, protected)
 
 
 def rules(config: Config) -> list[Grant]:

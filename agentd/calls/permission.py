@@ -7,6 +7,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from agentd_sandbox import PathRule
+
 from agentd.audit import Event
 from agentd.calls.wanted import Prepared, Wanted, event
 from agentd.errors import Reason, RequestError
@@ -77,6 +79,12 @@ class Permission:
             if await asyncio.to_thread(self.grants.use, decision):
                 return _prepared(wanted, decision)
         raise await self._denied(wanted, replace(decision, verdict="deny", reason="others used up the grant for it"))
+
+    def named(self, prepared: Prepared) -> tuple[PathRule, ...]:
+        """What runs later and the call may change: as a scope of its own says, or a grant."""
+        wanted = (scope.rule() for scope in prepared.scopes if self.grants.later.is_touched(scope))
+        granted = (pattern.value for pattern in self.grants.named(prepared.asked()))
+        return (*wanted, *(PathRule(os.fsencode(value), "*" in value) for value in granted))
 
     def still(self, prepared: Prepared) -> bool:
         """Whether what allowed a running call still does."""

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agentd.grants import Own
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -20,8 +22,8 @@ class Places:
     proc: str = "/proc"
     devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The nodes of each device that a scope can name, as globs."""
-    own: tuple[Path, ...] = ()
-    """The daemon's own files and folders, by real path: no call gets to them, whatever the grants say."""
+    own: Own = field(default_factory=Own)
+    """The daemon's own files: no call gets to them, whatever the grants say."""
 
     def variables(self) -> dict[str, str]:
         prefix = os.environ.get("PREFIX", "/usr")  # Termux keeps its programs in a folder of its own

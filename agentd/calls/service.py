@@ -288,17 +288,25 @@ class Calls:
             manifest.deadline_s,
             manifest.output_bytes,
         )
-        return self._sandbox.run(job, self._access(prepared.scopes), transaction, cancelled, revoked)
+        return self._sandbox.run(job, self._access(prepared), transaction, cancelled, revoked)
 
-    def _access(self, scopes: tuple[Scope, ...]) -> Access:
+    def _access(self, prepared: Prepared) -> Access:
+        scopes = prepared.scopes
         rules = {kind: tuple(scope.rule() for scope in scopes if scope.kind == kind) for kind in PATH_KINDS}
         peers = frozenset(split_authority(scope.value, None) for scope in scopes if scope.kind == "connect")
         used = frozenset(scope.value for scope in scopes if scope.kind == "use")
         named = (self._places.devices.get(scope.value, ()) for scope in scopes if scope.kind == "device")
         nodes = tuple(PathRule(os.fsencode(node), glob=True) for nodes in named for node in nodes)
         operated = frozenset(scope.value for scope in scopes if scope.kind == "device" and not is_node(scope.value))
-        own = tuple(PathRule(os.fsencode(path)) for path in self._places.own)
-        return Access(rules["read"], rules["write"], peers, rules["exec"], used, nodes, operated, own)
+        own, known = self._places.own, self._places.own.identities()
+        return Access(
+            *(rules["read"], rules["write"], peers, rules["exec"], used, nodes, operated),
+            hidden=tuple(PathRule(os.fsencode(path)) for path in own.absent),
+            absent=known.absent,
+            protected=known.protected,
+            later=self._permission.grants.later.rules,
+            named=self._permission.named(prepared),
+        )
 
     def _conclude(self, prepared: Prepared, transaction: Transaction, outcome: Outcome) -> CallResult:
         output = outcome.result if outcome.error is None else {"error": outcome.error}

@@ -5,8 +5,10 @@ from agentd.grants.conditions import Clock, Conditions, Moment, moment
 from agentd.grants.decide import Book, Decision, Request
 from agentd.grants.grant import Grant
 from agentd.grants.grants import Grants
+from agentd.grants.later import Later
 from agentd.grants.learn import propose
 from agentd.grants.notify import Notifier
+from agentd.grants.own import Own, programs
 from agentd.grants.patterns import Pattern, parse
 from agentd.grants.scopes import PATH_KINDS, Scope, normalise
 from agentd.grants.taint import Labels, Taint
@@ -24,8 +26,10 @@ __all__ = [
     "Grant",
     "Grants",
     "Labels",
+    "Later",
     "Moment",
     "Notifier",
+    "Own",
     "Pattern",
     "Request",
     "Scope",
@@ -35,5 +39,6 @@ __all__ = [
     "normalise",
     "offers_for",
     "parse",
+    "programs",
     "propose",
 ]

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from agentd.grants.index import Index
+from agentd.grants.later import Later
 from agentd.grants.scopes import Scope
 
 if TYPE_CHECKING:
@@ -77,14 +78,20 @@ class Book:
     rehearsed: Index
     allow: Index
     used: Mapping[str, int] = field(default_factory=dict)
+    later: Later = field(default_factory=Later)
+    naming: tuple[Grant, ...] = ()
+    """Those that allow to change what runs later."""
 
     @classmethod
-    def of(cls, grants: Iterable[Grant], used: Mapping[str, int]) -> Book:
+    def of(cls, grants: Iterable[Grant], used: Mapping[str, int], later: Later | None = None) -> Book:
+        later = later or Later()
+        grants = tuple(grants)
         sorted_out: dict[str, list[Grant]] = {name: [] for name in ("deny", "answered", "ask", "rehearsed", "allow")}
         for grant in grants:
             rehearsed = grant.rehearse and grant.decision == "allow"
             sorted_out["answered" if grant.answers else "rehearsed" if rehearsed else grant.decision].append(grant)
-        return cls(**{name: Index(found) for name, found in sorted_out.items()}, used=used)
+        naming = tuple(grant for grant in grants if grant.decision == "allow" and later.is_named(grant.pattern))
+        return cls(**{name: Index(found) for name, found in sorted_out.items()}, used=used, later=later, naming=naming)
 
     def decide(self, request: Request, moment: Moment) -> Decision:
         """A pure function of book, request and moment."""
@@ -97,7 +104,7 @@ class Book:
         asking: list[tuple[Scope, Grant]] = []
         unmet: list[Scope] = []
         for scope in request.wanted:
-            if rule := self._first(self.answered.covering(scope), request, moment):
+            if rule := self._first(self._meant(self.answered.covering(scope), scope), request, moment):
                 used.append(rule)
             elif rule := self._first(self.ask.covering(scope), request, moment):
                 asking.append((scope, rule))
@@ -121,14 +128,25 @@ class Book:
             reason = f"the rule for {rule.pattern} wants a person to be asked"
         else:
             scope, reason = unmet[0], f"no grant covers {unmet[0]}"
-            if request.asks:
+            if self.later.is_touched(unmet[0]):
+                reason = f"what {unmet[0]} is runs later, unconfined, and no grant names it"
+            elif request.asks:
                 reason = f"no grant for {request.tool} itself covers {unmet[0]}, and it asks unless one does"
         rules = tuple(dict.fromkeys(str(rule) for _, rule in asking))
         return Decision("ask", reason, rules, str(scope), self.near(request, scope, moment), open_ones)
 
     def _allowing(self, scope: Scope, request: Request) -> Iterable[Grant]:
         found = chain(self.rehearsed.covering(scope), self.allow.covering(scope))
-        return (grant for grant in found if grant.is_specific) if request.asks else found
+        return self._meant((grant for grant in found if grant.is_specific) if request.asks else found, scope)
+
+    def _meant(self, grants: Iterable[Grant], scope: Scope) -> Iterable[Grant]:
+        """What runs later is covered only by who has named it."""
+        return (grant for grant in grants if self.later.is_named(grant.pattern)) if self.later.is_touched(scope) else grants
+
+    def named(self, request: Request, moment: Moment) -> tuple[Pattern, ...]:
+        """What runs later and a call may change, as grants for it name it."""
+        concerned = (grant for grant in self.naming if grant.concerns(request.principals, request.tool))
+        return tuple(grant.pattern for grant in concerned if not grant.asleep(moment, self.used.get(grant.id, 0)))
 
     def _first(self, grants: Iterable[Grant], request: Request, moment: Moment) -> Grant | None:
         for grant in grants:
@@ -146,6 +164,8 @@ class Book:
                 why = grant.idle(request.principals, request.tool, moment, self.used.get(grant.id, 0))
                 if not why and request.asks and not grant.is_specific:
                     why = f"{request.tool} asks unless a grant names it"
+                if not why and self.later.is_touched(scope) and not self.later.is_named(grant.pattern):
+                    why = "it does not name what runs later"
                 if why:
                     found[f"{grant}: {why}"] = None
         for grant in self.allow.near(scope):

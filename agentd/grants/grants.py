@@ -12,18 +12,19 @@ from agentd.audit import Event
 from agentd.errors import Reason, RequestError
 from agentd.grants.decide import Book, Decision, Request
 from agentd.grants.grant import Grant
-from agentd.grants.patterns import parse, within
-from agentd.grants.scopes import PATH_KINDS
+from agentd.grants.later import Later
+from agentd.grants.own import Own
+from agentd.grants.patterns import parse
 from agentd.store import new_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
 
     import apsw
 
     from agentd.audit import AuditLog
     from agentd.grants.conditions import Moment
+    from agentd.grants.patterns import Pattern
     from agentd.store import Store
 
 _LOOK_AGAIN_S = 5.0
@@ -32,8 +33,8 @@ _LOOK_AGAIN_S = 5.0
 class Grants:
     """Decides, and changes what is decided by. From any thread; what changes is durable before it counts.
 
-    `own` are the daemon's own files, which no grant can open. `changed` is called after every change that may take something
-    away.
+    `own` are the daemon's own files, which no grant can open; `later` is what runs later. `changed` is called after every
+    change that may take something away.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Grants:
         store: Store,
         audit: AuditLog,
         moment: Callable[[], Moment],
-        own: tuple[Path, ...] = (),
+        own: Own | None = None,
+        later: Later | None = None,
     ) -> None:
-        self._own = [str(path) for path in own]
+        self._own, self.later = own or Own(), later or Later()
         self._fixed, self._store, self._audit = tuple(fixed), store, audit
         self._moment = moment
         self._lock = threading.Lock()
@@ -66,13 +68,16 @@ class Grants:
     def decide(self, request: Request, supposed: Sequence[Grant] | None = None) -> Decision:
         """By the grants in force, or as if those `supposed` were all there are."""
         for scope in request.scopes:
-            if scope.kind in PATH_KINDS and any(within(scope.value, own) for own in self._own):
-                own_rule = ("built in: agentd's own files",)
-                return Decision("deny", f"{scope} belongs to agentd itself", own_rule, str(scope), policy=self.policy)
+            if why := self._own.forbids(scope):
+                return Decision("deny", why, ("built in: agentd's own files",), str(scope), policy=self.policy)
         if supposed is not None:
-            return Book.of(supposed, self._used).decide(request, self._moment())
+            return Book.of(supposed, self._used, self.later).decide(request, self._moment())
         book, policy = self._current()
         return replace(book.decide(request, self._moment()), policy=policy)
+
+    def named(self, request: Request) -> tuple[Pattern, ...]:
+        """What runs later and a call may change all the same."""
+        return self._current()[0].named(request, self._moment())
 
     @property
     def policy(self) -> str:
@@ -176,7 +181,7 @@ class Grants:
                 grants = [*self._fixed, *self._made.values()]
                 again = [moved for grant in grants if grant.decision != "allow" and (moved := _moved(grant))]
                 if self._book is None or again:
-                    self._book = Book.of([*grants, *again], self._used)
+                    self._book = Book.of([*grants, *again], self._used, self.later)
                     self._policy = hashlib.sha256("\n".join(map(str, grants)).encode("utf-8", "replace")).hexdigest()
                 self._looked = time.monotonic()
             return self._book, self._policy

@@ -96,7 +96,8 @@ class Access:
     `use` names the credentials that the broker may add to requests of this call. `devices` are nodes that may be opened
     to read and to write, `operate` names those that the broker itself has operated for the call; what is done to either
     can't be undone. What is `hidden` does not exist, whatever the other rules say. So doesn't what is `absent`, by device and
-    inode: a bind mount or another mount of its file system is no way to it. What is `protected` may not be changed.
+    inode: a bind mount or another mount of its file system is no way to it. What is `protected` may not be changed, nor what
+    runs `later`, unless it is `named`.
     """
 
     read: tuple[PathRule, ...] = ()
@@ -109,6 +110,8 @@ class Access:
     hidden: tuple[PathRule, ...] = ()
     absent: frozenset[tuple[int, int]] = frozenset()
     protected: frozenset[tuple[int, int]] = frozenset()
+    later: tuple[PathRule, ...] = ()
+    named: tuple[PathRule, ...] = ()
 
     @cached_property
     def _reading(self) -> Rules:
@@ -131,6 +134,14 @@ class Access:
         return Rules(self.hidden)
 
     @cached_property
+    def _later(self) -> Rules:
+        return Rules(self.later)
+
+    @cached_property
+    def _named(self) -> Rules:
+        return Rules(self.named)
+
+    @cached_property
     def _all(self) -> Rules:
         return Rules((*self.read, *self.write, *self.execute, *self.devices))
 
@@ -138,7 +149,13 @@ class Access:
         return self._reading.cover(path) and not (self.hidden and self._hidden.cover(path))
 
     def may_write(self, path: bytes) -> bool:
-        return self._writing.cover(path) and not (self.hidden and self._hidden.cover(path))
+        if not self._writing.cover(path) or (self.hidden and self._hidden.cover(path)):
+            return False
+        return not self.runs_later(path)
+
+    def runs_later(self, path: bytes) -> bool:
+        """Whether a program that is not confined will run it, or be told by it what to run."""
+        return bool(self.later) and self._later.cover(path) and not self._named.cover(path)
 
     def may_execute(self, path: bytes) -> bool:
         return self._executing.cover(path) and not (self.hidden and self._hidden.cover(path))

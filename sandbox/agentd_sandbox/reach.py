@@ -43,7 +43,7 @@ class Reach:
     _walker: Walker = field(init=False)
 
     def __post_init__(self) -> None:
-        sight = Sight(self._may_see, self.access.absent, self.access.protected)
+        sight = Sight(self._may_pass, self.access.absent, self.access.protected)
         self._walker = Walker(sight, self._is_steady)
 
     def require_granted(self) -> None:
@@ -118,6 +118,10 @@ class Reach:
     def _may_see(self, path: bytes) -> bool:
         return path in DEVICES or self.access.may_see(path)
 
+    def _may_pass(self, path: bytes) -> bool:
+        """Whether a walk may lead over it."""
+        return path == b"/dev" or self._may_see(path)
+
     def require(self, target: Resolved, right: Right) -> None:
         """What is hidden does not exist; what is seen but not granted is refused."""
         access, real = self.access, target.real
@@ -134,5 +138,6 @@ class Reach:
             case _:
                 allowed = access.may_see(real) or real in DEVICES
         if not allowed:
-            self.deny(real, f"no scope to {right} it")
+            later = right == "write" and access.runs_later(real)
+            self.deny(real, "it runs later, and no grant names it" if later else f"no scope to {right} it")
             raise OSError(errno.EACCES if target.exists and access.may_see(real) else errno.ENOENT, "denied")

@@ -303,3 +303,33 @@ def test_the_daemons_own_files_are_out_of_reach_from_above(tmp_path: Path):
         assert sorted({path.name for path in (root / "state").iterdir()} - {"reserve"}) == before
         with pytest.raises(Denied, match="belongs to agentd itself"):
             house.run(house.call("files.read", path=str(root / "state" / "agentd.db")))
+
+
+def test_what_runs_later_is_not_changed_by_who_may_change_what_is_around_it(tmp_path: Path):
+    """A shell in a repository leaves its hooks alone, by every way; one that is granted them may change them."""
+    root = tmp_path.resolve()
+    hooks = root / "repo" / ".git" / "hooks"
+    hooks.mkdir(parents=True)
+    (hooks / "old").touch()
+    attempts = (
+        "echo x > .git/hooks/pre-commit",
+        "echo x > .git/config",
+        "rm .git/hooks/old",
+        "mv .git/hooks gone",
+        "mv .git gone",
+        "mkdir -p a/hooks && echo x > a/hooks/h && mkdir b && mv a b/.git",
+        "ln -s ../../a .git/hooks/link",
+        "echo x > evil.pth",
+        "echo x > m && mv m .envrc",
+    )
+    grants = [("*", "exec:/usr", "allow"), ("*", f"read:{root}", "allow"), ("*", f"write:{root}", "allow")]
+
+    def done(tried: tuple[str, ...], granted: list[tuple[str, str, str]]) -> int:
+        command = "; ".join(f"{{ {attempt}; }} && echo DONE" for attempt in tried) + "; echo fine > .git/index; true"
+        with House(tmp_path, granted) as house:
+            result = house.run(house.call("shell.run", command=command, folder=str(root / "repo")))
+            return str(result.output["output"]).count("DONE")
+
+    assert done(attempts, grants) == 0
+    assert done(attempts[:1], [*grants, ("*", f"write:{hooks}", "allow")]) == 1
+    assert (root / "repo" / ".git" / "index").read_text() == "fine\n"

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from agentd.audit import AuditLog
 from agentd.errors import AgentdError, Reason, RequestError
-from agentd.grants import Grant, Grants, Moment, Request, Scope, parse
+from agentd.grants import Grant, Grants, Moment, Own, Request, Scope, parse
 from agentd.grants import grants as module
 from agentd.store import Store
 
@@ -179,7 +179,7 @@ def test_the_daemons_own_files_are_denied_whatever_is_granted(tmp_path: Path):
     """By name; what lies around them is not."""
     store = Store(tmp_path / "state")
     fixed = (Grant("*", "*", parse("*"), "allow", "config", ""),)
-    grants = Grants(fixed, store, AuditLog(store), lambda: Moment(1, 0), (tmp_path / "state",))
+    grants = Grants(fixed, store, AuditLog(store), lambda: Moment(1, 0), Own([tmp_path / "state"]))
     for path, verdict in (("state", "deny"), ("state/agentd.db", "deny"), ("state2", "allow"), ("", "allow")):
         scope = Scope("write", os.path.normpath(tmp_path / path))
         assert grants.decide(Request("unix:pi", "files.write", (scope,))).verdict == verdict
