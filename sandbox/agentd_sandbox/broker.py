@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -64,6 +65,7 @@ class Broker:
     _forks: int = 0
     _threads: int = 0
     _pairs: int = 0
+    _watches: int = 0
     _alive: int = 1
     _started: dict[int, bytes] = field(default_factory=dict)
     _lent: set[int] = field(default_factory=set)
@@ -73,7 +75,9 @@ class Broker:
     _names: dict[int, str] = field(default_factory=lambda: profile().names)
 
     def __post_init__(self) -> None:
-        self.connections = Connections(self.listener, self.processes, self.network, self.proxy, self.files.deny)
+        self.connections = Connections(
+            self.listener, self.processes, self.network, self.proxy, self.files.deny, self.limits.connections
+        )
 
     def serve_one(self) -> None:
         """Answer one waiting call. A call that is gone before its answer is no error. Raises WorkerOffence."""
@@ -275,6 +279,35 @@ class Broker:
             (asked,) = _WORD.unpack(self.processes.read(call.thread, flags, _WORD.size))
             self.poke(call, flags, _WORD.pack(asked | _SA_RESTART))
         return self.let_through(call)
+
+    def map_shared(self, call: Notification) -> int | None:
+        """A device was granted to be read and written, which is recorded; what happens to its memory would not be."""
+        if self.files.holds_device:
+            self.files.deny("mmap", "a file can't be mapped to be shared once a device is open")
+            raise OSError(errno.EACCES, "device")
+        return self.let_through(call)
+
+    def watch(self, call: Notification) -> int | None:
+        """All there is to it are values."""
+        self._watches += 1
+        if self._watches > self.limits.watches:
+            self._watches = self.processes.watches() + 1
+            if self._watches > self.limits.watches:
+                self.files.deny("epoll_create", f"more than {self.limits.watches} at a time")
+                raise OSError(errno.EMFILE, "watches")
+        return self.let_through(call)
+
+    def lock(self, call: Notification, descriptor: int, how: int) -> int | None:
+        """flock(2) that keeps all others out: taken here, of the caller's own open file. Answered later if it has to wait."""
+        own = self.processes.take(call.thread, descriptor)
+        try:
+            if fcntl.fcntl(own, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                self.files.deny("flock", "what may only be read is not locked against others")
+                raise OSError(errno.EBADF, "read only")
+            return self.connections.lock(call, own, wait=not how & fcntl.LOCK_NB)
+        except OSError:
+            os.close(own)
+            raise
 
     def socket_pair(self, call: Notification) -> int | None:
         """All there is to it are values; where its two ends go to, the kernel writes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from agentd_sandbox.processes import Processes
     from agentd_sandbox.proxy import Proxy
 
-_AT_A_TIME = 16
+_LOCK_AGAIN_S = 0.02
 
 
 @dataclass(slots=True)
@@ -33,7 +34,11 @@ class Connections:
     network: network.Network
     proxy: Proxy
     deny: Callable[[str, str], None]
-    _making: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(_AT_A_TIME))
+    at_a_time: int = 8
+    _making: threading.BoundedSemaphore = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._making = threading.BoundedSemaphore(self.at_a_time)
 
     def connect(self, call: Notification, descriptor: int, address: int, size: int) -> None:
         """Answered later, unless it raises OSError."""
@@ -77,11 +82,37 @@ class Connections:
             kernel.answer(self.listener, call.id, 0, code)
 
     def _dial(self, peer: tuple[str, int], *, wait: bool) -> socket.socket:
-        if peer != network.PROXY:
-            return self.network.dial(*peer, wait=wait)
-        ours, theirs = network.loopback_pair()
-        threading.Thread(target=self.proxy.serve, args=(theirs,), name="proxy", daemon=True).start()
-        return ours
+        return self.network.dial(*peer, wait=wait) if peer != network.PROXY else self.proxy.connect()
+
+    def lock(self, call: Notification, own: int, *, wait: bool) -> int | None:
+        """Lock an open file of the worker's (flock(2)) by a descriptor of ours, which is closed. Raises OSError."""
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait or not self._making.acquire(blocking=False):
+                raise
+        else:
+            os.close(own)
+            return 0
+        threading.Thread(target=self._await_lock, args=(call, own), name="lock", daemon=True).start()
+        return None
+
+    def _await_lock(self, call: Notification, own: int) -> None:
+        """Until it is had, or the caller is gone: nobody keeps it then, as no descriptor of its file is left."""
+        code = errno.EINTR
+        try:
+            while kernel.still_waiting(self.listener, call.id) and not self.network.stopped.wait(_LOCK_AGAIN_S):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    code = 0
+                    break
+        except OSError as e:
+            code = e.errno or errno.EIO
+        finally:
+            os.close(own)
+            self._making.release()
+        with contextlib.suppress(OSError):
+            kernel.answer(self.listener, call.id, 0, code)
 
 
 def _is_connected(made: socket.socket) -> bool:

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import socket
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +57,9 @@ class Desk:
             raise WorkerOffence("it asked a question that is too long")
 
     def check(self) -> None:
-        """Its memory the kernel limits, as there is one process. Raises WorkerOffence."""
+        """Its memory the kernel limits, as there is one process; its threads nobody but we. Raises WorkerOffence."""
+        if self.processes.threads() > self.limits.threads:
+            raise WorkerOffence(f"it has more than {self.limits.threads} threads")
         if self.files.written() > self.limits.written_mib << 20:
             raise WorkerOffence(f"it wrote more than {self.limits.written_mib} MiB")
 
@@ -132,9 +133,7 @@ class Desk:
     def _connect(self, host: str, port: int) -> int:
         peer = (network.canonical_host(host) or host, port)
         if peer == network.PROXY and self.network.has_proxy:
-            ours, theirs = network.loopback_pair()
-            threading.Thread(target=self.proxy.serve, args=(theirs,), name="proxy", daemon=True).start()
-            return ours.detach()
+            return self.proxy.connect().detach()
         try:
             made = self.network.dial(*peer)
         except OSError as e:

@@ -49,6 +49,8 @@ class Files(Reach):
     """Files that may be written to, and how much there was of each at first."""
     _made: set[bytes] = field(default_factory=set)
     """Paths that the call has made: their content is its own, whether it may be read or not."""
+    holds_device: bool = False
+    """Whether the call has been given a device of its scopes."""
     unnamed: bool = False
     """Whether one of those has lost its name, and may be written to all the same."""
 
@@ -91,6 +93,7 @@ class Files(Reach):
     def _open_existing(self, target: Resolved, flags: int) -> int:
         changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         if stat.S_ISCHR(target.status.st_mode) and self.access.is_device(target.real):
+            self.holds_device = True
             return _open_device(target, flags)
         if flags & os.O_ACCMODE != os.O_WRONLY:
             self.require(target, "read")

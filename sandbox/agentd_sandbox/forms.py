@@ -156,6 +156,10 @@ FORMS: dict[str, Form] = {
     "ftruncate": lambda b, c, *_: b.change_otherwise(c),
     "fallocate": lambda b, c, *_: b.preallocate(c, *_range(c.arguments)),
     "fcntl": lambda b, c, *_: b.change_otherwise(c),
+    "mmap": lambda b, c, *_: b.map_shared(c),
+    "epoll_create": lambda b, c, *_: b.watch(c),
+    "epoll_create1": lambda b, c, *_: b.watch(c),
+    "flock": lambda b, c, number, how, *_: b.lock(c, number, how),
     "rt_sigaction": lambda b, c, _signal, action, *__: b.handle_signal(c, action),
     "socketpair": lambda b, c, *_: b.socket_pair(c),
     "chdir": lambda b, c, path, *_: b.change_folder(c, path),
@@ -170,5 +174,5 @@ FORMS: dict[str, Form] = {
 }
 # The same forms under the names that 32-bit arm has for calls with 64-bit structures and 32-bit ids.
 _SAME = "stat64:stat lstat64:lstat fstatat64:newfstatat chown32:chown lchown32:lchown fchown32:fchown "
-_SAME += "ftruncate64:ftruncate fcntl64:fcntl"
+_SAME += "ftruncate64:ftruncate fcntl64:fcntl mmap2:mmap"
 FORMS |= {name: FORMS[same] for name, same in (pair.split(":") for pair in _SAME.split())}

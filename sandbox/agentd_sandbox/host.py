@@ -163,7 +163,9 @@ class Sandbox:
         made_up = peers.made_up_files() if access.connect else {}
         files = Files(reach, recorder, made_up, self._walks, appends=not worker.questions, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}
-        proxy = Proxy(peers, credentials, files.deny, stopped, self.trust, self.operate, files.require_granted)
+        proxy = Proxy(
+            peers, credentials, files.deny, stopped, self.trust, self.operate, files.require_granted, self.limits.connections
+        )
         folder = os.fsencode(os.path.realpath(self.folder))
         if worker.questions:
             return Desk(worker.questions, worker.processes, files, peers, proxy, folder, self.limits)

@@ -13,6 +13,7 @@ _BY_PROCESS = {
     resource.RLIMIT_FSIZE: LARGEST_FILE,
     resource.RLIMIT_NOFILE: 256,
     resource.RLIMIT_CORE: 0,
+    resource.RLIMIT_SIGPENDING: 256,  # timers, too: they count against all that the user runs
 }
 
 
@@ -26,6 +27,10 @@ class Limits:
     memory_mib: int = 768
     threads: int = 512
     socket_pairs: int = 128
+    watches: int = 16
+    """Lists of watched descriptors (epoll)."""
+    connections: int = 8
+    """At a time: to the proxy, being made, being waited for in the worker's place, and counted."""
     written_mib: int = 1024
     """What it may add to files, holes and what is set aside with fallocate(2) included."""
 

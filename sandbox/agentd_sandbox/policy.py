@@ -52,6 +52,7 @@ _THREAD = 0x0001_0000
 _SIGCHLD = 17  # on all three: signal(7)
 _VM, _VFORK = 0x100, 0x4000
 _F_SETFL, _APPEND = 4, 0x400
+_SHARED, _PRIVATE, _SHARED_VALIDATE, _MAPPED, _ANONYMOUS = 1, 2, 3, 0xF, 0x20  # mmap(2)
 # What a new process may be given beside its exit signal: settid and cleartid addresses, TLS, a pidfd. Not: a share of
 # memory (but for vfork, whose parent waits), of descriptors or of the working folder; another parent; a namespace.
 _PROCESS = _LOW & ~(0xFF | 0x0100_0000 | 0x0020_0000 | 0x0010_0000 | 0x0008_0000 | 0x1000)
@@ -76,10 +77,10 @@ TABLE: tuple[Rule, ...] = (
         "input and output on descriptors the broker handed out",
         tuple(
             """read write readv writev pread64 pwrite64 preadv pwritev preadv2 lseek _llseek close close_range fstat
-            fstat64 fstatfs fstatfs64 getdents getdents64 fsync fdatasync sync_file_range arm_sync_file_range flock fadvise64
+            fstat64 fstatfs fstatfs64 getdents getdents64 fsync fdatasync sync_file_range arm_sync_file_range fadvise64
             arm_fadvise64_64 sendfile sendfile64 splice tee copy_file_range dup dup2 dup3 pipe
-            pipe2 eventfd eventfd2 poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64 epoll_create
-            epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2""".split()
+            pipe2 eventfd eventfd2 poll ppoll ppoll_time64 select _newselect pselect6 pselect6_time64
+            epoll_ctl epoll_wait epoll_pwait epoll_pwait2""".split()
         ),
     ),
     Rule(
@@ -112,9 +113,34 @@ TABLE: tuple[Rule, ...] = (
         free_alone=True,
     ),
     Rule(
+        Action.MEDIATE,
+        "counted: what they watch counts against all that the user runs",
+        ("epoll_create", "epoll_create1"),
+        free_alone=True,
+    ),
+    Rule(Action.ALLOW, "a lock that others may have, too, and to give one up", ("flock",), _any_of(1, (1, 5, 8, 12))),
+    Rule(
+        Action.MEDIATE,
+        "a lock that keeps others out: the broker takes it, of what may be written to",
+        ("flock",),
+        _any_of(1, (2, 6)),
+    ),
+    Rule(
         Action.ALLOW,
         "own memory, all of which RLIMIT_AS counts",
-        tuple("mmap mmap2 munmap mremap brk mprotect madvise mincore msync mlock munlock membarrier cacheflush".split()),
+        tuple("munmap mremap brk mprotect madvise mincore msync mlock munlock membarrier cacheflush".split()),
+    ),
+    Rule(
+        Action.ALLOW,
+        "private memory, and memory of no file",
+        ("mmap", "mmap2"),
+        ((Check(3, _PRIVATE, _MAPPED),), (Check(3, _ANONYMOUS, _ANONYMOUS),)),
+    ),
+    Rule(
+        Action.MEDIATE,
+        "a file that is written to by memory: not once a device is open, which may only be read and written; let through",
+        ("mmap", "mmap2"),
+        ((Check(3, _SHARED, _MAPPED | _ANONYMOUS),), (Check(3, _SHARED_VALIDATE, _MAPPED | _ANONYMOUS),)),
     ),
     Rule(
         Action.ALLOW,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentd_sandbox.errors import DeviceFailure, SandboxFailure
-from agentd_sandbox.network import DEFAULT_PORTS, Network, split_authority, split_url
+from agentd_sandbox.network import DEFAULT_PORTS, Network, loopback_pair, split_authority, split_url
 from agentd_sandbox.outcome import Operation
 
 if TYPE_CHECKING:
@@ -100,9 +100,35 @@ class Proxy:
     operate: Operate | None = None
     require_granted: Callable[[], None] = lambda: None
     """Raises SandboxFailure once the call may do nothing more."""
+    at_a_time: int = 8
     operations: list[Operation] = field(default_factory=list)
+    _places: threading.BoundedSemaphore = field(init=False)
     _open: list[socket.socket] = field(default_factory=list)
     _operating: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._places = threading.BoundedSemaphore(self.at_a_time)
+
+    def connect(self) -> socket.socket:
+        """A connection to this proxy, served on a thread of its own. Raises OSError: EAGAIN if there are too many."""
+        if not self._places.acquire(blocking=False):
+            self.deny("proxy", f"more than {self.at_a_time} connections at a time")
+            raise OSError(errno.EAGAIN, "connections")
+        try:
+            ours, theirs = loopback_pair()
+        except OSError:
+            self._places.release()
+            raise
+        threading.Thread(target=self._serve_one, args=(theirs,), name="proxy", daemon=True).start()
+        return ours
+
+    def _serve_one(self, worker: socket.socket) -> None:
+        try:
+            self.serve(worker)
+        finally:
+            for end in [end for end in self._open if end.fileno() < 0]:
+                self._open.remove(end)
+            self._places.release()
 
     def stop(self) -> None:
         """End what is under way: whoever waits on a socket of this call stops waiting."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 LOOK_EVERY_S = 0.05
-_HELD = 64  # connections of a call at a time; of more than that the bytes are not known
+_HELD = 16  # connections of a call at a time; of more than that the bytes are not known
 _INFO_BYTES = 256
 _CLOSING_S = 1.0
 # struct tcp_info of linux/tcp.h: tcpi_bytes_received; tcpi_bytes_sent and tcpi_bytes_retrans came with Linux 4.19.
