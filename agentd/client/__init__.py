@@ -20,7 +20,7 @@ import grpc
 from google.protobuf import struct_pb2
 
 from agentd.client.automations import AutomationsClient
-from agentd.client.transport import Bearer, error_of
+from agentd.client.transport import Bearer, channel_to, error_of
 from agentd.errors import AgentdError
 from agentd.places import default_socket
 from agentd.v1 import (
@@ -66,15 +66,13 @@ class Client:
     """A connection to the daemon. `socket` defaults to where the daemon listens by default. Close after use.
 
     `address` is a HOST:PORT to be used instead, over TLS if there is a `ca` (PEM) to know the daemon by; `token` is sent
-    with every request.
+    with every request, in clear text only within this machine: elsewhere that raises RequestError (BAD_ARGUMENTS).
     """
 
     def __init__(self, socket: Path | None = None, *, address: str = "", token: str = "", ca: bytes = b"") -> None:
         self.socket = socket or default_socket()
         self._where = address or str(self.socket)
-        target = address or f"unix:{self.socket}"
-        credentials = grpc.ssl_channel_credentials(ca) if ca else None
-        plain = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+        plain = channel_to(address, ca, secret=bool(token)) if address else grpc.insecure_channel(f"unix:{self.socket}")
         self._channel = grpc.intercept_channel(plain, Bearer(token)) if token else plain
         self._close = plain.close
         self._runs = run_pb2_grpc.RunServiceStub(self._channel)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from agentd.errors import AgentdError, DaemonError, Reason
+from agentd.errors import AgentdError, DaemonError, Reason, RequestError
 
 
 def error_of(error: grpc.RpcError, where: str) -> AgentdError:
@@ -30,6 +31,26 @@ def error_of(error: grpc.RpcError, where: str) -> AgentdError:
         message, metadata = f"No daemon answers on {where}.", {"socket": where}
         return DaemonError(Reason.DAEMON_UNREACHABLE, message, hint="Start it with `agentd serve`.", metadata=metadata)
     return AgentdError(Reason.INTERNAL, f"The request failed: {error.code().name}: {error.details()}")
+
+
+def channel_to(address: str, ca: bytes, *, secret: bool) -> grpc.Channel:
+    """To HOST:PORT. `secret`: a token is sent over it, which only TLS or this very machine may carry. Raises RequestError."""
+    if ca:
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca))
+    host = address.rpartition(":")[0].strip("[]")
+    if secret and not _is_here(host):
+        message = f"A token is not sent to {address} in clear text: anybody on the way could use it."
+        hint = "Give the certificate that the daemon is known by (ca=), and let it listen with TLS: docs/configuration.md."
+        raise RequestError(Reason.BAD_ARGUMENTS, message, hint=hint, field="ca", metadata={"address": address})
+    return grpc.insecure_channel(address)
+
+
+def _is_here(host: str) -> bool:
+    """By number, or the name that RFC 6761 reserves: what others lead to, a resolver says."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
 
 
 class Bearer(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):

@@ -31,6 +31,23 @@ _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::([0-9]{1,5}))?", re.ASCII)
 _PLAIN = re.compile(r"""[^\x00-\x20\x7f-\U0010ffff#"<>\\^`{|}]+""")
+_UNICAST = ipaddress.ip_network("2000::/3")
+"""All of IPv6 that is given out to be reached from anywhere (RFC 4291; site-local, unique local, link-local, NAT64 and
+IPv4-compatible ones lie outside)."""
+_SPECIAL = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
+            *("192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24"),
+            *("198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+            *("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"),
+        ),
+    )
+)
+"""IANA's registries of special-purpose addresses for IPv4 and IPv6 (iana.org/assignments/iana-ipv4-special-registry and
+iana-ipv6-special-registry, as of 2024-10), whole blocks even where a part is globally reachable; and multicast, and the reserved
+rest."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 _TICK_S = 0.1
 _OPTIONS = (
@@ -117,15 +134,15 @@ def is_name(host: str) -> bool:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the internet's: not private, loopback, link-local (cloud metadata), multicast."""
+    """Whether an address is one of the internet's, and stands for no other: not private, loopback, link-local (cloud metadata),
+    multicast, nor one that a translator turns into an IPv4 one. By `_SPECIAL`, as Python's own tables differ by version.
+    """
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address):
         if parsed.ipv4_mapped:
             return is_public(str(parsed.ipv4_mapped))
-        # Addresses that stand for an IPv4 one behind a translator: 6to4, Teredo, NAT64 (RFC 3056, 4380, 6052).
-        if parsed.sixtofour or parsed.teredo or parsed in ipaddress.ip_network("64:ff9b::/96"):
-            return False
-    return parsed.is_global and not parsed.is_multicast
+        return parsed in _UNICAST and not any(parsed in block for block in _SPECIAL if block.version == 6)
+    return not any(parsed in block for block in _SPECIAL if block.version == 4)
 
 
 def look_up(name: str) -> list[str]:
@@ -196,7 +213,7 @@ class Network:
         if (host, port) not in self.granted:
             raise OSError(errno.EACCES, f"no scope to connect to {host}:{port}")
         failure = OSError(errno.EHOSTUNREACH, f"{host} has no address")
-        for address in self._addresses(host):
+        for address in self._addresses(host, port):
             try:
                 made = self._connect(address, port, wait=wait)
             except OSError as e:
@@ -206,7 +223,8 @@ class Network:
             return made
         raise failure
 
-    def _addresses(self, host: str) -> list[str]:
+    def _addresses(self, host: str, port: int) -> list[str]:
+        """Public ones of a name, and private ones that are granted as they are, with this port."""
         if not is_name(host):
             return [host]
         with self._lock:
@@ -216,9 +234,11 @@ class Network:
                 except (OSError, UnicodeError):
                     raise OSError(errno.EHOSTUNREACH, f"{host} can't be resolved") from None
             found = self._pinned[host]
-        allowed = [address for address in found if is_public(address) or any(address == literal for literal, _ in self.granted)]
+        allowed = [address for address in found if is_public(address) or (canonical_host(address), port) in self.granted]
         if found and not allowed:
-            raise OSError(errno.EACCES, f"{host} leads to a private address ({found[0]})")
+            raise OSError(
+                errno.EACCES, f"{host} leads to a private address ({found[0]}), which is not granted with port {port}"
+            )
         return allowed
 
     def _connect(self, address: str, port: int, *, wait: bool) -> socket.socket:

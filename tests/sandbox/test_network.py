@@ -150,7 +150,8 @@ def test_an_address_that_could_be_read_in_two_ways_is_refused(text: str):
     [
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1"),
         *("255.255.255.255", "198.18.0.1", "192.0.2.1", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:10.0.0.1"),
-        *("64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:1::1", "2001:db8::1"),
+        *("64:ff9b::7f00:1", "64:ff9b:1::1", "2002:7f00:1::", "2001:0:1::1", "2001:db8::1", "3fff::1", "5f00::1"),
+        *("fec0::1", "::7f00:1", "::10.0.0.1", "::ffff:0:10.0.0.1", "100::1", "2620:4f:8000::1", "192.88.99.1", "240.0.0.1"),
     ],
 )
 def test_private_addresses_are_known(address: str):
@@ -158,7 +159,7 @@ def test_private_addresses_are_known(address: str):
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111"])
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "2a00:1450::1", "2001:4860::8888"])
 def test_public_addresses_are_known(address: str):
     """The control."""
     assert is_public(address)
@@ -203,6 +204,17 @@ def test_what_is_not_granted_is_neither_resolved_nor_connected_to(wanted: tuple[
     with pytest.raises(PermissionError):
         peers.dial(*wanted)
     assert asked == []
+
+
+def test_a_private_address_that_a_name_leads_to_is_granted_with_its_port_or_not_at_all():
+    """One that is granted for another port is none that the name may lead to."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        peers, _ = network(("a.example", port), ("127.0.0.1", port + 1), answers=[["127.0.0.1"]])
+        with pytest.raises(PermissionError, match=f"not granted with port {port}"):
+            peers.dial("a.example", port)
+        peers, _ = network(("a.example", port), ("127.0.0.1", port), answers=[["127.0.0.1"]])
+        peers.dial("a.example", port).close()
 
 
 @pytest.mark.parametrize("answer", [["127.0.0.1"], ["169.254.169.254"], ["10.0.0.1", "::1"], ["::ffff:127.0.0.1"]])
