@@ -46,7 +46,7 @@ _SPECIAL = tuple(
     )
 )
 """IANA's registries of special-purpose addresses for IPv4 and IPv6 (iana.org/assignments/iana-ipv4-special-registry and
-iana-ipv6-special-registry, as of 2024-10), whole blocks even where a part is globally reachable; multicast; and the reserved rest.
+iana-ipv6-special-registry, as of 2024-10), whole blocks even where a part is globally reachable; multicast; the reserved rest.
 """
 DEFAULT_PORTS = {"http": 80, "https": 443}
 _TICK_S = 0.1
