@@ -194,6 +194,7 @@ class Daemon:
             *(config.automations, Events(self._store), self._runs, self._calls.undoing.take_back),
             unmet=lambda when: unmet(when, self._moment(self._clock), self._budgets.readings),
             fix=self._change_rules,
+            commands=self._toolbox.commands,
         )
         self._record_boot()
         self._record_lost(lost)

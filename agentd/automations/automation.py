@@ -185,6 +185,15 @@ class Automation(_Strict):
                 raise ValueError(f"its grants are its own; {grant.principal} gets them in agentd.toml")
         return self
 
+    def require_quotable(self, commands: frozenset[str]) -> None:
+        """`commands` are the arguments of its call that a shell reads. Raises ConfigError (AUTOMATION_INVALID)."""
+        try:
+            for name, value in (self.call.arguments if self.call else {}).items():
+                if name in commands and isinstance(value, str):
+                    template.require_quotable(value)
+        except ValueError as e:
+            raise invalid(self.name, f"call.arguments.{name}: {e}") from None
+
     def rules(self) -> list[Grant]:
         """Its grants, for nobody but its own runs. Raises ConfigError."""
         made = []

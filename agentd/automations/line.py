@@ -77,6 +77,8 @@ class Line:
     take_back: TakeBack
     unmet: Callable[[], str]
     """Which of its conditions does not hold now, in words."""
+    commands: Callable[[str], frozenset[str]]
+    """Which arguments of a tool are command lines."""
     feed: FolderFeed | None = None
     waits: str = ""
     """Why nothing begins, if something waits."""
@@ -207,7 +209,8 @@ class Line:
         template.require_fit(event.data)
         direct = None
         if automation.call:
-            direct = Direct(automation.call.tool, template.filled_all(automation.call.arguments, event.data))
+            call = automation.call
+            direct = Direct(call.tool, template.filled_call(call.arguments, event.data, self.commands(call.tool)))
         prompt = template.filled(automation.prompt, event.data)
         return RunRequest(
             principal=automation.principal,

@@ -18,7 +18,7 @@ from agentd.automations.feeds import FolderFeed, ScheduleFeed, common, of_path
 from agentd.automations.folder import FolderGone, look
 from agentd.automations.line import Line
 from agentd.automations.watch import Watch
-from agentd.errors import AgentdError, Reason, RequestError
+from agentd.errors import AgentdError, ConfigError, Reason, RequestError
 from agentd.tasks import to_its_end
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class Checked:
 
 
 class Automations:
-    """Lives on the event loop. `fix` gets the grants of all of them whenever they are read, on another thread."""
+    """Lives on the event loop. `fix` gets the grants of all of them whenever they are read, on another thread; `commands` says
+    which arguments of a tool are command lines.
+    """
 
     def __init__(
         self,
@@ -85,9 +87,10 @@ class Automations:
         take_back: TakeBack,
         unmet: Callable[[When], str],
         fix: Callable[[Iterable[Grant]], None],
+        commands: Callable[[str], frozenset[str]],
     ) -> None:
         self._folder, self._events, self._runs = folder, events, runs
-        self._take_back, self._unmet, self._fix = take_back, unmet, fix
+        self._take_back, self._unmet, self._fix, self._commands = take_back, unmet, fix, commands
         self._watch = Watch()
         self._loaded: dict[str, _Loaded] = {}
         self._broken: dict[str, Broken] = {}
@@ -133,7 +136,7 @@ class Automations:
                 self._reloading = False
 
     async def _read(self) -> None:
-        found, broken = await asyncio.to_thread(read_all, self._folder)
+        found, broken = await asyncio.to_thread(self._read_all)
         for each in broken:
             _log.warning("%s", each.error)
         await asyncio.to_thread(self._fix, rules(found))
@@ -159,6 +162,20 @@ class Automations:
         if failed:
             raise failed
 
+    def _read_all(self) -> tuple[dict[str, Automation], list[Broken]]:
+        found, broken = read_all(self._folder)
+        for name, automation in list(found.items()):
+            try:
+                self._require_quotable(automation)
+            except ConfigError as e:
+                broken.append(Broken(name, e))
+                del found[name]
+        return found, broken
+
+    def _require_quotable(self, automation: Automation) -> None:
+        if automation.call:
+            automation.require_quotable(self._commands(automation.call.tool))
+
     async def _give_up(self, event: Event) -> None:
         """Of an automation that was removed: nobody is to be asked for it any more, and it is to do nothing more."""
         if not event.run:
@@ -171,7 +188,8 @@ class Automations:
     async def _load(self, automation: Automation) -> _Loaded:
         standing = await self._events.meet(automation.name, time.time_ns(), automation.on.model_dump_json())
         feed: FolderFeed | ScheduleFeed | None = None
-        line = Line(automation, self._events, self._runs, self._take_back, lambda: self._unmet(automation.when))
+        unmet = lambda: self._unmet(automation.when)  # noqa: E731
+        line = Line(automation, self._events, self._runs, self._take_back, unmet, self._commands)
         line.paused = standing.paused
         if automation.on.file:
             feed = line.feed = FolderFeed(automation, automation.on.file, self._events, self._watch, line.wake)
@@ -283,6 +301,7 @@ class Automations:
         """What an automation would do now. Raises what `_get` and `parsed` raise."""
         if text:
             automation = parsed(name, text)
+            self._require_quotable(automation)
             told = Told(name, automation)
         else:
             automation, told = self._get(name).automation, await self.told(name)
@@ -292,7 +311,7 @@ class Automations:
             told, matches = replace(told, trouble=str(e)), []
         data = _sample(automation, matches)
         call = automation.call
-        direct = (call.tool, template.filled_all(call.arguments, data)) if call else None
+        direct = (call.tool, template.filled_call(call.arguments, data, self._commands(call.tool))) if call else None
         unmet = await asyncio.to_thread(self._unmet, automation.when)
         return Checked(told, tuple(matches[:_SHOWN]), len(matches), unmet, direct)
 

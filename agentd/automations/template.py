@@ -1,11 +1,13 @@
 """Templates: text with `{name}` for what a trigger knows. Nothing else: no attributes, no formats, no code.
 
 What is put in comes from file names and callers, so it is hostile: characters that are not printable are refused, and the
-engine reads it as text, never as its own markup.
+engine reads it as text, never as its own markup. What goes into a command is quoted for the shell, so a value is one word;
+where that can't be done, within quotes say, the template is refused.
 """
 
 from __future__ import annotations
 
+import shlex
 import string
 import unicodedata
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 LONGEST_VALUE = 4096
+_OTHER_RULES = ("`", "<<", "$((", "$'")
 _FORMATTER = string.Formatter()
 
 
@@ -33,13 +36,63 @@ def check(text: str, fields: frozenset[str]) -> None:
             raise ValueError(f"the template {_short(text)!r} names {{{name}}}; known are {known}")
 
 
-def filled(text: str, data: Mapping[str, str]) -> str:
-    """A template that was checked, with what the trigger knows. Raises ToolError (BAD_FIELD) for what it did not know then."""
+def require_quotable(text: str) -> None:
+    """Raises ValueError for a command in which a value could be more than a word: it has to stand outside of quotes, and of
+    what the shell reads by other rules (sh(1): backquotes, here-documents, arithmetic).
+    """
+    parts = [(literal, name) for literal, name, _, _ in _FORMATTER.parse(text)]
+    if not any(name is not None for _, name in parts):
+        return
+    whole = "".join(literal for literal, _ in parts)
+    for mark in _OTHER_RULES:
+        if mark in whole:
+            raise ValueError(f"{_short(text)!r} has {mark} in it, where no value can be quoted: use $( ) or a script")
+    quote = ""
+    for literal, name in parts:
+        quote = _open_quote(literal, quote)
+        if name is not None and quote:
+            where = {"#": "in a comment", "\\": "behind a backslash"}.get(quote, f"within {quote}")
+            raise ValueError(f"the command {_short(text)!r} has {{{name}}} {where}: write it alone, it is quoted by itself")
+
+
+def _open_quote(text: str, quote: str) -> str:
+    """What is open after a piece of a command: a quotation mark, a backslash, a comment, or nothing."""
+    before = " "
+    for character in text:
+        if quote == "\\":
+            quote = ""
+        elif quote == '"\\':
+            quote = '"'
+        elif quote == "#":
+            quote = "" if character == "\n" else quote
+        elif quote == '"' and character == "\\":
+            quote = '"\\'
+        elif quote in ("'", '"'):
+            quote = "" if character == quote else quote
+        elif character in "'\"\\" or (character == "#" and before in " \t\n;&|("):
+            quote = character
+        before = character
+    return quote
+
+
+def filled(text: str, data: Mapping[str, str], *, quoted: bool = False) -> str:
+    """A template that was checked, with what the trigger knows; `quoted` for the shell. Raises ToolError (BAD_FIELD) for what
+    it did not know then.
+    """
     missing = {name for _, name, _, _ in _FORMATTER.parse(text) if name is not None} - set(data)
     if missing:
         message = f"The automation was changed since this came: it had no {{{min(missing)}}} then."
         raise ToolError(Reason.BAD_FIELD, message, field="data")
-    return "".join(literal + (data[name] if name is not None else "") for literal, name, _, _ in _FORMATTER.parse(text))
+    value = (lambda name: shlex.quote(data[name])) if quoted else data.__getitem__
+    return "".join(literal + (value(name) if name is not None else "") for literal, name, _, _ in _FORMATTER.parse(text))
+
+
+def filled_call(arguments: Mapping[str, Any], data: Mapping[str, str], commands: frozenset[str]) -> dict[str, Any]:
+    """The arguments of a call; those that are `commands` are for the shell."""
+    return {
+        name: filled(value, data, quoted=True) if name in commands and isinstance(value, str) else filled_all(value, data)
+        for name, value in arguments.items()
+    }
 
 
 def filled_all(value: Any, data: Mapping[str, str]) -> Any:

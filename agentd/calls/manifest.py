@@ -29,12 +29,12 @@ class _Strict(BaseModel):
 
 class Parameter(_Strict):
     """The part of JSON Schema that Gemma's template can express. `format` is "path" for a path of this
-    device, "url" for an http or https address.
+    device, "url" for an http or https address, "command" for a line that a shell reads.
     """
 
     type: Literal["string", "integer", "number", "boolean", "array", "object"]
     description: str = ""
-    format: Literal["path", "url"] | None = None
+    format: Literal["path", "url", "command"] | None = None
     enum: tuple[str, ...] | None = None
     nullable: bool = False
     items: Parameter | None = None
@@ -171,6 +171,12 @@ class Toolbox:
     tools: dict[str, Tool]
     programs: dict[str, bytes]
     offered: frozenset[str] = frozenset()
+
+    def commands(self, tool: str) -> frozenset[str]:
+        """The arguments that a shell reads."""
+        found = self.tools.get(tool)
+        properties = found.manifest.parameters.properties if found else {}
+        return frozenset(name for name, parameter in properties.items() if parameter.format == "command")
 
     def why_missing(self, tool: str) -> str:
         """What to do about a tool that is not there."""
