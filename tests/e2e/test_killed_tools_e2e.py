@@ -131,10 +131,17 @@ class Dying:
 
     def require_gone(self) -> float:
         """How long it took after the daemon's death."""
+        seen: dict[int, str] = {}
+
+        def is_gone() -> bool:
+            left = self.left()
+            seen.update({each: described(each) for each in left})
+            return not left
+
         try:
-            return wait_until(lambda: not self.left(), GONE_S, f"the end of all processes of {self.command!r}")
+            return wait_until(is_gone, GONE_S, f"the end of all processes of {self.command!r}")
         except AssertionError as e:
-            raise AssertionError(f"{e}; left: {', '.join(map(described, self.left()))}") from None
+            raise AssertionError(f"{e}; left: {'; '.join(seen.values())}") from None
 
     def require_restored(self) -> None:
         left = differences(self.before, tree(self.work))
