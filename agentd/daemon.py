@@ -40,7 +40,7 @@ from agentd.engine.calibrate import Calibrator, Progress
 from agentd.engine.client import Engine
 from agentd.engine.throttle import Throttle
 from agentd.errors import AgentdError, EngineError, Reason, StoreError
-from agentd.grants import Approvals, Clock, Grant, Grants, Notifier, Taint, moment, propose
+from agentd.grants import Approvals, Clock, FileLabels, Grant, Grants, Notifier, Taint, moment, propose
 from agentd.journal import Journal
 from agentd.metrics import Sources, collect, exporters
 from agentd.principals import Roster, Tokens
@@ -103,6 +103,7 @@ class Daemon:
             lambda: self._moment(clock),
             self._own,
         )
+        self._labels = FileLabels(self._store)
         self._approvals = Approvals(config.approvals.timeout_s, config.approvals.pending)
         self._devices = Devices(config.state)
         self._notifier = Notifier(self._approvals, f"unix:{user_name(os.getuid())}", config.socket, self._devices.screen)
@@ -170,7 +171,7 @@ class Daemon:
         devices = DEVICES | config.devices
         places = Places(config.tools.folder, config.tools.sysfs, config.tools.proc, devices, self._own)
         taint = Taint(config.taint.trusted, config.taint.private)
-        permission = Permission(self._grants, self._approvals, taint, self._journal, self._audit)
+        permission = Permission(self._grants, self._approvals, taint, self._labels, self._journal, self._audit)
         self._calls = Calls(
             *(self._toolbox, permission, self._journal, self._audit, self._sandbox, self._level, places),
             at_once=self._calls_at_once,
@@ -398,6 +399,7 @@ class Daemon:
         while True:
             with contextlib.suppress(AgentdError, OSError):
                 await asyncio.to_thread(self._journal.retention.sweep)
+                await asyncio.to_thread(self._labels.forget_gone)
             await asyncio.sleep(_SWEEP_S)
 
     async def _recover(self) -> None:

@@ -16,11 +16,11 @@ from agentd.grants import Approval, Decision, Extent, Grant, Labels, State, offe
 from agentd.store import new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from agentd.audit import AuditLog
     from agentd.calls.manifest import Tool
-    from agentd.grants import Approvals, Grants, Scope, Taint
+    from agentd.grants import Approvals, FileLabels, Grants, Scope, Taint
     from agentd.journal import Journal
 
 _READ = 12  # of what a run has read, shown with a question: what gave it its labels, then the newest
@@ -55,14 +55,21 @@ def _way_out(wanted: Wanted, decision: Decision) -> str:
 class Permission:
     """Decides on calls, asking where that must be. What is decided is on record before this returns."""
 
-    def __init__(self, grants: Grants, approvals: Approvals, taint: Taint, journal: Journal, audit: AuditLog) -> None:
-        self.grants, self.approvals, self._taint = grants, approvals, taint
+    def __init__(
+        self, grants: Grants, approvals: Approvals, taint: Taint, files: FileLabels, journal: Journal, audit: AuditLog
+    ) -> None:
+        self.grants, self.approvals, self._taint, self._files = grants, approvals, taint, files
         self._journal, self._audit = journal, audit
         self._may_send: set[tuple[str, str, str]] = set()
 
     def gives(self, tool: Tool, scopes: tuple[Scope, ...]) -> Labels:
         manifest = tool.manifest
-        return self._taint.labels(tool.name, scopes, untrusted=manifest.untrusted, private=manifest.gives_private)
+        given = self._taint.labels(tool.name, scopes, untrusted=manifest.untrusted, private=manifest.gives_private)
+        return given | self._files.of(scopes)
+
+    def label(self, prepared: Prepared, paths: Iterable[bytes]) -> None:
+        """What a call has written is as tainted as what it may have had it from. Raises StoreError."""
+        self._files.note(paths, prepared.request.labels | prepared.gives)
 
     async def obtain(self, wanted: Wanted, again: Callable[[], tuple[Scope, ...]]) -> Prepared:
         """`again` says what the scopes are now: a link may have been changed while a person was thinking.

@@ -326,13 +326,13 @@ class Calls:
             rehearsed=prepared.rehearsed and bool(files),
         )
 
-    @staticmethod
-    def _end(prepared: Prepared, transaction: Transaction, told: Mapping[str, Any]) -> tuple[FileTouched, ...]:
+    def _end(self, prepared: Prepared, transaction: Transaction, told: Mapping[str, Any]) -> tuple[FileTouched, ...]:
         """What the call has changed, on record. Raises JournalError, StoreError: then it is put back."""
         try:
             if prepared.rehearsed:
                 told = {**told, "detail": {**told.get("detail", {}), "rehearsed": True}}
                 return transaction.rehearse(event("call.end", prepared, **told))
+            self._permission.label(prepared, transaction.images)  # before anybody else may read it
             return transaction.finish(event("call.end", prepared, **told))
         except AgentdError as e:
             transaction.roll_back(event("call.abort", prepared, error=e.message, **told))

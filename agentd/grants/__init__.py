@@ -3,6 +3,7 @@
 from agentd.grants.approvals import Answer, Approval, Approvals, Extent, State, offers_for
 from agentd.grants.conditions import Clock, Conditions, Moment, moment
 from agentd.grants.decide import Book, Decision, Request
+from agentd.grants.file_labels import FileLabels
 from agentd.grants.grant import Grant
 from agentd.grants.grants import Grants
 from agentd.grants.later import Later
@@ -23,6 +24,7 @@ __all__ = [
     "Conditions",
     "Decision",
     "Extent",
+    "FileLabels",
     "Grant",
     "Grants",
     "Labels",

@@ -190,6 +190,17 @@ MIGRATIONS: tuple[tuple[str, str], ...] = (
         ALTER TABLE pre_image ADD COLUMN ahead INTEGER NOT NULL DEFAULT 0;
         """,
     ),
+    (
+        "0014_labels_of_files",
+        """
+        -- What tainted runs have written: JSON lists of where it came from. By path, and by which file it is.
+        CREATE TABLE file_label (
+            path BLOB PRIMARY KEY, device INTEGER NOT NULL, inode INTEGER NOT NULL,
+            untrusted TEXT NOT NULL, private TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID;
+        CREATE INDEX file_label_by_file ON file_label (device, inode);
+        """,
+    ),
 )
 
 

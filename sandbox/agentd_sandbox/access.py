@@ -55,6 +55,9 @@ def _expression(glob: bytes) -> re.Pattern[bytes]:
     return re.compile(b"".join(expressions.get(part, re.escape(part)) for part in parts), re.DOTALL)
 
 
+_FEW = 16  # rules that are compared one after another
+
+
 @dataclass(frozen=True)
 class Rules:
     """Many rules asked at once: most are plain paths, and those cost one comparison for all."""
@@ -63,25 +66,39 @@ class Rules:
 
     @cached_property
     def _exact(self) -> frozenset[bytes]:
-        return frozenset(rule.path for rule in self.rules if not rule.glob)
+        return frozenset(rule.path.rstrip(b"/") or b"/" for rule in self.rules if not rule.glob)
 
     @cached_property
     def _below(self) -> tuple[bytes, ...]:
         return tuple(rule._below for rule in self.rules if not rule.glob)
 
     @cached_property
+    def _alone(self) -> frozenset[bytes]:
+        """Globs without a wildcard: that very path, and nothing below it."""
+        return frozenset(rule.path for rule in self.rules if rule.glob and b"*" not in rule.path)
+
+    @cached_property
     def _globs(self) -> tuple[PathRule, ...]:
-        return tuple(rule for rule in self.rules if rule.glob)
+        return tuple(rule for rule in self.rules if rule.glob and rule.path not in self._alone)
 
     @cached_property
     def _ways(self) -> frozenset[bytes]:
-        steps = (way.split(b"/") for way in self._below)
+        steps = (way.split(b"/") for way in (*self._below, *(path + b"/" for path in self._alone)))
         return frozenset({b"/"} | {b"/".join(names[:n]) for names in steps for n in range(2, len(names) - 1)})
 
     def cover(self, path: bytes) -> bool:
-        if path.startswith(self._below) or path in self._exact:
+        if path in self._exact or path in self._alone or self._lies_in(path):
             return True
         return bool(self._globs) and any(rule.covers(path) for rule in self._globs)
+
+    def _lies_in(self, path: bytes) -> bool:
+        if len(self._below) <= _FEW:
+            return path.startswith(self._below)
+        at = len(path)
+        while (at := path.rfind(b"/", 0, at)) > 0:
+            if path[:at] in self._exact:
+                return True
+        return b"/" in self._exact
 
     def lie_below(self, folder: bytes) -> bool:
         return folder in self._ways or (bool(self._globs) and any(rule.lies_below(folder) for rule in self._globs))

@@ -20,15 +20,33 @@ _PROGRAMS = (
 """Nothing here is anybody's own: files that a distribution installs."""
 
 
+_IN_PREFIX = ("bin", "lib", "libexec", "share", "etc/alternatives", "etc/tls", "etc/terminfo", "etc/inputrc", "etc/mime.types")
+"""Of Termux's $PREFIX. Not: host keys and configuration in the rest of its etc, tmp, var."""
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
+
+
 @cache
 def python_rules() -> tuple[PathRule, ...]:
-    return _rules((sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *_ZONES))
+    """Python's own modules; not the packages that somebody has installed beside them, the daemon's own for one."""
+    folders = {path for name in ("stdlib", "platstdlib") if (path := sysconfig.get_path(name))}
+    modules = [os.path.join(folder, name) for folder in folders for name in sorted(set(_listed(folder)) - _PACKAGES)]
+    spelled = dict.fromkeys((*folders, *map(os.path.realpath, folders)))
+    themselves = (PathRule(os.fsencode(folder), glob=True) for folder in spelled if "*" not in folder)
+    return (*themselves, *_rules((*modules, *_ZONES)))
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 @cache
 def program_rules() -> tuple[PathRule, ...]:
     prefix = os.environ.get("PREFIX")  # Termux: /data/data/com.termux/files/usr
-    return _rules((*_PROGRAMS, *((prefix,) if prefix else ())))
+    own = [os.path.join(prefix, name) for name in _IN_PREFIX] if prefix else []
+    return _rules((*_PROGRAMS, *own))
 
 
 def is_part_of_system(path: bytes) -> bool:

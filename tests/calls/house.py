@@ -12,7 +12,7 @@ from agentd_sandbox import Sandbox, probe
 
 from agentd.audit import AuditLog
 from agentd.calls import CallRequest, CallResult, Calls, Permission, Places, load
-from agentd.grants import Approvals, Clock, Grant, Grants, Own, Taint, moment, parse
+from agentd.grants import Approvals, Clock, FileLabels, Grant, Grants, Own, Taint, moment, parse
 from agentd.journal import Journal, Keep
 from agentd.store import Store
 
@@ -56,7 +56,7 @@ class House:
         self.book = Grants(rules, self.store, self.audit, lambda: moment(clock, "/sys"), Own([self.root / "state"]))
         self.approvals = Approvals(self.timeout_s, self.pending)
         taint = Taint([each.format(h=self.home) for each in self.trusted], [each.format(h=self.home) for each in self.private])
-        self.permission = Permission(self.book, self.approvals, taint, self.journal, self.audit)
+        self.permission = Permission(self.book, self.approvals, taint, FileLabels(self.store), self.journal, self.audit)
         self.sandbox = Sandbox(toolbox.programs, self.home, LEVEL)
         self.sandbox.start()
         places = Places(self.home, own=Own([self.root / "state"]))

@@ -333,3 +333,29 @@ def test_what_runs_later_is_not_changed_by_who_may_change_what_is_around_it(tmp_
     assert done(attempts, grants) == 0
     assert done(attempts[:1], [*grants, ("*", f"write:{hooks}", "allow")]) == 1
     assert (root / "repo" / ".git" / "index").read_text() == "fine\n"
+
+
+def test_labels_follow_a_file_wherever_a_tool_takes_it(tmp_path: Path):
+    """Private content that is moved, copied, added to or renamed by a person is private still, after a restart, too."""
+    grants = [("*", "exec:/usr", "allow"), ("*", "read:{h}", "allow"), ("*", "write:{h}", "allow")]
+
+    def labels(house: House, path: str) -> tuple[str, ...]:
+        result = house.run(house.call("files.read", path=path))
+        return tuple(result.labels.private)
+
+    with House(tmp_path, grants, trusted=["{h}"], private=["{h}/private"]) as house:
+        for folder in ("private", "open"):
+            (house.home / folder).mkdir()
+            (house.home / folder / "file").write_text(folder)
+        assert labels(house, "open/file") == ()
+        assert labels(house, "private/file")
+        house.run(house.call("files.move", path="private/file", to="open/moved"))
+        house.run(house.call("shell.run", command="cp moved copied; mkdir d; cp file d/mixed", folder=str(house.home / "open")))
+        (house.home / "open" / "moved").rename(house.home / "renamed")
+    with House(tmp_path, grants, trusted=["{h}"], private=["{h}/private"]) as house:
+        assert labels(house, "renamed")
+        assert labels(house, "open/copied")
+        listed = house.run(house.call("files.list", path="open"))
+        assert listed.labels.private
+        (house.home / "new").write_text("a person's own")
+        assert labels(house, "new") == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from agentd_sandbox import Access, PathRule
+from agentd_sandbox.access import Rules
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -93,6 +94,18 @@ def test_covering_is_being_an_ancestor(rule: bytes, path: bytes):
     mine = [part for part in rule.split(b"/") if part]
     its = [part for part in path.split(b"/") if part]
     assert PathRule(rule).covers(path) == (its[: len(mine)] == mine)
+
+
+short = st.lists(st.sampled_from([b"a", b"b", b"*", b"**"]), max_size=4).map(lambda names: b"/" + b"/".join(names))
+
+
+@given(rules=st.lists(st.builds(PathRule, short, st.booleans()), max_size=40), path=short)
+def test_many_rules_cover_what_any_of_them_covers(rules: list[PathRule], path: bytes):
+    """However many there are."""
+    together = Rules(tuple(rules))
+    assert together.cover(path) == any(rule.covers(path) for rule in rules)
+    seen = path == b"/" or any(rule.covers(path) or rule.lies_below(path) for rule in rules)
+    assert (together.cover(path) or together.lie_below(path)) == seen
 
 
 @given(rule=paths, path=paths)
