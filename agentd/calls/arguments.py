@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from agentd.calls.manifest import TEMPLATE
 from agentd.errors import Reason, RequestError, first_mistake
-from agentd.grants import PATH_KINDS, Scope, normalise
+from agentd.grants import PATH_KINDS, Scope, normalise, real
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,7 +68,7 @@ class Arguments:
             value = TEMPLATE.sub(lambda m: str(checked.get(m[1], variables.get(m[1], ""))), template)
             found.append(Scope(kind, _peer(value) if kind == "connect" else value, glob="*" in template and not own))
             if kind in PATH_KINDS and own and os.path.islink(value):
-                found.append(Scope(kind, os.path.realpath(value)))
+                found.append(Scope(kind, real(value)))
         return tuple(dict.fromkeys(found))
 
     def _bad(self, field: str, why: str) -> RequestError:

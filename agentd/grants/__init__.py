@@ -11,7 +11,7 @@ from agentd.grants.learn import propose
 from agentd.grants.notify import Notifier
 from agentd.grants.own import Own, programs
 from agentd.grants.patterns import Pattern, parse
-from agentd.grants.scopes import PATH_KINDS, Scope, normalise
+from agentd.grants.scopes import PATH_KINDS, Scope, normalise, real
 from agentd.grants.taint import Labels, Taint
 
 __all__ = [
@@ -43,4 +43,5 @@ __all__ = [
     "parse",
     "programs",
     "propose",
+    "real",
 ]

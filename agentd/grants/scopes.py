@@ -11,6 +11,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from agentd_sandbox import PathRule
+from agentd_sandbox.paths import resolve
 
 PATH_KINDS = frozenset({"read", "write", "exec"})
 KINDS = PATH_KINDS | {"connect", "use", "call", "device"}
@@ -46,8 +47,28 @@ def normalise(path: str, folder: str) -> str:
     and `folder`. The last one stays, so that deleting a link deletes the link.
     """
     full = os.path.join(folder, os.path.expanduser(path))
-    parent, name = os.path.split(os.path.normpath(full) if not _climbs(full) else os.path.realpath(full))
-    return os.path.join(os.path.realpath(parent), name) if name else os.path.realpath(full)
+    parent, name = os.path.split(os.path.normpath(full) if not _climbs(full) else real(full))
+    return os.path.join(real(parent), name) if name else real(full)
+
+
+def real(path: str) -> str:
+    """Where an absolute path leads, as far as there is something: what is not there yet is part of it as it is spelled.
+
+    By the sandbox's own walker: what belongs to a process (`/proc/self/root`) leads nowhere; it would be the daemon's.
+    """
+    missing: list[str] = []
+    here = path.rstrip("/") or "/"
+    while True:
+        try:
+            with resolve(os.fsencode(here), follow=True) as found:
+                full = os.path.join(os.fsdecode(found.real), *reversed(missing))
+            return real(os.path.normpath(full)) if ".." in missing else full
+        except OSError:
+            above, name = os.path.split(here)
+            if above == here:
+                return os.path.normpath(path)
+            missing.append(name)
+            here = above.rstrip("/") or "/"
 
 
 def _climbs(path: str) -> bool:

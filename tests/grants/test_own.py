@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agentd.grants import Book, Grant, Later, Moment, Own, Request, Scope, parse, programs
+from agentd.grants import Book, Grant, Later, Moment, Own, Request, Scope, parse, programs, real
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,3 +128,24 @@ def test_an_answer_for_a_directory_is_none_for_what_runs_later_in_it():
     naming = Grant("*", "t", parse("write:/h/.bashrc", resolved=True), "allow", "approval", "")
     assert [str(p) for p in Book.of([naming], {}, Later(HOME)).named(Request("p", "t", ()), NOW)] == ["write:/h/.bashrc"]
     assert Book.of([naming], {}, Later(HOME)).named(Request("p", "other", ()), NOW) == ()
+
+
+def test_a_path_leads_where_the_file_system_says_as_far_as_there_is_something(tmp_path: Path):
+    top = tmp_path.resolve()
+    (top / "deep" / "er").mkdir(parents=True)
+    (top / "link").symlink_to("deep/er")
+    (top / "out").symlink_to("/proc/self/root")
+    for path, leads in (
+        ("link/x", "deep/er/x"),
+        ("link/../x", "deep/x"),
+        ("missing/../link/y", "deep/er/y"),
+        ("missing/a/../../link", "deep/er"),
+        ("deep//./er/", "deep/er"),
+    ):
+        assert real(str(top / path) if not path.endswith("/") else f"{top}/{path}") == str(top / leads)
+
+
+@pytest.mark.parametrize("path", ["/proc/self/root/etc", "/proc/self/cwd", "/proc/1/exe", "/proc/thread-self/root"])
+def test_what_belongs_to_a_process_leads_nowhere(path: str):
+    """It would lead through the daemon, or be an error."""
+    assert real(path) == path
