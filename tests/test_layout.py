@@ -17,6 +17,7 @@ BELOW: dict[str, set[str]] = {
     "extras": set(),
     "places": set(),
     "tasks": set(),
+    "untrusted": set(),
     "systemd": set(),
     "config": {"errors", "places"},
     "devices": {"store", "errors", "extras"},
@@ -26,8 +27,8 @@ BELOW: dict[str, set[str]] = {
     "metrics": {"budgets", "engine", "errors", "extras"},
     "models": {"store", "errors", "extras", "places"},
     "audit": {"store", "errors"},
-    "journal": {"store", "audit", "errors"},
-    "grants": {"store", "audit", "devices", "errors"},
+    "journal": {"store", "audit", "errors", "untrusted"},
+    "grants": {"store", "audit", "devices", "errors", "untrusted"},
     "principals": {"grants", "store", "audit", "errors"},
     "calls": {"grants", "journal", "audit", "devices", "store", "errors", "config", "tasks"},
     "runs": {"engine", "budgets", "calls", "grants", "store", "errors", "tasks"},
@@ -60,6 +61,7 @@ BELOW: dict[str, set[str]] = {
         "systemd",
         "daemon",
         "audit",
+        "untrusted",
     },
 }
 """For each room, the rooms it may import. `daemon` is the composition root and may import all."""
@@ -75,6 +77,15 @@ def test_imports_point_downwards(room: str):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("agentd."):
                 found.add(node.module.split(".")[1])  # type: ignore[union-attr]
     assert found - {room} <= BELOW[room]
+
+
+def test_no_child_of_ours_takes_modules_from_where_it_is_started():
+    """`-m` puts the current directory first: whoever may write there would be run."""
+    for file in (ROOT / "agentd").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.List | ast.Tuple | ast.Call):
+                words = [each.value for each in ast.iter_child_nodes(node) if isinstance(each, ast.Constant)]
+                assert "-m" not in words or "-I" in words, f"{file}:{node.lineno}"
 
 
 def test_every_package_folder_is_declared():

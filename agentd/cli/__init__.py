@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -66,8 +67,17 @@ def cli(context: click.Context, socket: Path | None) -> None:
     context.obj = socket
 
 
+def _end(number: int, _frame: object) -> None:
+    """As Ctrl-C does, with what has to be done on the way out, such as cancelling a run."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Errors people see are one or two lines; `--json` anywhere makes them JSON."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup wants it to be ignored
+            signal.signal(number, _end)
     try:
         cli.main(prog_name="agentd", standalone_mode=False)
     except click.exceptions.Abort:

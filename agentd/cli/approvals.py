@@ -24,11 +24,13 @@ _Approval = approval_pb2.Approval
 _DURATION = re.compile(r"([0-9]{1,5})([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _WORDS = {
-    _Approval.EXTENT_ONCE: ("y", "once", "this call"),
-    _Approval.EXTENT_RUN: ("r", "run", "all of this run"),
-    _Approval.EXTENT_UNTIL: ("h", "until", "one hour"),
-    _Approval.EXTENT_ALWAYS: ("a", "always", "always"),
+    _Approval.EXTENT_ONCE: (("y", "yes", "once"), "this call"),
+    _Approval.EXTENT_RUN: (("r", "run"), "all of this run"),
+    _Approval.EXTENT_UNTIL: (("h", "hour"), "one hour"),
+    _Approval.EXTENT_ALWAYS: (("a", "always"), "always"),
 }
+_FOLDER, _NO = ("f", "folder"), ("n", "no", "deny")
+_LASTS = frozenset({_Approval.EXTENT_UNTIL, _Approval.EXTENT_ALWAYS})
 _ANSWERS = ("once", "run", "always", "deny")
 
 
@@ -105,12 +107,14 @@ def answer(
 def show(question: approval_pb2.Approval) -> None:
     """All that there is to know for an answer, what matters most first."""
     arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in json.loads(question.arguments_json).items())
-    console.print(f"\n[bold yellow]?[/] [bold cyan]{shown(question.tool)}[/]({shown(arguments)})")
-    console.print(f"  [dim]{shown(question.description)}[/]")
+    console.print(f"\n[bold yellow]?[/] [bold cyan]{shown(question.tool)}[/] [dim]would touch[/]")
+    for scope in question.scopes:
+        console.print(f"  [bold]{shown(scope)}[/]")
+    console.print(f"  [dim]{'with':13}[/] {shown(arguments)}")
+    console.print(f"  [dim]{'which is':13}[/] {shown(question.description)}")
     if question.sends_out:
         console.print("  [bold red]It could send private data to somebody who talked the model into it.[/]")
     lines = [
-        ("touches", ", ".join(question.scopes)),
         ("asked by", f"{question.principal} {question.run}".strip()),
         ("because", question.reason),
         ("undo", f"no: {question.not_undoable}" if question.not_undoable else "yes"),
@@ -125,28 +129,58 @@ def show(question: approval_pb2.Approval) -> None:
 
 
 def ask(client: Client, question: approval_pb2.Approval) -> None:
-    """Show it, and take an answer from the terminal. Whatever came meanwhile from elsewhere is said."""
+    """Show it, and take an answer from the terminal. Whatever came meanwhile from elsewhere is said.
+
+    Only a whole word or its letter counts: whatever else is typed, Enter alone too, is asked again. What lasts is confirmed.
+    """
     show(question)
-    letters = {_WORDS[extent][0]: extent for extent in question.extents}
-    choices = "  ".join(f"[bold]{letter}[/] {_WORDS[extent][2]}" for letter, extent in letters.items())
-    wide = [offer for offer in question.offers if len(offer.patterns) > 1]
-    if wide and _Approval.EXTENT_ALWAYS in question.extents:
-        choices += f"  [bold]f[/] always, {shown(wide[0].patterns[-1])}"
-    console.print(f"  {choices}  [bold]n[/] no")
-    typed = console.input("  [bold green]allow?[/] ").strip().lower()[:1]
-    request = approval_pb2.ResolveApprovalRequest(name=question.name, allow=typed in letters or (typed == "f" and bool(wide)))
-    if request.allow:
-        request.extent = letters.get(typed, _Approval.EXTENT_ALWAYS)
-        if request.extent == _Approval.EXTENT_UNTIL:
-            request.until.FromNanoseconds(until("1h"))
-        if typed == "f":
-            _widen(request, question)
+    request = None
+    while request is None:
+        request = _typed(question)
     try:
         closed = client.resolve(request)
     except AgentdError as e:  # somebody was quicker, or the call was given up
         console.print(f"  [yellow]{shown(e.message)}[/]")
     else:
         console.print(f"  [dim]{shown(closed.outcome)}[/]")
+
+
+def _typed(question: approval_pb2.Approval) -> approval_pb2.ResolveApprovalRequest | None:
+    """One answer; None if it was none, or was not confirmed."""
+    offered = {extent: _WORDS[extent] for extent in question.extents}
+    wide = [offer for offer in question.offers if len(offer.patterns) > 1]
+    choices = [f"[bold]{words[0]}[/] {meaning}" for words, meaning in offered.values()]
+    folders = bool(wide) and _Approval.EXTENT_ALWAYS in question.extents
+    if folders:
+        choices.append(f"[bold]{_FOLDER[0]}[/] always, {', '.join(shown(offer.patterns[-1]) for offer in wide)}")
+    console.print(f"  {'  '.join(choices)}  [bold]{_NO[0]}[/] no")
+    typed = console.input("  [bold green]allow?[/] ").strip().lower()
+    request = approval_pb2.ResolveApprovalRequest(name=question.name)
+    if typed in _NO:
+        return request
+    request.allow = True
+    if folders and typed in _FOLDER:
+        request.extent = _Approval.EXTENT_ALWAYS
+        _widen(request, question)
+    elif extent := next((extent for extent, (words, _) in offered.items() if typed in words), None):
+        request.extent = extent
+    else:
+        known = [words[0] for words, _ in offered.values()] + ([_FOLDER[0]] if folders else []) + [_NO[0]]
+        console.print(f"  [yellow]{shown(typed) or 'nothing'} is no answer:[/] type {', '.join(known[:-1])} or {known[-1]}")
+        return None
+    if request.extent == _Approval.EXTENT_UNTIL:
+        request.until.FromNanoseconds(until("1h"))
+    return request if request.extent not in _LASTS or _confirmed(question, request) else None
+
+
+def _confirmed(question: approval_pb2.Approval, request: approval_pb2.ResolveApprovalRequest) -> bool:
+    """Whether a person means what will not be asked again."""
+    lasts = "for one hour" if request.extent == _Approval.EXTENT_UNTIL else "always, until it is revoked"
+    granted = [request.grant.get(offer.scope) or offer.patterns[0] for offer in question.offers]
+    console.print(f"  [bold yellow]{shown(question.tool)} may then use, {lasts}:[/]")
+    for pattern in granted:
+        console.print(f"    [bold]{shown(pattern)}[/]")
+    return console.input("  [bold green]type yes to allow that:[/] ").strip().lower() == "yes"
 
 
 def _widen(request: approval_pb2.ResolveApprovalRequest, question: approval_pb2.Approval) -> None:
@@ -159,9 +193,16 @@ def present(client: Client) -> Iterator[None]:
     """Count as somebody who can be asked, if the daemon lets us; questions are answered where the run is shown."""
     try:
         with client.watching_approvals() as questions:
-            threading.Thread(target=lambda: list(questions), name="approvals", daemon=True).start()
+            threading.Thread(target=_read, args=(questions,), name="approvals", daemon=True).start()
             yield
     except AgentdError as e:
         if e.reason.name != "ROLE_REQUIRED":
             raise
         yield
+
+
+def _read(questions: Iterator[approval_pb2.Approval]) -> None:
+    """They are shown elsewhere. A daemon that is gone is said there, too."""
+    with contextlib.suppress(AgentdError):
+        for _ in questions:
+            pass

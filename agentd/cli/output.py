@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from agentd.untrusted import lines, one_line
 from agentd.v1 import tool_pb2
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 console = Console(highlight=False, soft_wrap=True)
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 COLOURS = {"ALLOW": "green", "ASK": "yellow", "DENY": "red", "UNSPECIFIED": "yellow"}
 
 
@@ -35,12 +34,13 @@ def print_json(value: Message | dict[str, Any]) -> None:
 
 
 def safe(text: str) -> str:
-    """Text of models, tools and files without the characters that could take over a terminal."""
-    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    """Text of models, tools and files that stands alone, with its own lines."""
+    return lines(text)
 
 
 def shown(text: str) -> str:
-    return escape(safe(text))
+    """The same within a line of ours, as markup."""
+    return escape(one_line(text))
 
 
 def short(text: str, width: int = 100) -> str:

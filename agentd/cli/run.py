@@ -14,10 +14,10 @@ from agentd.cli.approvals import ask, duration_ns, present
 from agentd.cli.output import console, json_option, print_call, print_json, safe, shown
 from agentd.client import Client
 from agentd.errors import AgentdError
-from agentd.v1 import approval_pb2, budget_pb2, run_pb2
+from agentd.v1 import approval_pb2, budget_pb2, run_pb2, tool_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 
@@ -113,9 +113,27 @@ def follow(
     """Show a run until it has ended; returns it as it ended. Where a person sits here, it goes before what programs ask."""
     dialogue = _is_dialogue(as_json=as_json)
     priority = run_pb2.Run.PRIORITY_INTERACTIVE if dialogue else run_pb2.Run.PRIORITY_NORMAL
+    changed: list[tool_pb2.ToolCall] = []
     with present(client) if dialogue else contextlib.nullcontext():
-        events = client.run(prompt, session=session, rehearse=rehearse, priority=priority, budget=budget)
-        return show(client, events, as_json=as_json)
+        running = client.run(prompt, session=session, rehearse=rehearse, priority=priority, budget=budget)
+        with contextlib.closing(running) as events:  # whatever happens here, the run is not left to itself
+            try:
+                return show(client, events, as_json=as_json, changed=changed)
+            except BaseException:  # Ctrl-C, the end of the terminal, a daemon that is gone
+                if not as_json:
+                    _print_changed(changed)
+                raise
+
+
+def _print_changed(changed: Sequence[tool_pb2.ToolCall]) -> None:
+    """What a run that was broken off had done by then stays done."""
+    with contextlib.suppress(OSError):  # there may be nobody left to read it
+        console.print("\n[yellow]broken off, and cancelled[/]")
+        for call in changed:
+            name = call.name.removeprefix("calls/")
+            console.print(
+                f"  [dim]done already:[/] {shown(call.tool)}, {call.changed_count} paths  [dim](agentd undo {name})[/]"
+            )
 
 
 def _is_dialogue(*, as_json: bool) -> bool:
@@ -123,14 +141,22 @@ def _is_dialogue(*, as_json: bool) -> bool:
     return not as_json and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def show(client: Client, events: Iterator[run_pb2.WatchRunResponse], *, as_json: bool) -> run_pb2.Run | None:
-    """The events of a run as they come; returns it as it ended."""
+def show(
+    client: Client,
+    events: Iterator[run_pb2.WatchRunResponse],
+    *,
+    as_json: bool,
+    changed: list[tool_pb2.ToolCall] | None = None,
+) -> run_pb2.Run | None:
+    """The events of a run as they come; returns it as it ended. Calls that have changed something are added to `changed`."""
     ended: run_pb2.Run | None = None
     open_line = False
     for event in events:
         kind = event.WhichOneof("event")
         if kind == "run":
             ended = event.run
+        if changed is not None and kind == "call" and event.call.changed_count and not event.call.rehearsed:
+            changed.append(event.call)
         if as_json:
             print_json(event)
             continue

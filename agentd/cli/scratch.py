@@ -70,7 +70,7 @@ def daemon_of_its_own(folder: Path, config: str) -> Iterator[Client]:
     """A daemon in a scratch folder, with its socket there; raises DaemonError with its last words if it does not start."""
     (folder / "agentd.toml").write_text(config)
     log, socket = folder / "daemon.log", folder / "agentd.sock"
-    command = [sys.executable, "-m", "agentd", "--socket", str(socket), "serve"]
+    command = [sys.executable, "-I", "-m", "agentd", "--socket", str(socket), "serve"]
     with log.open("wb") as output:
         daemon = subprocess.Popen(
             [*command, "--config", str(folder / "agentd.toml"), "--log-level", "warning"],

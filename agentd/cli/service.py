@@ -163,7 +163,7 @@ def _text(source: Traversable) -> str:
 def _command() -> str:
     """This very agentd, as a unit and a shell can say it."""
     beside = Path(sys.executable).with_name("agentd")
-    words = [str(beside)] if beside.exists() else [sys.executable, "-m", "agentd"]
+    words = [str(beside)] if beside.exists() else [sys.executable, "-I", "-m", "agentd"]
     return " ".join(f'"{word}"' if " " in word else word for word in words).replace("%", "%%")
 
 

@@ -45,7 +45,7 @@ from agentd.v1 import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Generator, Iterable, Iterator, Mapping
     from datetime import datetime
     from pathlib import Path
 
@@ -131,7 +131,7 @@ class Client:
         rehearse: bool = False,
         priority: run_pb2.Run.Priority.ValueType = run_pb2.Run.PRIORITY_NORMAL,
         budget: run_pb2.Run.Budget | None = None,
-    ) -> Iterator[run_pb2.WatchRunResponse]:
+    ) -> Generator[run_pb2.WatchRunResponse, None, None]:
         """Start a run and follow it. Closing the iterator early cancels the run."""
         run = self.create_run(prompt, session=session, rehearse=rehearse, priority=priority, budget=budget)
         ended = False

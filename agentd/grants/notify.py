@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import logging
 import shlex
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from agentd.errors import AgentdError
 from agentd.grants.approvals import Answer, State
+from agentd.untrusted import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_S = 20.0
-_LONGEST = 400
+_LONGEST, _LONGEST_SCOPES = 400, 300
 _ONCE, _NO = "once", "deny"
 
 
@@ -65,29 +67,31 @@ class Notifier:
                     await _run([f"{self._termux}-remove", f"agentd-{approval.id}"])
 
     async def _show(self, approval: Approval) -> None:
-        title, text = f"agentd: {approval.tool}?", _text(approval)
+        title, (text, whole) = f"agentd: {one_line(approval.tool)}?", _text(approval)
         if self._termux:
             agentd = shlex.join(
-                [sys.executable, "-m", "agentd", "--socket", str(self._socket), "approvals", "answer", approval.id]
+                [sys.executable, "-I", "-m", "agentd", "--socket", str(self._socket), "approvals", "answer", approval.id]
             )
-            buttons = ["--button1", "Allow once", "--button1-action", f"{agentd} once"]
+            buttons = ["--button1", "Allow once", "--button1-action", f"{agentd} once"] if whole else []
             buttons += ["--button2", "Deny", "--button2-action", f"{agentd} deny"]
             sort = ["--priority", "high", "--ongoing", "--id", f"agentd-{approval.id}"]
             await _run([self._termux, *sort, "--title", title, "--content", text, *buttons])
         elif self._desktop:
-            actions = [f"--action={_ONCE}=Allow once", f"--action={_NO}=Deny"]
-            chosen = await _run([self._desktop, "--app-name=agentd", "--wait", *actions, "--", title, text], wait=True)
-            if chosen in (_ONCE, _NO):
+            actions = [*([f"--action={_ONCE}=Allow once"] if whole else []), f"--action={_NO}=Deny"]
+            body = html.escape(text, quote=False)  # desktops read markup there
+            chosen = await _run([self._desktop, "--app-name=agentd", "--wait", *actions, "--", title, body], wait=True)
+            if chosen == _NO or (chosen == _ONCE and whole):
                 with contextlib.suppress(AgentdError):  # somebody else was quicker
                     self._approvals.resolve(approval.id, Answer(allow=chosen == _ONCE), self._owner)
 
 
-def _text(approval: Approval) -> str:
-    """Short, printable, and what matters first."""
+def _text(approval: Approval) -> tuple[str, bool]:
+    """Short, and what it would touch first; whether that is there whole. If it is not, it can't be allowed here."""
+    scopes = one_line(", ".join(str(scope) for scope in approval.scopes))
+    if len(scopes) > _LONGEST_SCOPES:
+        return f"{scopes[:_LONGEST_SCOPES]}\u2026\nThis is more than fits here: see all of it with `agentd approvals`.", False
     undo = f"can't be undone: {approval.not_undoable}" if approval.not_undoable else "can be undone"
-    scopes = ", ".join(str(scope) for scope in approval.unmet or approval.scopes)
-    text = f"{scopes}\n{approval.principal} asks; {approval.reason}; {undo}"
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)[:_LONGEST]
+    return f"{scopes}\n{one_line(f'{approval.principal} asks; {approval.reason}; {undo}')[:_LONGEST]}", True
 
 
 async def _run(command: Sequence[str], *, wait: bool = False) -> str:

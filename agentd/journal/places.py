@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from agentd_sandbox.paths import Nearby, Resolved, WalkError, resolve
 
+from agentd.untrusted import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -161,8 +163,7 @@ class Granting:
 
 def shown(path: bytes) -> str:
     """A path for a message or the log: on one line, and not longer than one."""
-    text = path.decode("utf-8", "backslashreplace")
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = one_line(path.decode("utf-8", "backslashreplace"))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}\u2026{text[-_SHOWN // 2 :]}"
 
 

@@ -84,7 +84,10 @@ def test_a_watching_client_is_told_and_its_answer_counts(client: Client, daemon:
 
 
 def test_the_command_asks_in_a_terminal(daemon: DaemonProcess):
-    """Tool, scopes and what can be undone are on the screen; `f` grants the folder for good."""
+    """Tool, scopes and what can be undone are on the screen; `f` grants the folder for good, once it is confirmed.
+
+    What is no answer is asked again, and allows nothing: neither words that begin like one, nor Enter alone.
+    """
     (daemon.home / "notes").mkdir(exist_ok=True)
     screen, terminal = pty.openpty()
     command = [sys.executable, "-m", "agentd", "--socket", str(daemon.socket), "approvals"]
@@ -92,16 +95,30 @@ def test_the_command_asks_in_a_terminal(daemon: DaemonProcess):
     os.close(terminal)
     shown = b""
 
-    def wait_for(text: bytes) -> None:
+    def wait_for_count(text: bytes, count: int) -> None:
         nonlocal shown
-        while text not in shown:
+        while shown.count(text) < count:
             shown += os.read(screen, 4096)
+
+    def wait_for(text: bytes) -> None:
+        wait_for_count(text, 1)
 
     wait_for(b"waiting for questions")
     with Client(daemon.socket) as client:
         thread, ended = in_background(lambda: client.call("files.write", {"path": "notes/n.txt", "text": "x"}))
         wait_for(b"allow?")
+        for number, answer in enumerate((b"abort", b"yikes", b"folders", b"", b"a b"), 1):
+            os.write(screen, answer + b"\n")
+            wait_for_count(b"is no answer", number)
+            wait_for_count(b"allow?", number + 1)
+        os.write(screen, b"a\n")
+        wait_for(b"type yes to allow that")
+        os.write(screen, b"y\n")
+        wait_for_count(b"allow?", 7)
+        assert thread.is_alive()
         os.write(screen, b"f\n")
+        wait_for_count(b"type yes to allow that", 2)
+        os.write(screen, b"yes\n")
         thread.join(DEADLINE_S)
         assert not ended[0].failed
         made = [grant for grant in client.grants() if grant.source == grant_pb2.Grant.SOURCE_APPROVAL]
