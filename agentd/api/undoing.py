@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from agentd.api import convert
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from agentd.calls import Calls, Progress
-    from agentd.journal import Difference, Left, PathPlan, Rehearsal, Undone
+    from agentd.journal import Difference, Left, PathPlan, Permit, Rehearsal, Undone
 
 _Verdict = journal_pb2.RollbackPlan.Path.Verdict
 _Progress = journal_pb2.StreamRollbackResponse.Progress
@@ -34,12 +35,23 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
 
     async def _undo(self, request: journal_pb2.UndoCallRequest, progress: Progress = no_progress) -> Undone:
         call, who = convert.identifier(request.name, "calls"), caller()
-        return await self._calls.undoing.undo(call, who.name, _ways(request), any_call=who.has("admin"), progress=progress)
+        permit = self._permit()
+        return await self._calls.undoing.undo(
+            call, who.name, _ways(request), any_call=who.has("admin"), progress=progress, permit=permit
+        )
+
+    def _permit(self, *, rehearsed: bool = False) -> Permit | None:
+        """Whoever may change the grants needs none; others may do what their tools could, within the bounds of their token."""
+        who = caller()
+        return None if who.has("admin") else self._calls.permit(who.name, who.within, looks=rehearsed and who.has("approver"))
+
+    def _selection(self, message: journal_pb2.ChangeSelection) -> Selection:
+        return replace(_selection(message), permit=self._permit(rehearsed=message.rehearsed))
 
     async def PlanRollback(  # noqa: N802
         self, request: journal_pb2.PlanRollbackRequest, context: Any
     ) -> journal_pb2.RollbackPlan:
-        plan, differences = await self._calls.undoing.plan_rollback(_selection(request.selection), _ways(request))
+        plan, differences = await self._calls.undoing.plan_rollback(self._selection(request.selection), _ways(request))
         return journal_pb2.RollbackPlan(
             digest=plan.digest,
             paths=[_path(planned, differences[planned.path]) for planned in plan.paths if planned.path in differences],
@@ -54,7 +66,7 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
         return _undone(await self._apply(request))
 
     async def _apply(self, request: journal_pb2.ApplyRollbackRequest, progress: Progress = no_progress) -> Undone:
-        selection, ways = _selection(request.plan.selection), _ways(request.plan)
+        selection, ways = self._selection(request.plan.selection), _ways(request.plan)
         if selection.rehearsed:  # or a grant that wants calls rehearsed would bind nobody
             caller().require("approver", "apply a rehearsal")
         return await self._calls.undoing.roll_back(selection, ways, request.digest, caller().name, progress=progress)
@@ -96,7 +108,7 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
             calls = [call for call in calls or own if call in own]
             if not calls:  # or it would mean everybody's
                 return journal_pb2.ListLeftoversResponse()
-        left = await self._calls.undoing.recover(calls, force=request.force)
+        left = await self._calls.undoing.recover(calls, force=request.force, permit=self._permit())
         return journal_pb2.ListLeftoversResponse(leftovers=map(_leftover, left))
 
     async def ListRehearsals(  # noqa: N802
@@ -123,7 +135,7 @@ class JournalServicer(journal_pb2_grpc.JournalServiceServicer):
     async def DiffChanges(  # noqa: N802
         self, request: journal_pb2.DiffChangesRequest, context: Any
     ) -> journal_pb2.DiffChangesResponse:
-        found = await self._calls.undoing.differences(_selection(request.selection))
+        found = await self._calls.undoing.differences(self._selection(request.selection))
         shown = map(_difference, found[:NAMED_PATHS])
         return journal_pb2.DiffChangesResponse(differences=shown, path_count=len(found))
 

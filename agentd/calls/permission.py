@@ -12,7 +12,8 @@ from agentd_sandbox import PathRule
 from agentd.audit import Event
 from agentd.calls.wanted import Prepared, Wanted, event
 from agentd.errors import Reason, RequestError
-from agentd.grants import Approval, Decision, Extent, Grant, Labels, State, offers_for, parse
+from agentd.grants import Approval, Decision, Extent, Grant, Labels, Request, Scope, State, offers_for, parse
+from agentd.journal import Permit
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls.manifest import Tool
-    from agentd.grants import Approvals, FileLabels, Grants, Scope, Taint
+    from agentd.grants import Approvals, FileLabels, Grants, Pattern, Taint
     from agentd.journal import Journal
 
 _READ = 12  # of what a run has read, shown with a question: what gave it its labels, then the newest
@@ -66,6 +67,27 @@ class Permission:
         manifest = tool.manifest
         given = self._taint.labels(tool.name, scopes, untrusted=manifest.untrusted, private=manifest.gives_private)
         return given | self._files.of(scopes)
+
+    def over_files(self, principal: str, within: tuple[Pattern, ...], *, looks: bool = False) -> Permit:
+        """What a principal may see and change of what calls have changed, as if tools read and wrote it. Content is shown to
+        whoever may read it unasked; what its calls have done may be taken back unless that is denied; to overwrite what others
+        have changed since needs a grant. `looks`: all that is not denied is shown, to decide on it.
+        """
+
+        def decided(kind: str, path: bytes) -> Decision:
+            tool = "files.read" if kind == "read" else "files.write"
+            return self.grants.decide(Request(principal, tool, (Scope(kind, os.fsdecode(path)),), within=within))
+
+        def reads(path: bytes) -> bool:
+            verdict = decided("read", path).verdict
+            return verdict == "allow" or (looks and verdict == "ask")
+
+        def refuses(path: bytes, overwrites: bool) -> str:  # noqa: FBT001
+            decision = decided("write", path)
+            denied = decision.verdict == "deny" or (decision.verdict == "ask" and overwrites)
+            return decision.reason if denied else ""
+
+        return Permit(reads, refuses)
 
     def label(self, prepared: Prepared, paths: Iterable[bytes]) -> None:
         """What a call has written is as tainted as what it may have had it from. Raises StoreError."""

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from agentd.calls.manifest import Tool, Toolbox
     from agentd.calls.permission import Permission
     from agentd.calls.places import Places
-    from agentd.grants import Decision, Grant, Scope
-    from agentd.journal import Journal, Transaction
+    from agentd.grants import Decision, Grant, Pattern, Scope
+    from agentd.journal import Journal, Permit, Transaction
 
 T = TypeVar("T")
 _EXITS: Mapping[type, str] = {
@@ -172,6 +172,10 @@ class Calls:
         finally:
             self._waiting.pop(prepared.id, None)
         return await self._in_thread(prepared, lambda: self._locks.release(claim))
+
+    def permit(self, principal: str, within: tuple[Pattern, ...], *, looks: bool = False) -> Permit:
+        """What of the changes of calls somebody may see and take back."""
+        return self._permission.over_files(principal, within, looks=looks)
 
     def fixed_scopes(self, tool: str) -> frozenset[str]:
         """The scopes of a tool that are its own, whatever its arguments; none if there is no such tool."""

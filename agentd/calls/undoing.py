@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from agentd.calls.wanted import NAMED_PATHS
 from agentd.devices import risk
 from agentd.errors import AgentdError, JournalError, Reason, RequestError, ToolError
-from agentd.journal import Selection, Ways, parents
+from agentd.journal import Difference, Selection, Ways, parents
 from agentd.store import new_id
 from agentd.tasks import to_its_end
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from agentd.audit import AuditLog
     from agentd.calls.locks import Locks
-    from agentd.journal import Difference, Journal, Left, Plan, Rehearsal, Undone
+    from agentd.journal import Journal, Left, PathPlan, Permit, Plan, Rehearsal, Undone
 
 _CALLS_OF_A_RUN = 10_000
 _TREES = 64  # that are held at once
@@ -43,7 +43,14 @@ class Undoing:
         self._working: set[asyncio.Future[Any]] = set()
 
     async def undo(
-        self, call: str, principal: str, ways: Ways, *, any_call: bool = True, progress: Progress = no_progress
+        self,
+        call: str,
+        principal: str,
+        ways: Ways,
+        *,
+        any_call: bool = True,
+        progress: Progress = no_progress,
+        permit: Permit | None = None,
     ) -> Undone:
         """Undo a call, one's own unless `any_call`; waits for calls that change the same files. `progress` is called, on a
         thread of its own, with how many paths of how many are done.
@@ -53,7 +60,7 @@ class Undoing:
         self._audit.require_open()
         if not any_call:
             await asyncio.to_thread(self._require_own, call, principal)
-        selection = Selection(calls=(call,))
+        selection = Selection(calls=(call,), permit=permit)
         return await self._apply(selection, ways, principal, progress)
 
     async def _apply(
@@ -92,7 +99,14 @@ class Undoing:
         if self._working:
             await asyncio.wait(set(self._working), timeout=_STOP_S)
 
-    async def recover(self, calls: Collection[str] = (), *, force: bool = False, patience_s: float | None = None) -> list[Left]:
+    async def recover(
+        self,
+        calls: Collection[str] = (),
+        *,
+        force: bool = False,
+        patience_s: float | None = None,
+        permit: Permit | None = None,
+    ) -> list[Left]:
         """Try again to restore what failed calls have left, of these or of all; returns what still could not be. With `force`,
         what somebody has changed since is overwritten, after their version was kept. With `patience_s`, what others change for
         longer than that is left for another time. Raises StoreError.
@@ -103,7 +117,8 @@ class Undoing:
         for call, paths in await asyncio.to_thread(recovery.calls):
             if calls and call not in calls:
                 continue
-            retry = functools.partial(recovery.retry, call, paths, force=force)
+            permitted = await asyncio.to_thread(_permitted, paths, permit, force=force)
+            retry = functools.partial(recovery.retry, call, permitted, force=force)
             try:
                 async with self._locks.changing(f"recover-{call}", _trees(paths), patience_s=patience_s):
                     await self._to_its_end(retry)
@@ -139,7 +154,7 @@ class Undoing:
             rollbacks = self._journal.rollbacks
             made = rollbacks.plan(selection, ways)
             shown = sorted(made.paths, key=lambda planned: not planned.blocks)[:NAMED_PATHS]
-            return made, {planned.path: rollbacks.difference(planned, back=True) for planned in shown}
+            return made, {planned.path: self._difference(planned, selection.permit, back=True) for planned in shown}
 
         return await asyncio.to_thread(plan)
 
@@ -199,15 +214,24 @@ class Undoing:
         def look() -> list[Difference]:
             rollbacks = self._journal.rollbacks
             plan = rollbacks.plan(replace(selection, undone=True), Ways())
-            return [rollbacks.difference(planned, back=False) for planned in plan.paths]
+            return [self._difference(planned, selection.permit, back=False) for planned in plan.paths]
 
         return await asyncio.to_thread(look)
+
+    def _difference(self, planned: PathPlan, permit: Permit | None, *, back: bool) -> Difference:
+        if permit and not permit.reads(planned.path):
+            return Difference(planned.path, "it is not shown, as no grant to read it covers it")
+        return self._journal.rollbacks.difference(planned, back=back)
 
     def _require_own(self, call: str, principal: str) -> None:
         begun = self._audit.entries(call=call, limit=1)
         if not begun or begun[0].body.get("principal") != principal:
             message, hint = f"{principal} has made no call {call!r}.", "Only an admin may undo the calls of others."
             raise RequestError(Reason.CALL_NOT_FOUND, message, hint=hint, field="name", metadata={"call": call})
+
+
+def _permitted(paths: Iterable[bytes], permit: Permit | None, *, force: bool) -> list[bytes]:
+    return [path for path in paths if permit is None or not permit.refuses(path, force)]
 
 
 def _trees(paths: Iterable[bytes]) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 from agentd.journal.journal import Journal
 from agentd.journal.places import parents
-from agentd.journal.plan import PathPlan, Plan, Selection, Verdict, Ways
+from agentd.journal.plan import PathPlan, Permit, Plan, Selection, Verdict, Ways
 from agentd.journal.recovery import Left
 from agentd.journal.retention import Keep
 from agentd.journal.rollback import Difference, Rehearsal, Rollbacks, Undone
@@ -14,6 +14,7 @@ __all__ = [
     "Keep",
     "Left",
     "PathPlan",
+    "Permit",
     "Plan",
     "Rehearsal",
     "Rollbacks",

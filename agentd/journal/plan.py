@@ -23,7 +23,7 @@ from agentd.journal.places import parents, reach_ours
 from agentd.journal.state import ABSENT, PathState, look, take
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from agentd.journal.images import Image, Images
     from agentd.store import Store
@@ -54,6 +54,16 @@ _FORCIBLE = frozenset({Verdict.CONFLICT, Verdict.TYPE_CHANGED})
 
 
 @dataclass(frozen=True, slots=True)
+class Permit:
+    """What whoever asks may do with paths. `reads` says whether their content may be shown, `refuses` why one may not be
+    changed (empty if it may); its second argument is whether somebody else's later changes would be overwritten.
+    """
+
+    reads: Callable[[bytes], bool]
+    refuses: Callable[[bytes, bool], str]
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Which changes: those of calls, of a run, of a session, or of a span of time; all of `paths` if those alone are given.
 
@@ -71,6 +81,8 @@ class Selection:
     undone: bool = False
     """Whether calls that were put back meanwhile count, too: they do where all that has happened is meant."""
     rehearsed: bool = False
+    permit: Permit | None = field(default=None, compare=False, repr=False)
+    """None: everything."""
 
     @property
     def of_time(self) -> bool:
@@ -188,7 +200,8 @@ class Planner:
             for path, chain in chains.items():
                 chain.others = [(begun, call) for begun, call in others.get(path, ()) if call not in calls]
         known = _Known.of(chains, images)
-        paths = _held_up(tuple(self._path(path, chain, known, ways) for path, chain in sorted(chains.items())))
+        planned = (self._path(path, chain, known, ways) for path, chain in sorted(chains.items()))
+        paths = _held_up(tuple(_permitted(each, selection.permit) for each in planned))
         if selection.rehearsed:
             paths = tuple(replace(planned, why=_REHEARSED.get(planned.verdict, planned.why)) for planned in paths)
         touched = {call for planned in paths for call in planned.calls}
@@ -268,6 +281,13 @@ class Planner:
             return None
         ours = self._images.text(first, _MERGED_BYTES)
         return merge(base, ours, theirs) if ours is not None else None
+
+
+def _permitted(planned: PathPlan, permit: Permit | None) -> PathPlan:
+    if permit is None or not planned.does:
+        return planned
+    why = permit.refuses(planned.path, planned.forced or planned.verdict is Verdict.MERGE)
+    return replace(planned, verdict=Verdict.NO_PERMISSION, why=why, forced=False, merged=None) if why else planned
 
 
 def finished_since(store: Store, begun: int, paths: Collection[bytes]) -> frozenset[bytes]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from tests.e2e.conftest import DaemonProcess
 
-SERVICES = ("Run", "Tool", "Journal", "Audit", "Approval", "Grant", "Token", "System")
+SERVICES = ("Run", "Tool", "Journal", "Audit", "Approval", "Grant", "Token", "System", "Automation", "Budget")
 
 
 @contextlib.contextmanager
@@ -77,11 +77,15 @@ def test_a_role_opens_its_services_and_no_other(owner: Client, port: int, role: 
         }
     expected = {path for path, _, _ in methods() if path.split(".")[-1].split("Service")[0] in services}
     expected |= {f"/agentd.v1.RunService/{name}" for name in ("GetRun", "ListRuns", "WatchRun")}  # own ones; an auditor's: all
+    if role != "admin":
+        expected |= {f"/agentd.v1.BudgetService/{name}Budgets" for name in ("Get", "Watch")}
     if role == "user":
-        expected.add("/agentd.v1.GrantService/CheckCall")
+        expected |= {"/agentd.v1.GrantService/CheckCall", "/agentd.v1.AutomationService/TriggerAutomation"}
     if role == "auditor":  # reads and verifies, and nothing else
         expected -= {f"/agentd.v1.AuditService/{name}AuditLog" for name in ("Prune", "Renew")}
         expected.remove("/agentd.v1.AuditService/RedactAuditEvent")
+        expected |= {f"/agentd.v1.AutomationService/{name}" for name in ("ListAutomations", "GetAutomation")}
+        expected |= {f"/agentd.v1.AutomationService/{name}TriggerEvent{s}" for name, s in (("Get", ""), ("List", "s"))}
     assert opened == expected
 
 
@@ -125,6 +129,58 @@ def test_a_user_sees_and_undoes_only_what_is_its_own(daemon: DaemonProcess, owne
     assert (daemon.home / "owned.txt").exists()
     assert not (daemon.home / "theirs.txt").exists()
     owner.cancel_run(mine.name)
+
+
+def plan_of(call: str, **ways: bool) -> journal_pb2.PlanRollbackRequest:
+    return journal_pb2.PlanRollbackRequest(selection=journal_pb2.ChangeSelection(calls=[call]), **ways)  # type: ignore[arg-type]
+
+
+def test_changes_are_shown_to_who_may_read_and_taken_back_by_who_may_write(daemon: DaemonProcess, owner: Client, port: int):
+    """A token that may only write sees nothing of what was there, nor of what was written since, and does not overwrite it."""
+    vault = daemon.home / "vault"
+    vault.mkdir()
+    (vault / "note.txt").write_text("the owner's secret\n")
+    with holder(owner, port, "writer", "user", scopes=(f"write:{vault}",)) as client:
+        call = client.call("files.write", {"path": "vault/note.txt", "text": "mine"}).name
+
+        def seen(by: Client) -> str:
+            plan = by.plan_rollback(plan_of(call))
+            return "".join(each.difference.diff for each in plan.paths) + "".join(
+                each.diff for each in by.differences(_of(call))
+            )
+
+        assert "the owner's secret" in seen(owner)
+        assert seen(client) == ""
+        (vault / "note.txt").write_text("written by the owner since\n")
+        assert "written by the owner since" in seen(owner)
+        assert seen(client) == ""
+        forced = plan_of(call, force=True)
+        plan = client.plan_rollback(forced)
+        client.apply_rollback(forced, plan.digest)  # it has been granted to write there
+        assert (vault / "note.txt").read_text() == "the owner's secret\n"
+    with holder(owner, port, "reader-too", "user", scopes=(f"write:{vault}", f"read:{vault}")) as client:
+        call = client.call("files.write", {"path": "vault/note.txt", "text": "mine"}).name
+        assert "the owner's secret" in seen(client)
+
+
+def test_what_is_denied_by_now_is_not_taken_back_either(daemon: DaemonProcess, owner: Client, port: int):
+    """By a denial that came since; the owner may. Of the rest the token's own calls are its own to undo."""
+    with holder(owner, port, "undoer", "user") as client:
+        first, second = (client.call("files.write", {"path": f"{name}.txt", "text": name}).name for name in ("late", "later"))
+        denied = grant_pb2.Grant(tool="*", scope=f"write:{daemon.home}/late.txt", decision=grant_pb2.Grant.DECISION_DENY)
+        denial = owner.grant(denied)
+        assert refused(lambda: client.undo(first)) is Reason.UNDO_CONFLICT
+        assert refused(lambda: client.undo(first, force=True)) is Reason.UNDO_CONFLICT
+        client.undo(second)
+        assert (daemon.home / "late.txt").exists()
+        assert not (daemon.home / "later.txt").exists()
+        owner.undo(first)
+        owner.revoke_grant(denial.name)
+    assert not (daemon.home / "late.txt").exists()
+
+
+def _of(call: str) -> journal_pb2.ChangeSelection:
+    return journal_pb2.ChangeSelection(calls=[call])
 
 
 def test_a_tokens_bounds_hold_against_grants(daemon: DaemonProcess, owner: Client, port: int):
