@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 from typing import TYPE_CHECKING
 
 import pytest
 
 from agentd.audit import AuditLog, Event, FileTouched, Index, ToolIdentity
-from agentd.audit.ask import ROWS
+from agentd.audit.asking import ROWS
 from agentd.errors import Reason, RequestError
 from agentd.store import Store
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SECRET = "the secret of another table"
+MANY = "WITH RECURSIVE r(x, n) AS (SELECT printf('%900000d', 1), 1 UNION ALL SELECT x, n + 1 FROM r LIMIT 10000)"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,16 @@ REFUSED = [
     "SELECT '\ud800'",
     "SELECT randomblob(100000000)",
     "SELECT printf('%.*c', 100000000, 'x')",
+    "SELECT zeroblob(1000)",
+    "SELECT randomblob(1)",
+    "SELECT fts5_source_id()",
+    "SELECT sqlite_version()",
+    f"SELECT {', '.join(map(str, range(101)))}",
+    f"SELECT 1{' + 1' * 200}",
+    f"SELECT '{'x' * 100_000}'",
+    f"{MANY} SELECT x FROM r",
+    f"{MANY} SELECT n FROM r ORDER BY x || n DESC",
+    f"{MANY} SELECT json_group_array(substr(x, 1, 900)) FROM r",
 ]
 
 
@@ -117,3 +130,12 @@ def test_time_is_bounded(index: Index, monkeypatch: pytest.MonkeyPatch):
     endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT count(*) FROM n"
     with pytest.raises(RequestError, match="longer than"):
         index.ask(endless)
+
+
+def test_a_question_takes_nothing_of_the_daemon(index: Index):
+    """Its memory is another process's, which has ended by the time of the answer."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for what in ("x", "max(x || n)", "count(DISTINCT x || n)"):
+        with contextlib.suppress(RequestError):
+            index.ask(f"{MANY} SELECT {what} FROM r")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
