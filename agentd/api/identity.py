@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from agentd.audit import Origin
 from agentd.audit.events import origin
@@ -48,6 +50,10 @@ _BEARER = "bearer "
 _caller: ContextVar[Principal] = ContextVar("caller")
 
 
+turned_out: WeakSet[asyncio.Task[Any]] = WeakSet()
+"""Requests that are ended because whoever made them was revoked."""
+
+
 def caller() -> Principal:
     """Who the method that runs now is for."""
     return _caller.get()
@@ -58,6 +64,16 @@ class Doorkeeper:
 
     def __init__(self, roster: Roster, find: Callable[[str], Peer | None]) -> None:
         self._roster, self._find = roster, find
+        self._inside: dict[asyncio.Task[Any], str] = {}
+        """Requests under way, and whose they are."""
+
+    def turn_out(self, principal: str) -> int:
+        """End the requests of a principal, but for the one that asks for this; returns how many there were."""
+        asked = [task for task, name in self._inside.items() if name == principal and task is not asyncio.current_task()]
+        for task in asked:
+            turned_out.add(task)
+            task.cancel()
+        return len(asked)
 
     def admit(self, method: str, context: Any) -> None:
         """Make the caller known to the method. Raises RequestError: UNAUTHENTICATED, TOO_MANY_ATTEMPTS, ROLE_REQUIRED."""
@@ -70,6 +86,9 @@ class Doorkeeper:
         if needed:
             principal.require(needed, f"call {method.rpartition('/')[2]}")
         _caller.set(principal)
+        if (task := asyncio.current_task()) and task not in self._inside:
+            task.add_done_callback(lambda done: self._inside.pop(done, None))
+            self._inside[task] = principal.name
         origin.set(_origin(context.peer(), peer, principal))
 
     def _principal(self, context: Any, who: Peer | None) -> Principal:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from agentd.api import convert
 from agentd.api.identity import caller
 from agentd.calls import CallRequest
+from agentd.errors import Reason, RequestError
 from agentd.grants import Answer, Conditions, Extent, Grant, parse
 from agentd.principals import Token
 from agentd.v1 import approval_pb2, approval_pb2_grpc, grant_pb2, grant_pb2_grpc, token_pb2, token_pb2_grpc
@@ -15,10 +18,12 @@ from agentd.v1 import approval_pb2, approval_pb2_grpc, grant_pb2, grant_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from agentd.api.ending import Ending
     from agentd.calls import Calls
     from agentd.grants import Approval, Approvals, Grants
     from agentd.principals import Tokens
 
+_PRINCIPAL = re.compile(r"(token|unix|tls|automation):[^\s*?]{1,128}")
 _DECISIONS = {grant_pb2.Grant.DECISION_ASK: "ask", grant_pb2.Grant.DECISION_DENY: "deny"}
 
 
@@ -167,8 +172,8 @@ def approval_message(approval: Approval) -> approval_pb2.Approval:
 
 
 class TokenServicer(token_pb2_grpc.TokenServiceServicer):
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
+    def __init__(self, tokens: Tokens, ending: Ending) -> None:
+        self._tokens, self._ending = tokens, ending
 
     async def CreateToken(  # noqa: N802
         self, request: token_pb2.CreateTokenRequest, context: Any
@@ -187,7 +192,19 @@ class TokenServicer(token_pb2_grpc.TokenServiceServicer):
 
     async def RevokeToken(self, request: token_pb2.RevokeTokenRequest, context: Any) -> token_pb2.Token:  # noqa: N802
         identity = convert.identifier(request.name, "tokens")
-        return _token_message(await asyncio.to_thread(self._tokens.revoke, identity, caller().name))
+        token = await asyncio.to_thread(self._tokens.revoke, identity, caller().name)
+        if all(other.label != token.label for other in self._tokens.all()):
+            await self._ending.end(token.principal().name, caller().name)
+        return _token_message(token)
+
+    async def RevokePrincipal(  # noqa: N802
+        self, request: token_pb2.RevokePrincipalRequest, context: Any
+    ) -> token_pb2.RevokePrincipalResponse:
+        if not _PRINCIPAL.fullmatch(request.principal):
+            hint = "`agentd token list` shows tokens; other principals are unix:USER, tls:NAME and automation:NAME."
+            raise RequestError(Reason.BAD_FIELD, f"{request.principal!r} is no principal.", hint=hint, field="principal")
+        ended = await self._ending.end(request.principal, caller().name)
+        return token_pb2.RevokePrincipalResponse(**asdict(ended))
 
 
 def _token_message(token: Token) -> token_pb2.Token:

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from agentd.api.auditing import AuditParts, AuditServicer
 from agentd.api.automating import AutomationServicer
 from agentd.api.budgeting import BudgetServicer
+from agentd.api.ending import Ending
 from agentd.api.identity import Doorkeeper
 from agentd.api.people import ApprovalServicer, GrantServicer, TokenServicer
 from agentd.api.relay import CONNECTIONS, Relay
@@ -130,7 +131,7 @@ class ApiServer:
         doorkeeper = Doorkeeper(self._parts.roster, self._relay.peer)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_no_header)
         server = grpc.aio.server(interceptors=[ErrorsToStatuses(doorkeeper.admit)], options=options)
-        names = self._add_services(server)
+        names = self._add_services(server, doorkeeper)
         umask = os.umask(0o177)
         try:
             server.add_insecure_port(f"unix:{self._inner}")
@@ -149,8 +150,9 @@ class ApiServer:
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def _add_services(self, server: grpc.aio.Server) -> list[str]:
+    def _add_services(self, server: grpc.aio.Server, doorkeeper: Doorkeeper) -> list[str]:
         parts = self._parts
+        ending = Ending(parts.tokens, parts.grants, parts.approvals, parts.runs, doorkeeper, parts.audit.log)
         run_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(parts.runs), server)
         tool_pb2_grpc.add_ToolServiceServicer_to_server(ToolServicer(parts.calls), server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(parts.audit), server)
@@ -158,7 +160,7 @@ class ApiServer:
         grants = GrantServicer(parts.grants, parts.calls, parts.propose)
         grant_pb2_grpc.add_GrantServiceServicer_to_server(grants, server)
         approval_pb2_grpc.add_ApprovalServiceServicer_to_server(ApprovalServicer(parts.approvals), server)
-        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(parts.tokens), server)
+        token_pb2_grpc.add_TokenServiceServicer_to_server(TokenServicer(parts.tokens, ending), server)
         system_pb2_grpc.add_SystemServiceServicer_to_server(SystemServicer(parts.status), server)
         budget_pb2_grpc.add_BudgetServiceServicer_to_server(BudgetServicer(parts.budgets, parts.calibrate), server)
         automating = AutomationServicer(parts.automations, parts.calls, parts.grants)

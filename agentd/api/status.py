@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from agentd.api.identity import turned_out
 from agentd.errors import AgentdError, Code, Reason, RequestError
+from agentd.principals.roster import nobody
 from agentd.store import new_id
 
 if TYPE_CHECKING:
@@ -132,6 +135,9 @@ def _unary(method: Callable[[Any, Any], Awaitable[Any]], admit: Callable[[Any], 
         try:
             admit(context)
             return await method(_decoded(request), context)
+        except asyncio.CancelledError:
+            await _say_goodbye(context)
+            raise
         except AgentdError as e:
             await _refuse(e, context)
         except grpc.aio.AbortError:
@@ -148,6 +154,9 @@ def _stream(method: Callable[[Any, Any], Any], admit: Callable[[Any], None]) -> 
             admit(context)
             async for response in method(_decoded(request), context):
                 yield response
+        except asyncio.CancelledError:
+            await _say_goodbye(context)
+            raise
         except AgentdError as e:
             await _refuse(e, context)
         except (grpc.aio.AbortError, GeneratorExit):
@@ -156,6 +165,14 @@ def _stream(method: Callable[[Any, Any], Any], admit: Callable[[Any], None]) -> 
             await context.abort_with_status(rpc_status.to_status(to_status(_bug())))
 
     return guarded
+
+
+async def _say_goodbye(context: Any) -> None:
+    """To whoever was revoked meanwhile; others have cancelled it themselves."""
+    task = asyncio.current_task()
+    if task in turned_out and task:
+        task.uncancel()
+        await _refuse(nobody("Your access was revoked."), context)
 
 
 def _bug() -> AgentdError:

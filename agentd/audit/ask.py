@@ -1,4 +1,4 @@
-"""SQL over the log, for questions that nobody has thought of: answered by a process of its own, which holds no more than it may.
+"""SQL over the log, for questions that nobody has thought of: answered by a process of its own, within bounds.
 
 What a question takes of memory, time and disk is then the process's: the daemon waits for it, and reads so many bytes.
 """

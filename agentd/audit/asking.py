@@ -87,7 +87,7 @@ def main() -> None:
         said = {"refused": "It takes more memory than a question may"}
     except (apsw.Error, ValueError, UnicodeError) as e:
         said = {"refused": str(e)}
-    print(json.dumps(said))
+    sys.stdout.write(json.dumps(said))
 
 
 def _answer(index_file: str, store_file: str, sql: str, deadline: float) -> dict[str, Any]:

@@ -27,7 +27,7 @@ Kind = Literal[
     "call.reject", "call.deny", "call.intent", "call.end", "call.abort", "call.recovered",
     "undo.intent", "undo.end", "rehearsal.apply", "rehearsal.end", "rehearsal.drop", "journal.pin", "journal.evict",
     "grant.create", "grant.revoke", "approval.request", "approval.answer",
-    "token.create", "token.revoke", "auth.fail",
+    "token.create", "token.revoke", "principal.revoke", "auth.fail",
 ]  # fmt: skip
 
 

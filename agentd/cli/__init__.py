@@ -23,6 +23,7 @@ _COMMANDS = {
     "approvals": "approvals:approvals",
     "grants": "grants:grants",
     "token": "token:token",
+    "revoke": "token:revoke_principal",
     "audit": "audit:audit",
     "diff": "rollback:diff",
     "undo": "rollback:undo",

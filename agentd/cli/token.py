@@ -80,3 +80,21 @@ def revoke(socket: Path | None, token: str, *, as_json: bool) -> None:
         print_json(gone)
     else:
         console.print(f"[green]revoked[/] token:{shown(gone.label)}")
+
+
+@click.command("revoke", epilog="Example: agentd revoke token:phone")
+@click.argument("principal")
+@json_option
+@click.pass_obj
+def revoke_principal(socket: Path | None, principal: str, *, as_json: bool) -> None:
+    """End all that PRINCIPAL has: its tokens, grants, questions, runs and requests. What agentd.toml gives it stays."""
+    with Client(socket) as client:
+        ended = client.revoke_principal(principal)
+    if as_json:
+        print_json(ended)
+        return
+    counts = as_dict(ended)
+    said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "it had nothing"
+    console.print(f"[green]ended[/] {shown(principal)}: {said}")
+    if principal.startswith(("unix:", "tls:")):
+        console.print("[dim]It may come back with the roles that agentd.toml gives it ([[principals]]).[/]")

@@ -386,6 +386,10 @@ class Client:
         """A new token, with its secret."""
         return self._call(self._tokens.CreateToken, token_pb2.CreateTokenRequest(token=token))
 
+    def revoke_principal(self, principal: str) -> token_pb2.RevokePrincipalResponse:
+        """End all that a principal has; says how many of each."""
+        return self._call(self._tokens.RevokePrincipal, token_pb2.RevokePrincipalRequest(principal=principal))
+
     def revoke_token(self, name: str) -> token_pb2.Token:
         return self._call(self._tokens.RevokeToken, token_pb2.RevokeTokenRequest(name=name))
 

@@ -188,6 +188,13 @@ class Approvals:
         finally:
             self._queues.discard(queue)
 
+    def withdraw(self, principal: str) -> int:
+        """What somebody has asked, who is to ask nothing more; returns how many that were."""
+        asked = [approval for approval, (question, _) in self._pending.items() if question.principal == principal]
+        for approval in asked:
+            self._close(approval, State.WITHDRAWN)
+        return len(asked)
+
     def stop(self) -> None:
         """Withdraw what is pending."""
         for approval in list(self._pending):

@@ -26,13 +26,15 @@ from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior_
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gentd/v1/token.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd1\x01\n\x05Token\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x13\n\x05label\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\ncreated_by\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\";\n\x12\x43reateTokenRequest\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x10.agentd.v1.TokenB\x04\xe2\x41\x01\x02\"F\n\x13\x43reateTokenResponse\x12\x1f\n\x05token\x18\x01 \x01(\x0b\x32\x10.agentd.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\x13\n\x11ListTokensRequest\"6\n\x12ListTokensResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.agentd.v1.Token\"(\n\x12RevokeTokenRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xe7\x01\n\x0cTokenService\x12L\n\x0b\x43reateToken\x12\x1d.agentd.v1.CreateTokenRequest\x1a\x1e.agentd.v1.CreateTokenResponse\x12I\n\nListTokens\x12\x1c.agentd.v1.ListTokensRequest\x1a\x1d.agentd.v1.ListTokensResponse\x12>\n\x0bRevokeToken\x12\x1d.agentd.v1.RevokeTokenRequest\x1a\x10.agentd.v1.Tokenb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61gentd/v1/token.proto\x12\tagentd.v1\x1a\x1fgoogle/api/field_behavior.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"1\n\x16RevokePrincipalRequest\x12\x17\n\tprincipal\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\"l\n\x17RevokePrincipalResponse\x12\x0e\n\x06tokens\x18\x01 \x01(\x05\x12\x0e\n\x06grants\x18\x02 \x01(\x05\x12\x11\n\tapprovals\x18\x03 \x01(\x05\x12\x0c\n\x04runs\x18\x04 \x01(\x05\x12\x10\n\x08requests\x18\x05 \x01(\x05\"\xd1\x01\n\x05Token\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x13\n\x05label\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\r\n\x05roles\x18\x03 \x03(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\ncreated_by\x18\x06 \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\";\n\x12\x43reateTokenRequest\x12%\n\x05token\x18\x01 \x01(\x0b\x32\x10.agentd.v1.TokenB\x04\xe2\x41\x01\x02\"F\n\x13\x43reateTokenResponse\x12\x1f\n\x05token\x18\x01 \x01(\x0b\x32\x10.agentd.v1.Token\x12\x0e\n\x06secret\x18\x02 \x01(\t\"\x13\n\x11ListTokensRequest\"6\n\x12ListTokensResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.agentd.v1.Token\"(\n\x12RevokeTokenRequest\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x32\xc1\x02\n\x0cTokenService\x12L\n\x0b\x43reateToken\x12\x1d.agentd.v1.CreateTokenRequest\x1a\x1e.agentd.v1.CreateTokenResponse\x12I\n\nListTokens\x12\x1c.agentd.v1.ListTokensRequest\x1a\x1d.agentd.v1.ListTokensResponse\x12>\n\x0bRevokeToken\x12\x1d.agentd.v1.RevokeTokenRequest\x1a\x10.agentd.v1.Token\x12X\n\x0fRevokePrincipal\x12!.agentd.v1.RevokePrincipalRequest\x1a\".agentd.v1.RevokePrincipalResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agentd.v1.token_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_REVOKEPRINCIPALREQUEST'].fields_by_name['principal']._loaded_options = None
+  _globals['_REVOKEPRINCIPALREQUEST'].fields_by_name['principal']._serialized_options = b'\342A\001\002'
   _globals['_TOKEN'].fields_by_name['name']._loaded_options = None
   _globals['_TOKEN'].fields_by_name['name']._serialized_options = b'\342A\001\010'
   _globals['_TOKEN'].fields_by_name['label']._loaded_options = None
@@ -45,18 +47,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATETOKENREQUEST'].fields_by_name['token']._serialized_options = b'\342A\001\002'
   _globals['_REVOKETOKENREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_REVOKETOKENREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002'
-  _globals['_TOKEN']._serialized_start=103
-  _globals['_TOKEN']._serialized_end=312
-  _globals['_CREATETOKENREQUEST']._serialized_start=314
-  _globals['_CREATETOKENREQUEST']._serialized_end=373
-  _globals['_CREATETOKENRESPONSE']._serialized_start=375
-  _globals['_CREATETOKENRESPONSE']._serialized_end=445
-  _globals['_LISTTOKENSREQUEST']._serialized_start=447
-  _globals['_LISTTOKENSREQUEST']._serialized_end=466
-  _globals['_LISTTOKENSRESPONSE']._serialized_start=468
-  _globals['_LISTTOKENSRESPONSE']._serialized_end=522
-  _globals['_REVOKETOKENREQUEST']._serialized_start=524
-  _globals['_REVOKETOKENREQUEST']._serialized_end=564
-  _globals['_TOKENSERVICE']._serialized_start=567
-  _globals['_TOKENSERVICE']._serialized_end=798
+  _globals['_REVOKEPRINCIPALREQUEST']._serialized_start=102
+  _globals['_REVOKEPRINCIPALREQUEST']._serialized_end=151
+  _globals['_REVOKEPRINCIPALRESPONSE']._serialized_start=153
+  _globals['_REVOKEPRINCIPALRESPONSE']._serialized_end=261
+  _globals['_TOKEN']._serialized_start=264
+  _globals['_TOKEN']._serialized_end=473
+  _globals['_CREATETOKENREQUEST']._serialized_start=475
+  _globals['_CREATETOKENREQUEST']._serialized_end=534
+  _globals['_CREATETOKENRESPONSE']._serialized_start=536
+  _globals['_CREATETOKENRESPONSE']._serialized_end=606
+  _globals['_LISTTOKENSREQUEST']._serialized_start=608
+  _globals['_LISTTOKENSREQUEST']._serialized_end=627
+  _globals['_LISTTOKENSRESPONSE']._serialized_start=629
+  _globals['_LISTTOKENSRESPONSE']._serialized_end=683
+  _globals['_REVOKETOKENREQUEST']._serialized_start=685
+  _globals['_REVOKETOKENREQUEST']._serialized_end=725
+  _globals['_TOKENSERVICE']._serialized_start=728
+  _globals['_TOKENSERVICE']._serialized_end=1049
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,66 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class RevokePrincipalRequest(_message.Message):
+    """Request of RevokePrincipal."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRINCIPAL_FIELD_NUMBER: _builtins.int
+    principal: _builtins.str
+    """`token:LABEL`, `unix:USER`, `tls:NAME`, `automation:NAME`."""
+    def __init__(
+        self,
+        *,
+        principal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["principal", b"principal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokePrincipalRequest: _TypeAlias = RevokePrincipalRequest  # noqa: Y015
+
+@_typing.final
+class RevokePrincipalResponse(_message.Message):
+    """Response of RevokePrincipal: how many of each have ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    GRANTS_FIELD_NUMBER: _builtins.int
+    APPROVALS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    tokens: _builtins.int
+    """Tokens that were revoked."""
+    grants: _builtins.int
+    """Grants that were revoked."""
+    approvals: _builtins.int
+    """Questions that were withdrawn."""
+    runs: _builtins.int
+    """Runs that were cancelled."""
+    requests: _builtins.int
+    """Requests that were under way."""
+    def __init__(
+        self,
+        *,
+        tokens: _builtins.int = ...,
+        grants: _builtins.int = ...,
+        approvals: _builtins.int = ...,
+        runs: _builtins.int = ...,
+        requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approvals", b"approvals", "grants", b"grants", "requests", b"requests", "runs", b"runs", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokePrincipalResponse: _TypeAlias = RevokePrincipalResponse  # noqa: Y015
+
+@_typing.final
 class Token(_message.Message):
     """A token. Whoever has its secret is the principal `token:{name}`."""
 

@@ -50,6 +50,11 @@ class TokenServiceStub:
                 request_serializer=agentd_dot_v1_dot_token__pb2.RevokeTokenRequest.SerializeToString,
                 response_deserializer=agentd_dot_v1_dot_token__pb2.Token.FromString,
                 _registered_method=True)
+        self.RevokePrincipal = channel.unary_unary(
+                '/agentd.v1.TokenService/RevokePrincipal',
+                request_serializer=agentd_dot_v1_dot_token__pb2.RevokePrincipalRequest.SerializeToString,
+                response_deserializer=agentd_dot_v1_dot_token__pb2.RevokePrincipalResponse.FromString,
+                _registered_method=True)
 
 
 class TokenServiceServicer:
@@ -74,6 +79,15 @@ class TokenServiceServicer:
     def RevokeToken(self, request, context):
         """Takes a token back.
         Errors: NOT_FOUND TOKEN_NOT_FOUND.
+        What it runs, its questions and the grants that were made for it end with the last token of its label.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokePrincipal(self, request, context):
+        """Ends all that a principal has: its tokens, the grants that were made for it, its questions, runs and requests.
+        What agentd.toml gives it stays. Errors: INVALID_ARGUMENT BAD_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +110,11 @@ def add_TokenServiceServicer_to_server(servicer, server):
                     servicer.RevokeToken,
                     request_deserializer=agentd_dot_v1_dot_token__pb2.RevokeTokenRequest.FromString,
                     response_serializer=agentd_dot_v1_dot_token__pb2.Token.SerializeToString,
+            ),
+            'RevokePrincipal': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokePrincipal,
+                    request_deserializer=agentd_dot_v1_dot_token__pb2.RevokePrincipalRequest.FromString,
+                    response_serializer=agentd_dot_v1_dot_token__pb2.RevokePrincipalResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +199,33 @@ class TokenService:
             '/agentd.v1.TokenService/RevokeToken',
             agentd_dot_v1_dot_token__pb2.RevokeTokenRequest.SerializeToString,
             agentd_dot_v1_dot_token__pb2.Token.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokePrincipal(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/agentd.v1.TokenService/RevokePrincipal',
+            agentd_dot_v1_dot_token__pb2.RevokePrincipalRequest.SerializeToString,
+            agentd_dot_v1_dot_token__pb2.RevokePrincipalResponse.FromString,
             options,
             channel_credentials,
             insecure,

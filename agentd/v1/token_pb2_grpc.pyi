@@ -42,6 +42,11 @@ class TokenServiceStub:
     RevokeToken: _grpc.UnaryUnaryMultiCallable[_token_pb2.RevokeTokenRequest, _token_pb2.Token]
     """Takes a token back.
     Errors: NOT_FOUND TOKEN_NOT_FOUND.
+    What it runs, its questions and the grants that were made for it end with the last token of its label.
+    """
+    RevokePrincipal: _grpc.UnaryUnaryMultiCallable[_token_pb2.RevokePrincipalRequest, _token_pb2.RevokePrincipalResponse]
+    """Ends all that a principal has: its tokens, the grants that were made for it, its questions, runs and requests.
+    What agentd.toml gives it stays. Errors: INVALID_ARGUMENT BAD_FIELD.
     """
 
 @_typing.type_check_only
@@ -58,6 +63,11 @@ class TokenServiceAsyncStub(TokenServiceStub):
     RevokeToken: _aio.UnaryUnaryMultiCallable[_token_pb2.RevokeTokenRequest, _token_pb2.Token]  # type: ignore[assignment]
     """Takes a token back.
     Errors: NOT_FOUND TOKEN_NOT_FOUND.
+    What it runs, its questions and the grants that were made for it end with the last token of its label.
+    """
+    RevokePrincipal: _aio.UnaryUnaryMultiCallable[_token_pb2.RevokePrincipalRequest, _token_pb2.RevokePrincipalResponse]  # type: ignore[assignment]
+    """Ends all that a principal has: its tokens, the grants that were made for it, its questions, runs and requests.
+    What agentd.toml gives it stays. Errors: INVALID_ARGUMENT BAD_FIELD.
     """
 
 class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -89,6 +99,17 @@ class TokenServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_token_pb2.Token, _abc.Awaitable[_token_pb2.Token]]:
         """Takes a token back.
         Errors: NOT_FOUND TOKEN_NOT_FOUND.
+        What it runs, its questions and the grants that were made for it end with the last token of its label.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokePrincipal(
+        self,
+        request: _token_pb2.RevokePrincipalRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_token_pb2.RevokePrincipalResponse, _abc.Awaitable[_token_pb2.RevokePrincipalResponse]]:
+        """Ends all that a principal has: its tokens, the grants that were made for it, its questions, runs and requests.
+        What agentd.toml gives it stays. Errors: INVALID_ARGUMENT BAD_FIELD.
         """
 
 def add_TokenServiceServicer_to_server(servicer: TokenServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 from google.protobuf import descriptor_pool, message_factory
 
 from agentd.client import Client
-from agentd.errors import Reason
+from agentd.errors import AgentdError, Reason
 from agentd.v1 import grant_pb2, journal_pb2, run_pb2, token_pb2
 from tests.principals.conftest import refused
 from tests.principals.wire import reason
@@ -177,6 +178,46 @@ def test_what_is_denied_by_now_is_not_taken_back_either(daemon: DaemonProcess, o
         owner.undo(first)
         owner.revoke_grant(denial.name)
     assert not (daemon.home / "late.txt").exists()
+
+
+@pytest.mark.parametrize("how", ["its token", "the principal"])
+def test_who_is_revoked_has_nothing_left_that_goes_on(daemon: DaemonProcess, owner: Client, port: int, how: str):
+    """A run that waits for an answer, the question, the streams, the grants; in one step, which is on record."""
+    made = owner.create_token(token_pb2.Token(label="gone", roles=["user"]))
+    grant = grant_pb2.Grant(principal="token:gone", tool="files.read", scope=f"read:{daemon.home}")
+    grant.decision = grant_pb2.Grant.DECISION_ALLOW
+    owner.grant(grant)
+    ask = grant_pb2.Grant(tool="files.write", scope=f"write:{daemon.home}/asks", decision=grant_pb2.Grant.DECISION_ASK)
+    asks = owner.grant(ask)
+    ended: list[bool] = []
+
+    def call(client: Client) -> None:
+        with contextlib.suppress(AgentdError):
+            client.call("files.write", {"path": "asks/x", "text": "x"})
+        ended.append(True)
+
+    with Client(address=f"127.0.0.1:{port}", token=made.secret) as client, owner.watching_approvals() as questions:
+        thread = threading.Thread(target=call, args=(client,))
+        thread.start()
+        question = next(questions)
+        run = client.create_run("what time is it")
+        if how == "its token":
+            owner.revoke_token(made.token.name)
+        else:
+            told = owner.revoke_principal("token:gone")
+            assert (told.tokens, told.grants, told.approvals, told.requests) == (1, 1, 1, 1)
+        thread.join(10)
+        assert ended
+        assert refused(client.status) is Reason.UNAUTHENTICATED
+    assert question.name not in [each.name for each in owner.approvals()]
+    assert not [grant for grant in owner.grants() if grant.principal == "token:gone"]
+    over = (run_pb2.Run.STATE_CANCELLED, run_pb2.Run.STATE_SUCCEEDED, run_pb2.Run.STATE_FAILED)
+    assert owner.get_run(run.name).state in over
+    assert not (daemon.home / "asks" / "x").exists()
+    newest = itertools.islice(owner.audit_events(newest_first=True), 20)
+    assert "principal.revoke" in {event.kind for event in newest}
+    owner.revoke_grant(asks.name)
+    assert refused(lambda: owner.revoke_principal("*")) is Reason.BAD_FIELD
 
 
 def _of(call: str) -> journal_pb2.ChangeSelection:
