@@ -28,6 +28,8 @@ _NEEDED: dict[str, Role | None] = {
     "agentd.v1.AutomationService": "admin",
     "agentd.v1.SystemService": None,
     "agentd.v1.BudgetService": None,
+    "grpc.health.v1.Health": None,
+    "grpc.reflection.v1alpha.ServerReflection": None,
 }
 """The role that the methods of a service need; None: any. A service that is not here needs the role admin."""
 _NEEDED_BY_METHOD: dict[str, Role | None] = {
@@ -45,7 +47,7 @@ _NEEDED_BY_METHOD: dict[str, Role | None] = {
     "/agentd.v1.AuditService/RedactAuditEvent": "admin",
     "/agentd.v1.AuditService/RenewAuditLog": "admin",
 }
-_OPEN = "grpc.health.v1.Health"  # whether it lives is nobody's secret
+_OPEN = "/grpc.health.v1.Health/Check"  # whether it lives is nobody's secret
 _BEARER = "bearer "
 _caller: ContextVar[Principal] = ContextVar("caller")
 
@@ -78,7 +80,7 @@ class Doorkeeper:
     def admit(self, method: str, context: Any) -> None:
         """Make the caller known to the method. Raises RequestError: UNAUTHENTICATED, TOO_MANY_ATTEMPTS, ROLE_REQUIRED."""
         service = method.strip("/").partition("/")[0]
-        if service == _OPEN:
+        if method == _OPEN:
             return
         peer = self._find(context.peer())
         principal = self._principal(context, peer)

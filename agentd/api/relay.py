@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ CONNECTIONS = 96
 """As many may be open; each takes three descriptors, of which a process usually has 1024."""
 _OF_OTHERS = 48  # of these; the others are for the daemon's own user and root
 _BACKLOG = 128
+_SILENT_S, _IDLE_S = 1.0, 30.0  # after that a connection makes way where no other fits: that never said anything, or not lately
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,19 @@ class Peer:
     login: int | None
 
 
+@dataclass(slots=True)
+class _Connection:
+    """`heard` is when it said something last, 0 if it never did."""
+
+    uid: int
+    begun: float
+    heard: float = 0.0
+
+    def since(self, now: float) -> float:
+        """For how long it could have made way for another; below 0 if it may stay."""
+        return now - self.heard - _IDLE_S if self.heard else now - self.begun - _SILENT_S
+
+
 class Relay:
     """Listens at `path` with file mode `mode`, or at a socket that is `given` and listens already; connects onward to `inner`,
     where nobody else gets to.
@@ -46,7 +61,7 @@ class Relay:
         self._path, self._inner, self._mode = path, inner, mode
         self._listener: socket.socket | None = given
         self._accepting: asyncio.Task[None] | None = None
-        self._open: dict[asyncio.Task[None], int] = {}
+        self._open: dict[asyncio.Task[None], _Connection] = {}
         self._peers: dict[str, Peer] = {}
 
     def peer(self, name: str) -> Peer | None:
@@ -99,21 +114,31 @@ class Relay:
                 continue
             credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             pid, uid, _ = _CREDENTIALS.unpack(credentials)
-            if not self._has_room(uid):
+            if not self._has_room(uid) and not self._make_room(uid):
                 client.close()
                 continue
             client.setblocking(False)
-            task = asyncio.create_task(self._serve(client, Peer(uid, pid, _login(pid))), name="relayed connection")
-            self._open[task] = uid
+            made = _Connection(uid, time.monotonic())
+            task = asyncio.create_task(self._serve(client, Peer(uid, pid, _login(pid)), made), name="relayed connection")
+            self._open[task] = made
             task.add_done_callback(self._open.pop)
 
     def _has_room(self, uid: int) -> bool:
         """Other users never keep out those to whom the daemon belongs."""
-        own = (0, os.geteuid())
-        others = sum(user not in own for user in self._open.values())
-        return len(self._open) < CONNECTIONS and (uid in own or others < _OF_OTHERS)
+        others = sum(not _is_own(each.uid) for each in self._open.values())
+        return len(self._open) < CONNECTIONS and (_is_own(uid) or others < _OF_OTHERS)
 
-    async def _serve(self, client: socket.socket, who: Peer) -> None:
+    def _make_room(self, uid: int) -> bool:
+        """Whether one has been ended that says nothing; of others only, if it is for one of those."""
+        now = time.monotonic()
+        may = {task: each.since(now) for task, each in self._open.items() if _is_own(uid) or not _is_own(each.uid)}
+        longest = max(may, key=may.__getitem__, default=None)
+        if longest is None or may[longest] < 0:
+            return False
+        longest.cancel()
+        return True
+
+    async def _serve(self, client: socket.socket, who: Peer, made: _Connection) -> None:
         name = f"agentd-{os.getpid()}-{secrets.token_hex(16)}"
         peer = f"unix-abstract:{name}"
         with client, contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as onward:
@@ -123,12 +148,17 @@ class Relay:
             try:
                 await asyncio.get_running_loop().sock_connect(onward, self._inner)
                 async with asyncio.TaskGroup() as both:
-                    both.create_task(_pump(client, onward))
-                    both.create_task(_pump(onward, client))
+                    asked = both.create_task(_pump(client, onward, made))
+                    answered = both.create_task(_pump(onward, client))
+                    answered.add_done_callback(lambda _: asked.cancel())  # nobody is there to hear more
             except* OSError:  # one side is gone: whatever the other still waits for will not come
                 pass
             finally:
                 del self._peers[peer]
+
+
+def _is_own(uid: int) -> bool:
+    return uid in (0, os.geteuid())
 
 
 def _login(pid: int) -> int | None:
@@ -141,9 +171,11 @@ def _login(pid: int) -> int | None:
     return uid if uid != _NOBODY else None
 
 
-async def _pump(source: socket.socket, target: socket.socket) -> None:
+async def _pump(source: socket.socket, target: socket.socket, heard: _Connection | None = None) -> None:
     """Until the source ends; then the target is told so. Raises OSError."""
     loop = asyncio.get_running_loop()
     while data := await loop.sock_recv(source, _CHUNK):
+        if heard:
+            heard.heard = time.monotonic()
         await loop.sock_sendall(target, data)
     target.shutdown(socket.SHUT_WR)

@@ -63,8 +63,25 @@ if TYPE_CHECKING:
     from agentd.runs import Runs
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of unix(7) less its NUL
-_LARGEST_MESSAGE = 4 << 20
-_CONNECTIONS = CONNECTIONS + 32
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.http2.max_ping_strikes", 2),
+)
+_INSIDE = (
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_allowed_incoming_connections", CONNECTIONS + 32),
+)
+_OUTSIDE = (
+    ("grpc.max_receive_message_length", 1 << 20),
+    ("grpc.max_allowed_incoming_connections", 32),
+    ("grpc.max_concurrent_streams", 8),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.max_connection_idle_ms", 30_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+"""What can be held before anybody has shown who they are: 32 connections, each with 8 requests of 1 MiB, for 30 s at rest."""
+_REQUESTS_OUTSIDE = 64
 """At the inner socket, with room for those that are being closed, and at TCP; there nobody has shown yet who they are."""
 
 
@@ -115,6 +132,7 @@ class ApiServer:
         self._inner = f"/proc/self/fd/{self._private}/api.sock"  # short, however long the folder's path is
         self._relay = Relay(path, self._inner, mode, given)
         self._server: grpc.aio.Server | None = None
+        self._outside: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
 
     async def start(self) -> None:
@@ -123,14 +141,10 @@ class ApiServer:
             prepare_socket(self._path)
         with contextlib.suppress(FileNotFoundError):
             os.unlink("api.sock", dir_fd=self._private)
-        options = [
-            ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
-        ]
         doorkeeper = Doorkeeper(self._parts.roster, self._relay.peer)
         logging.getLogger("grpc._cython.cygrpc").addFilter(_tells_no_header)
-        server = grpc.aio.server(interceptors=[ErrorsToStatuses(doorkeeper.admit)], options=options)
+        guards = [ErrorsToStatuses(doorkeeper.admit)]
+        server = grpc.aio.server(interceptors=guards, options=[*_OPTIONS, *_INSIDE])
         names = self._add_services(server, doorkeeper)
         umask = os.umask(0o177)
         try:
@@ -140,7 +154,13 @@ class ApiServer:
         finally:
             os.umask(umask)
         if self._tcp:
-            _listen(server, self._tcp)
+            # A server of its own, with its own bounds: who comes from outside takes nothing of who is at home.
+            self._outside = grpc.aio.server(
+                interceptors=guards, options=[*_OPTIONS, *_OUTSIDE], maximum_concurrent_rpcs=_REQUESTS_OUTSIDE
+            )
+            self._add_services(self._outside, doorkeeper)
+            _listen(self._outside, self._tcp)
+            await self._outside.start()
         await server.start()
         self._server = server
         try:
@@ -178,11 +198,12 @@ class ApiServer:
         """Refuse new requests, give those under way `grace_s` seconds, then end them."""
         self._relay.close_door()
         await self._health.enter_graceful_shutdown()
-        if self._server:
-            stopping = asyncio.create_task(self._server.stop(grace_s))
-            await asyncio.wait([stopping], timeout=grace_s + 1)  # a client that does not read keeps it for ever
+        servers = [server for server in (self._server, self._outside) if server]
+        if servers:
+            stopping = [asyncio.create_task(server.stop(grace_s)) for server in servers]
+            await asyncio.wait(stopping, timeout=grace_s + 1)  # a client that does not read keeps it for ever
             await self._relay.stop()
-            await stopping
+            await asyncio.wait(stopping, timeout=1)
         if not self._given:
             self._path.unlink(missing_ok=True)
         os.close(self._private)

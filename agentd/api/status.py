@@ -104,6 +104,14 @@ class ErrorsToStatuses(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(
                 _unary(handler.unary_unary, admit), _lenient(handler.request_deserializer), handler.response_serializer
             )
+        if handler.unary_stream and asyncio.iscoroutinefunction(handler.unary_stream):  # it writes its answers itself
+            return grpc.unary_stream_rpc_method_handler(
+                _unary(handler.unary_stream, admit), _lenient(handler.request_deserializer), handler.response_serializer
+            )
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(
+                _stream(handler.stream_stream, admit), handler.request_deserializer, handler.response_serializer
+            )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
                 _stream(handler.unary_stream, admit), _lenient(handler.request_deserializer), handler.response_serializer

@@ -33,6 +33,9 @@ _MODULES = ("**/*.pth", "**/sitecustomize.py", "**/usercustomize.py")
 """What every Python of that directory runs when it starts (site)."""
 _NAMES = re.compile(r"/(\.git/(hooks|config|modules)|\.envrc|[^/]*\.pth|sitecustomize\.py|usercustomize\.py)(/|$)")
 
+_GIT = re.compile(r"/\.git(/|$)")
+"""A grant for all of it has meant that, too."""
+
 
 class Later:
     """Of the user with this home directory."""
@@ -51,7 +54,7 @@ class Later:
 
     def is_named(self, pattern: Pattern) -> bool:
         """Whether somebody who granted this has meant what runs later."""
-        return pattern.kind == "write" and self._names(pattern.value)
+        return pattern.kind == "write" and (self._names(pattern.value) or _GIT.search(pattern.value) is not None)
 
     def _names(self, path: str) -> bool:
         return any(within(path, each) for each in self._at_home) or _NAMES.search(path) is not None

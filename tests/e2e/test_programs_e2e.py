@@ -16,6 +16,7 @@ from google.protobuf import json_format
 
 from agentd.client import Client
 from agentd.errors import AgentdError, Reason
+from agentd.v1 import grant_pb2
 from tests.e2e.conftest import DaemonProcess
 
 if TYPE_CHECKING:
@@ -160,9 +161,12 @@ PROGRAMS = [
 
 @pytest.mark.parametrize(("program", "command", "expected"), PROGRAMS, ids=[program for program, *_ in PROGRAMS])
 def test_ordinary_programs_work(client: Client, daemon: DaemonProcess, program: str, command: str, expected: str):
-    """Unchanged, as the distribution ships them."""
+    """Unchanged, as the distribution ships them. What git is configured by runs later: a grant has to name it."""
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
+    if program == "git":
+        names = grant_pb2.Grant(tool="shell.run", scope=f"write:{work(daemon)}/r/.git", decision=grant_pb2.Grant.DECISION_ALLOW)
+        client.grant(names)
     result = shell(client, daemon, command)
     assert (result["exit"], result["output"]) == (0, expected), result
 

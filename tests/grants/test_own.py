@@ -109,6 +109,8 @@ def test_what_runs_later_is_covered_only_by_a_grant_that_names_it(path: str, *, 
     assert (verdict("*"), verdict("write:/h"), verdict("write:/h/**")) == (broad, broad, broad)
     assert verdict(f"write:{path}") == "allow"
     assert verdict(f"read:{path}") == "ask"
+    if "/.git/" in path:
+        assert verdict("write:/h/repo/.git") == "allow"
 
 
 @pytest.mark.parametrize(("path", "later"), LATER)
