@@ -32,6 +32,12 @@ _GROUP = 64  # pieces of work in one commit at most
 _LOCK_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10
 # secure_delete: what is taken out of the log must be in no gap of any page; pages are split and merged at any time.
+_SETTINGS = (
+    (apsw.SQLITE_DBCONFIG_ENABLE_TRIGGER, 0),
+    (apsw.SQLITE_DBCONFIG_ENABLE_VIEW, 0),
+    (apsw.SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0),
+    (apsw.SQLITE_DBCONFIG_DEFENSIVE, 1),
+)
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "journal_size_limit=4194304", "secure_delete=ON")
 
 
@@ -135,6 +141,9 @@ class Store:
         db = self._open(self._path)
         os.chmod(self._path, 0o600)
         db.set_busy_timeout(_BUSY_MS)
+        # We have no triggers and views. Whoever adds one to the file would change what is written as it is written.
+        for setting, on in _SETTINGS:
+            db.config(setting, on)
         db.execute("PRAGMA page_size=1024")  # of a new store: a call changes few bytes of many pages, and writes half as much
         # One at a time: of several in one string, those after one that gives a row wait until that is fetched.
         for pragma in _PRAGMAS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from typing import TYPE_CHECKING
@@ -113,3 +114,21 @@ def test_a_long_text_of_any_characters_has_a_digest(open_store: Store, character
     seq = log.record(Event(kind="call.reject", arguments={"text": character * 5000}))
     (entry,) = log.entries(after=seq - 1)
     assert set(entry.body["arguments"]["text"]) == {"$sha256", "$bytes"}
+
+
+def test_a_trigger_in_the_store_changes_nothing_that_is_written(tmp_path: Path):
+    """Whoever can write to the file could have events deleted, or changed, as they come."""
+    store = Store(tmp_path)
+    audit = AuditLog(store)
+    audit.record(Event(kind="boot"))
+    store.close()
+    with contextlib.closing(apsw.Connection(str(tmp_path / "agentd.db"))) as db:
+        db.execute("CREATE TRIGGER lose AFTER INSERT ON event BEGIN DELETE FROM event WHERE seq = new.seq; END")
+        db.execute("BEGIN; INSERT INTO event SELECT 99, body, chain FROM event")
+        assert not list(db.execute("SELECT * FROM event WHERE seq = 99"))  # the control: it works for others
+        db.execute("ROLLBACK")
+    store = Store(tmp_path)
+    audit = AuditLog(store)
+    audit.record(Event(kind="boot"))
+    assert [entry.seq for entry in audit.entries(limit=10)] == [1, 2]
+    store.close()
