@@ -31,6 +31,7 @@ from agentd_sandbox.network import split_authority
 from agentd.audit import Event, FileTouched, Payload, Peer, SandboxUse
 from agentd.calls.arguments import Arguments
 from agentd.calls.locks import Locks
+from agentd.calls.turns import Turns
 from agentd.calls.undoing import Undoing, lasts
 from agentd.calls.wanted import CallRequest, CallResult, Prepared, Wanted, asked, event, who
 from agentd.devices import is_node
@@ -88,7 +89,7 @@ class Calls:
         self._level, self._places = level, places
         self._profile, self._keep_outputs = level.filter_digest, keep_outputs
         self._arguments = {name: Arguments(tool) for name, tool in toolbox.tools.items()}
-        self._locks = Locks()
+        self._locks, self._turns = Locks(), Turns(at_once)
         self.undoing = Undoing(journal, audit, self._locks)
         self._running: dict[str, tuple[Prepared, threading.Event, float]] = {}
         """What is executed, what tells it that it may no longer, since when."""
@@ -110,9 +111,10 @@ class Calls:
         return [(prepared, now - begun, self._locks.waits_for(call)) for call, (prepared, _, begun) in self._waiting.items()]
 
     async def call(self, request: CallRequest) -> CallResult:
-        """`prepare` and `execute`: raises what they raise, and QuotaSpent."""
-        self._spend(request.principal)
-        return await self.execute(await self.prepare(request))
+        """`prepare` and `execute`: raises what they raise, QuotaSpent; ToolError (QUEUE_FULL) if its principal has too many."""
+        with self._turns.admitted(request.principal):
+            self._spend(request.principal)
+            return await self.execute(await self.prepare(request))
 
     async def prepare(self, request: CallRequest) -> Prepared:
         """Validate and decide, asking a person where that must be; a refusal is on record when this raises.
@@ -161,7 +163,7 @@ class Calls:
         """
         trees = [_tree(scope) for scope in prepared.scopes if scope.kind == "write"]
         if not trees:
-            return await self._in_thread(prepared)
+            return await self._in_turn(prepared)
         # One change of a path at a time: a call that fails is rolled back, and must not take another's change with it.
         self._waiting[prepared.id] = prepared, asyncio.get_running_loop(), time.monotonic()
         try:
@@ -171,7 +173,7 @@ class Calls:
             raise
         finally:
             self._waiting.pop(prepared.id, None)
-        return await self._in_thread(prepared, lambda: self._locks.release(claim))
+        return await self._in_turn(prepared, lambda: self._locks.release(claim))
 
     def permit(self, principal: str, within: tuple[Pattern, ...], *, looks: bool = False) -> Permit:
         """What of the changes of calls somebody may see and take back."""
@@ -191,6 +193,19 @@ class Calls:
     async def end_run(self, run: str) -> None:
         """What was allowed for this run alone is over."""
         await asyncio.to_thread(self._permission.end_run, run)
+
+    async def _in_turn(self, prepared: Prepared, ended: Callable[[], None] = lambda: None) -> CallResult:
+        try:
+            give_up = await self._turns.take(prepared.request.principal)
+        except asyncio.CancelledError:
+            ended()
+            raise
+
+        def over() -> None:
+            give_up()
+            ended()
+
+        return await self._in_thread(prepared, over)
 
     async def _in_thread(self, prepared: Prepared, ended: Callable[[], None] = lambda: None) -> CallResult:
         """`ended` is called when nothing of it goes on any more, whoever has given up waiting for it."""
