@@ -237,7 +237,7 @@ def below(process: int) -> dict[int, int]:
     found = {process}
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
-    return {each: started(each) for each in found}
+    return {each: when for each in found if (when := started(each))}  # some have ended meanwhile
 
 
 def started(process: int) -> int:
