@@ -22,7 +22,9 @@ from agentd_sandbox.connecting import Connections
 from agentd_sandbox.errors import WorkerOffence
 from agentd_sandbox.filters import profile
 from agentd_sandbox.forms import FORMS
+from agentd_sandbox.interpreters import interpreter
 from agentd_sandbox.limits import Limits
+from agentd_sandbox.paths import reopen
 from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
 from agentd_sandbox.recorder import Refusal
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 _ATTRIBUTE_BYTES = 65536  # XATTR_SIZE_MAX
 _CLONE_THREAD, _CLONE_VM = 0x0001_0000, 0x100
 _DECIDING_S, _DECIDE_AGAIN_S = 2.0, 0.001
+_INTERPRETERS = 6  # one after another: the kernel takes 5 scripts
 _SA_RESTART = 0x1000_0000
 _WORD = struct.Struct("@L")
 _SIGNALS = 65  # 0 to 64: signal(7)
@@ -260,6 +263,7 @@ class Broker:
         """A new thread or process: counted, and let through, as all there is to it are values."""
         if not flags & _CLONE_THREAD:
             return self.fork(call, lends=bool(flags & _CLONE_VM))
+        self._require_own_memory(call, "clone")
         self._threads += 1
         if self._threads > self.limits.threads:
             self._threads = self.processes.threads() + 1
@@ -337,11 +341,17 @@ class Broker:
 
     def _lend(self, call: Notification) -> None:
         """At most two processes have one memory, and the one that lent it waits: then whoever asks is alone in it."""
-        shared = self.processes.parent(call.thread) in self._lent and self.processes.shares_memory(call.thread)
-        if shared or not self.processes.is_alone(call.thread):
-            self.files.deny("vfork", "its memory is not its own, or it has several threads")
+        self._require_own_memory(call, "vfork")
+        if not self.processes.is_alone(call.thread):
+            self.files.deny("vfork", "it has several threads")
             raise OSError(errno.EPERM, "shared")
         self._lent.add(call.thread)
+
+    def _require_own_memory(self, call: Notification, what: str) -> None:
+        """Memory that was lent goes back to the one who waits for it only once nobody else has it."""
+        if self._lent and self.processes.parent(call.thread) in self._lent and self.processes.shares_memory(call.thread):
+            self.files.deny(what, "its memory is its parent's, which waits for it")
+            raise OSError(errno.EPERM, "shared")
 
     def execute(self, call: Notification, path: int) -> int | None:
         """What the kernel does then is what is decided on here; and once more when the program makes its first call."""
@@ -349,11 +359,38 @@ class Broker:
         def require_program(target: Resolved) -> None:
             if not stat.S_ISREG(target.status.st_mode):
                 raise OSError(errno.EACCES, "no program")
+            self._require_interpreters(target)
 
         self._let_walk(call, path, "execute", require_program)
         self._started[call.thread] = self.processes.program(call.thread)
         self.processes.forget_one(call.thread)
-        return self.let_through(call)
+        return self._let_go(call)
+
+    def _require_interpreters(self, target: Resolved) -> None:
+        """What the kernel starts with a program, or instead of it, must be one that may be started, too."""
+        program = reopen(target.descriptor, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            for _ in range(_INTERPRETERS):
+                if (named := interpreter(program)) is None:
+                    return
+                if not named.startswith(b"/"):  # it would be looked up from the working folder
+                    self.files.deny(named, "an interpreter without its whole path")
+                    raise OSError(errno.EACCES, "interpreter")
+                with self.files.walked(named, "execute") as found:
+                    following = reopen(found.descriptor, os.O_RDONLY | os.O_NONBLOCK)
+                os.close(program)
+                program = following
+        finally:
+            os.close(program)
+
+    def _let_go(self, call: Notification) -> int | None:
+        try:
+            self.let_through(call)
+        except OSError:  # it is gone
+            self.files.walks.end(call.thread)
+            raise
+        self.files.walks.let_through(call.thread)
+        return None
 
     def change_folder(self, call: Notification, path: int) -> int | None:
         def require_directory(target: Resolved) -> None:
@@ -363,7 +400,7 @@ class Broker:
                 raise OSError(errno.EACCES, "mode")
 
         self._let_walk(call, path, "see", require_directory)
-        return self.let_through(call)
+        return self._let_go(call)
 
     def _let_walk(self, call: Notification, path: int, right: Right, require: Callable[[Resolved], None]) -> None:
         """Decide on a path that the kernel reads and walks once more. Nobody can change either meanwhile, from here on.
@@ -381,13 +418,15 @@ class Broker:
             place = self.path(call, AT_FDCWD, path)
             if not kernel.still_waiting(self.listener, call.id):
                 raise OSError(errno.EINTR, "gone")
-            if not self.processes.is_private(call.thread, path, len(self.string(call, path)) + 1, self.files.access.may_write):
+            if not self.processes.is_private(
+                call.thread, path, len(self.string(call, path)) + 1, self.files.walks.may_be_written
+            ):
                 self.files.deny(place, "its path lies where somebody else could change it")
                 raise OSError(errno.EPERM, "shared")
             with self.files.walked(place, right) as target:
                 require(target)
                 ways = target.ways
-            if self.files.walks.begin(call.thread, call.number, ways, seen):
+            if self.files.walks.begin(id(self.files), call.thread, call.number, ways, seen):
                 return
             if time.monotonic() > deadline:
                 raise OSError(errno.EBUSY, "names on the way change all the time")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel
 from agentd_sandbox.limits import LARGEST_FILE
-from agentd_sandbox.paths import Identity, Resolved, identity, reopen, resolve
+from agentd_sandbox.paths import Identity, Resolved, identity, is_called, reopen, resolve
 from agentd_sandbox.reach import DEVICES, Reach
 from agentd_sandbox.recorder import Change, Recorder
 from agentd_sandbox.renewing import renewed
@@ -53,6 +53,15 @@ class Files(Reach):
     """Whether the call has been given a device of its scopes."""
     unnamed: bool = False
     """Whether one of those has lost its name, and may be written to all the same."""
+
+    def __post_init__(self) -> None:
+        Reach.__post_init__(self)
+        self.walks.enter(id(self), self.access.may_write)
+
+    def close(self) -> None:
+        """To be called when nothing is served any more."""
+        Reach.close(self)
+        self.walks.leave(id(self))
 
     def _record(self, *changes: tuple[Operation, bytes]) -> frozenset[bytes]:
         """The paths whose file is kept as it is, and must not be written to."""
@@ -249,14 +258,15 @@ class Files(Reach):
             self._record(("remove", target.real))
             self._made.discard(target.real)
             self.unnamed = self.unnamed or target.real in self._grown
-            with self.walks.changing(target.real):
+            with self._changing(target):
                 (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
 
     def make_folder(self, path: bytes, mode: int) -> None:
         with self._new(path) as target:
             self._record(("create", target.real))
             self._made.add(target.real)
-            os.mkdir(target.name, mode & 0o777, dir_fd=target.parent)
+            with self._changing(target):
+                os.mkdir(target.name, mode & 0o777, dir_fd=target.parent)
 
     def make_link(self, text: bytes, path: bytes) -> None:
         """A symbolic link, to where this call may go itself. Every use of it is decided anew."""
@@ -264,7 +274,8 @@ class Files(Reach):
             self._leads_within(target.real, text)
             self._record(("create", target.real))
             self._made.add(target.real)
-            os.symlink(text, target.name, dir_fd=target.parent)
+            with self._changing(target):
+                os.symlink(text, target.name, dir_fd=target.parent)
 
     def _leads_within(self, link: bytes, text: bytes) -> None:
         """Links are for others to follow too, who have no broker: they may lead only to where this call may go.
@@ -295,7 +306,8 @@ class Files(Reach):
             self._require_known(source.real)
             self._only_name(source)
             self._record(("create", target.real))
-            os.link(f"/proc/self/fd/{source.descriptor}", target.name, dst_dir_fd=target.parent, follow_symlinks=True)
+            with self._changing(source, target):
+                os.link(f"/proc/self/fd/{source.descriptor}", target.name, dst_dir_fd=target.parent, follow_symlinks=True)
 
     def rename(self, old: bytes, new: bytes, *, replace: bool) -> None:
         with self._named(old) as source, self._named(new) as target:
@@ -314,12 +326,21 @@ class Files(Reach):
                 if source.is_link:
                     self._leads_within(target.real, os.readlink(b"", dir_fd=source.descriptor))
                 self._record(("move", source.real), ("replace" if target.exists else "create", target.real))
-            with self.walks.changing(source.real, target.real):
+            with self._changing(source, target):
                 if target.exists:
                     os.rename(source.name, target.name, src_dir_fd=source.parent, dst_dir_fd=target.parent)
                 else:
                     kernel.rename_to_new((source.parent, source.name), (target.parent, target.name))
             self._moved(source, target)
+
+    @contextlib.contextmanager
+    def _changing(self, *targets: Resolved) -> Iterator[None]:
+        """Names that are where they were decided on: no other call changes what they lie in meanwhile. Raises OSError."""
+        with self.walks.changing(*(target.real for target in targets)):
+            for target in targets:
+                if target.parent >= 0 and not is_called(target.parent, os.path.dirname(target.real)):
+                    raise OSError(errno.EAGAIN, "moved meanwhile")
+            yield
 
     def _require_known(self, path: bytes) -> None:
         """By another name, it could be read where this one may not be: only what may be read, or is its own, gets one."""

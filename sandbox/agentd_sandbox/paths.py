@@ -235,6 +235,11 @@ def reopen(descriptor: int, flags: int) -> int:
     return os.open(b"%d" % descriptor, flags | os.O_CLOEXEC, dir_fd=_own_descriptors())
 
 
+def is_called(descriptor: int, path: bytes) -> bool:
+    """Whether the kernel says that what is open has this very path."""
+    return os.readlink(b"%d" % descriptor, dir_fd=_own_descriptors()) == path
+
+
 @cache
 def _merged() -> tuple[dict[bytes, bytes], tuple[bytes, ...]]:
     """Where the folders that most distributions have merged into /usr lead: `/lib` and the like are links of root's.
@@ -263,7 +268,7 @@ class Directory:
     is_protected: bool = False
 
     def is_called(self, path: bytes) -> bool:
-        return os.readlink(b"%d" % self.descriptor, dir_fd=_own_descriptors()) == path
+        return is_called(self.descriptor, path)
 
 
 def _as_spelled(path: bytes) -> Directory | None:
@@ -447,6 +452,8 @@ def _open(walk: _Walk, name: bytes) -> int:
     if _names_a_process(walk.here, name) or not walk.sight.visible(real):
         raise WalkError(errno.ENOENT, real)
     walk.ways.append(real)
+    if len(walk.ways) > _DEPTH:
+        raise WalkError(errno.ELOOP, real)
     try:
         found = os.open(name, _PATH_FLAGS, dir_fd=walk.here)
     except OSError as e:

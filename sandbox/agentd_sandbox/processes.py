@@ -23,7 +23,8 @@ ALL_PROCESSORS = os.sched_getaffinity(0)
 _PATH_MAX = 4096
 _PAGE = os.sysconf("SC_PAGESIZE")  # 16 KiB on a Raspberry Pi 5
 _KEPT_MEMORIES = 32
-_PATIENCE_S, _LOOK_AGAIN_S = 0.8, 0.002
+_PATIENCE_S, _LOOK_AGAIN_S, _LOOKS = 0.8, 0.002, 5
+_DELETED = b" (deleted)"
 _MAPPING = re.compile(rb"([0-9a-f]+)-([0-9a-f]+) (....) \S+ \S+ (\d+) *(.*)")
 
 
@@ -102,7 +103,11 @@ class Processes:
 
     def is_alone(self, thread: int) -> bool:
         """Whether it is the only thread of a process of this call. While it waits, nobody can make another one."""
-        seen = _look(thread)  # with one thread only, that is its process
+        for _ in range(_LOOKS):
+            seen = _look(thread)  # with one thread only, that is its process
+            if seen.threads == 1 or seen.session != self.root:
+                break
+            time.sleep(_LOOK_AGAIN_S)  # one that was joined may still be counted
         return seen.threads == 1 and seen.session == self.root
 
     def parent(self, process: int) -> int:
@@ -147,6 +152,8 @@ class Processes:
             raise OSError(errno.EBADF, "dirfd") from None
         if not base.startswith(b"/"):
             raise OSError(errno.ENOTDIR, "dirfd")
+        if base.endswith(_DELETED) and not _is_there(link, base):  # proc(5): or there may be something of that very name
+            raise OSError(errno.ENOENT, "deleted")
         return base
 
     def take(self, thread: int, descriptor: int) -> int:
@@ -191,7 +198,7 @@ class Processes:
     def members(self) -> list[int]:
         """All living processes of the session. Nobody can leave it: setsid(2) is refused."""
         seen = ((process, _look(process)) for process in _processes())
-        return [process for process, look in seen if look.session == self.root and look.threads and not look.dead]
+        return [process for process, look in seen if look.session == self.root and look.lives]
 
     def threads(self) -> int:
         """How many they have together, beside the first of each."""
@@ -297,6 +304,15 @@ def _below(process: int) -> list[int]:
     return found[1:]
 
 
+def _is_there(link: bytes, path: bytes) -> bool:
+    """Whether what a link of procfs stands for has this path, which has no link in it."""
+    try:
+        one, other = os.stat(link), os.lstat(path)
+    except OSError:
+        return False
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
 def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
@@ -329,6 +345,11 @@ class _Seen(NamedTuple):
     session: int = 0
     threads: int = 0
     dead: bool = False
+
+    @property
+    def lives(self) -> bool:
+        """Also where its first thread has ended, and others go on."""
+        return self.threads > 0 and not (self.dead and self.threads <= 1)
 
 
 def _look(process: int) -> _Seen:

@@ -14,20 +14,30 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
+MOST = 256
+"""Ways of one walk that are remembered: what leads over more is refused."""
 _PATIENCE_S, _LOOK_AGAIN_S = 2.0, 0.0005
-_ON_PROCESSOR_S = 0.25
+_ON_PROCESSOR_NS = 250_000_000
 """The longest walk that never waits for a disk: 4096 bytes of path and 40 links take a Raspberry Pi a tenth of that."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Walk:
+    owner: int
+    """The call that it is of."""
     number: int
     """The system call."""
     ways: tuple[bytes, ...]
-    """All real paths that it leads over."""
-    begun: float
+    """Real paths that it leads over, without those above them."""
+    spent_ns: int | None = None
+    """What its thread had had of a processor when it was let through; None before that: until then it can't be over."""
+
+
+@dataclass(slots=True, eq=False)
+class _Change:
+    names: tuple[bytes, ...]
 
 
 @dataclass(slots=True)
@@ -36,17 +46,41 @@ class Walks:
 
     changes: int = 0
     """How many changes of names there have been: decide, and `begin` with the number from before."""
-    _changing: list[tuple[bytes, ...]] = field(default_factory=list)
+    _changing: list[_Change] = field(default_factory=list)
     _walking: dict[int, _Walk] = field(default_factory=dict)
+    _writing: dict[int, Callable[[bytes], bool]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self, thread: int, number: int, ways: tuple[bytes, ...], seen: int) -> bool:
-        """Whether the kernel may walk these ways for a thread now. If not, names have changed since `seen`: decide again."""
+    def enter(self, call: int, may_write: Callable[[bytes], bool]) -> None:
+        """A call begins that may write to these paths. `leave` is its end."""
+        self._writing[call] = may_write
+
+    def leave(self, call: int) -> None:
+        """Nothing of it goes on any more."""
+        self._writing.pop(call, None)
         with self._lock:
-            if seen != self.changes or any(_meet(ways, names) for names in self._changing):
+            self._walking = {thread: walk for thread, walk in self._walking.items() if walk.owner != call}
+
+    def may_be_written(self, path: bytes) -> bool:
+        """Whether any call may write to it now."""
+        return any(may_write(path) for may_write in list(self._writing.values()))
+
+    def begin(self, owner: int, thread: int, number: int, ways: Iterable[bytes], seen: int) -> bool:
+        """Whether the kernel may walk these ways for a thread now. If not, names have changed since `seen`: decide again.
+
+        Then `let_through` is to be called. Raises OSError: ELOOP if there are too many.
+        """
+        kept = _deepest(ways)
+        with self._lock:
+            if seen != self.changes or any(_meet(kept, change.names) for change in self._changing):
                 return False
-            self._walking[thread] = _Walk(number, ways, time.monotonic())
+            self._walking[thread] = _Walk(owner, number, kept)
             return True
+
+    def let_through(self, thread: int) -> None:
+        """From now on it can come to its end."""
+        if walk := self._walking.get(thread):
+            walk.spent_ns = _spent_ns(thread)
 
     def end(self, thread: int) -> None:
         """It makes another call, so that one is over."""
@@ -55,27 +89,51 @@ class Walks:
 
     @contextlib.contextmanager
     def changing(self, *names: bytes) -> Iterator[None]:
-        """No walk leads over these names for as long as this lasts. Raises OSError: EBUSY if one does not end."""
+        """No walk leads over these names for as long as this lasts, and nobody else changes them, or what they lie in or what
+        lies in them. Raises OSError: EBUSY if that does not come about.
+        """
+        change = _Change(names)
         with self._lock:
-            self._changing.append(names)
+            self._changing.append(change)
         try:
-            if self._walking:
-                self._await(names)
+            self._await(change)
             yield
         finally:
             with self._lock:
-                self._changing.remove(names)
+                self._changing.remove(change)
                 self.changes += 1
 
-    def _await(self, names: tuple[bytes, ...]) -> None:
+    def _await(self, change: _Change) -> None:
+        """In the order in which they came: so no two wait for each other."""
         deadline = time.monotonic() + _PATIENCE_S
-        while walking := [(t, walk) for t, walk in list(self._walking.items()) if _meet(walk.ways, names)]:
-            for thread, walk in walking:
-                if _is_over(thread, walk):
-                    self.end(thread)
+        while self._is_held_up(change):
             if time.monotonic() > deadline:
                 raise OSError(errno.EBUSY, "a program is being looked for on this way")
             time.sleep(_LOOK_AGAIN_S)
+
+    def _is_held_up(self, change: _Change) -> bool:
+        with self._lock:
+            if len(self._changing) > 1:
+                before = self._changing[: self._changing.index(change)]
+                if any(_meet(each.names, change.names) or _meet(change.names, each.names) for each in before):
+                    return True
+            walking = [(t, walk) for t, walk in self._walking.items() if _meet(walk.ways, change.names)]
+        for thread, walk in walking:
+            if _is_over(thread, walk):
+                self.end(thread)
+        return any(self._walking.get(thread) is walk for thread, walk in walking)
+
+
+def _deepest(ways: Iterable[bytes]) -> tuple[bytes, ...]:
+    """Without those that the next one lies below: what changes them, changes that."""
+    kept: list[bytes] = []
+    for way in ways:
+        if kept and way.startswith(kept[-1] + b"/"):
+            kept.pop()
+        kept.append(way)
+    if len(kept) > MOST:
+        raise OSError(errno.ELOOP, "too many links and folders")
+    return tuple(dict.fromkeys(kept))
 
 
 def _meet(ways: tuple[bytes, ...], names: tuple[bytes, ...]) -> bool:
@@ -83,15 +141,36 @@ def _meet(ways: tuple[bytes, ...], names: tuple[bytes, ...]) -> bool:
 
 
 def _is_over(thread: int, walk: _Walk) -> bool:
-    """By /proc/TID/syscall: the thread is gone, or in another call, or waits for a broker once more (proc(5))."""
+    """By /proc/TID/syscall: the thread is gone, or in another call, or waits for a broker once more (proc(5)).
+
+    On a processor, or waiting for one, it says nothing: then it has had more of one than any walk takes.
+    """
+    if walk.spent_ns is None:
+        return False
     try:
         with open(f"/proc/{thread}/syscall", "rb") as file:
             doing = file.read(64).split()
         if doing[:1] == [b"running"]:
-            return time.monotonic() - walk.begun > _ON_PROCESSOR_S
+            spent = _spent_ns(thread)
+            return spent >= 0 and spent - walk.spent_ns > _ON_PROCESSOR_NS
         if not doing or int(doing[0]) != walk.number:
             return True
         with open(f"/proc/{thread}/wchan", "rb") as file:
-            return file.read(64).startswith(b"seccomp")
+            return file.read(64).startswith(b"seccomp") and _is_asleep(thread)
     except (OSError, ValueError):
         return True
+
+
+def _is_asleep(thread: int) -> bool:
+    """It waits for an answer, and has not just been given one."""
+    with open(f"/proc/{thread}/stat", "rb") as file:
+        return file.read(512).rpartition(b")")[2].split()[0] in (b"S", b"D")
+
+
+def _spent_ns(thread: int) -> int:
+    """Of a processor, by /proc/TID/schedstat; -1 if that can't be had."""
+    try:
+        with open(f"/proc/{thread}/schedstat", "rb") as file:
+            return int(file.read(64).split()[0])
+    except (OSError, ValueError, IndexError):
+        return -1
