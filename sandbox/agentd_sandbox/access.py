@@ -104,6 +104,9 @@ class Rules:
         return folder in self._ways or (bool(self._globs) and any(rule.lies_below(folder) for rule in self._globs))
 
 
+_NONE = Rules(())
+
+
 @dataclass(frozen=True)
 class Access:
     """The scopes of one call. `write` does not include `read`.
@@ -129,6 +132,8 @@ class Access:
     protected: frozenset[tuple[int, int]] = frozenset()
     later: tuple[PathRule, ...] = ()
     named: tuple[PathRule, ...] = ()
+    system: Rules = field(default_factory=lambda: _NONE)
+    """What may be read beside `read`: the same for all calls, so made once."""
 
     @cached_property
     def _reading(self) -> Rules:
@@ -163,7 +168,8 @@ class Access:
         return Rules((*self.read, *self.write, *self.execute, *self.devices))
 
     def may_read(self, path: bytes) -> bool:
-        return self._reading.cover(path) and not (self.hidden and self._hidden.cover(path))
+        readable = self._reading.cover(path) or self.system.cover(path)
+        return readable and not (self.hidden and self._hidden.cover(path))
 
     def may_write(self, path: bytes) -> bool:
         if not self._writing.cover(path) or (self.hidden and self._hidden.cover(path)):
@@ -182,4 +188,5 @@ class Access:
 
     def may_see(self, path: bytes) -> bool:
         """Whether the call may know if `path` exists and what kind of thing it is."""
-        return (self._all.cover(path) or self._all.lie_below(path)) and not (self.hidden and self._hidden.cover(path))
+        seen = self._all.cover(path) or self._all.lie_below(path) or self.system.cover(path) or self.system.lie_below(path)
+        return seen and not (self.hidden and self._hidden.cover(path))

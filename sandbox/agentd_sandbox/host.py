@@ -28,7 +28,8 @@ from agentd_sandbox.limits import Limits
 from agentd_sandbox.outcome import Outcome
 from agentd_sandbox.proxy import Credential, Proxy
 from agentd_sandbox.serving import Serving, Waiting
-from agentd_sandbox.system import environment, program_rules, python_rules
+from agentd_sandbox.system import environment, system_rules
+from agentd_sandbox.threads import Threads
 from agentd_sandbox.walks import Walks
 from agentd_sandbox.worker import LENGTH
 from agentd_sandbox.zygote import REQUEST
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Mapping
 
-    from agentd_sandbox.access import Access, PathRule
+    from agentd_sandbox.access import Access
     from agentd_sandbox.proxy import Operate
     from agentd_sandbox.recorder import Recorder
 
@@ -86,9 +87,9 @@ class Sandbox:
     _cgroup: Cgroup | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _walks: Walks = field(default_factory=Walks)
+    _threads: Threads = field(default_factory=lambda: Threads("broker"))
     _stuck: list[Serving] = field(default_factory=list)
     _processors: itertools.cycle[int] = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
-    _python: tuple[PathRule, ...] = field(default_factory=python_rules)
 
     @property
     def zygote_pid(self) -> int | None:
@@ -113,6 +114,7 @@ class Sandbox:
             self._stop_zygote()
             if self._cgroup:
                 self._cgroup.remove()
+            self._threads.stop()
 
     def run(
         self,
@@ -134,7 +136,7 @@ class Sandbox:
         serving = Serving(broker, worker)
         try:
             try:
-                serving.begin()
+                serving.begin(self._threads)
                 body = _exchange(worker, serving, job, cancelled)
             finally:
                 serving.end()
@@ -158,8 +160,7 @@ class Sandbox:
     ) -> Broker | Desk:
         stopped = threading.Event()
         peers = network.Network(access.connect, deadline, stopped, self.resolve, access.operate)
-        rules = self._python + (program_rules() if access.execute else ())
-        reach = replace(access, read=access.read + rules)
+        reach = replace(access, system=system_rules(programs=bool(access.execute)))
         made_up = peers.made_up_files() if access.connect else {}
         files = Files(reach, recorder, made_up, self._walks, appends=not worker.questions, revoked=revoked)
         credentials = {name: self.credentials[name] for name in access.use if name in self.credentials}

@@ -26,6 +26,7 @@ from agentd_sandbox.proxy import Proxy
 from agentd_sandbox.serving import Serving, Waiting
 from agentd_sandbox.system import environment as basic_environment
 from agentd_sandbox.system import program_rules
+from agentd_sandbox.threads import Threads
 from agentd_sandbox.worker import HELLO, Manner, close_all_but, lock
 
 if TYPE_CHECKING:
@@ -85,11 +86,13 @@ def launch(
     waiting = Waiting(ours)
     waiting.greet()
     serving = Serving(_broker(waiting, access, folder, time.monotonic() + deadline_s, limits), waiting)
-    serving.begin()
+    threads = Threads("broker")
+    serving.begin(threads)
     try:
         status = _wait(child, serving, deadline_s)
     finally:
         serving.end()
+        threads.stop()
     if serving.offence:
         raise serving.offence
     files = serving.broker.files

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from agentd_sandbox.broker import Broker
     from agentd_sandbox.desk import Desk
+    from agentd_sandbox.threads import Threads
 
 _GREETING_TIMEOUT_S = 10.0
 _GONE_TIMEOUT_S = 5.0
@@ -101,10 +102,10 @@ class Serving:
         """Whether it was given up, and its thread still waits for a file system."""
         return self._is_stuck and not self._gone.is_set()
 
-    def begin(self) -> None:
-        """On a thread of its own, which nobody waits for at the end of the process: a file system may not answer for ever."""
+    def begin(self, threads: Threads) -> None:
+        """On a thread of its own, for as long as it takes: a file system may not answer for ever."""
         self._begun = True
-        threading.Thread(target=self._serve, name="broker", daemon=True).start()
+        threads.do(self._serve)
 
     def end(self) -> None:
         """Kill the worker and all it has started, and return when nothing that is under its filter is left.

@@ -49,6 +49,12 @@ def program_rules() -> tuple[PathRule, ...]:
     return _rules((*_PROGRAMS, *own))
 
 
+@cache
+def system_rules(*, programs: bool) -> Rules:
+    """What every call may read: Python's own modules, and with `programs` what these need to run."""
+    return Rules((*python_rules(), *(program_rules() if programs else ())))
+
+
 def is_part_of_system(path: bytes) -> bool:
     """Whether a path lies where distributions, and nobody else, keep things."""
     return _all_rules().cover(path)
