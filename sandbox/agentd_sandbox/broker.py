@@ -27,6 +27,7 @@ from agentd_sandbox.limits import Limits
 from agentd_sandbox.paths import reopen
 from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
 from agentd_sandbox.recorder import Refusal
+from agentd_sandbox.system import is_part_of_system
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,8 @@ class Broker:
     _pairs: int = 0
     _watches: int = 0
     _alive: int = 1
-    _started: dict[int, bytes] = field(default_factory=dict)
+    _started: dict[int, tuple[bytes, set[bytes]]] = field(default_factory=dict)
+    """By thread: what it ran before, and interpreters that it may run now."""
     _lent: set[int] = field(default_factory=set)
     """Processes whose child has their memory; they wait for it."""
     _undelivered: dict[int, tuple[int, tuple[int, ...], int, int]] = field(default_factory=dict)
@@ -356,32 +358,45 @@ class Broker:
     def execute(self, call: Notification, path: int) -> int | None:
         """What the kernel does then is what is decided on here; and once more when the program makes its first call."""
 
+        may_run: set[bytes] = set()
+
         def require_program(target: Resolved) -> None:
             if not stat.S_ISREG(target.status.st_mode):
                 raise OSError(errno.EACCES, "no program")
-            self._require_interpreters(target)
+            may_run.update(self._interpreters(target))
 
         self._let_walk(call, path, "execute", require_program)
-        self._started[call.thread] = self.processes.program(call.thread)
+        self._started[call.thread] = self.processes.program(call.thread), may_run
         self.processes.forget_one(call.thread)
         return self._let_go(call)
 
-    def _require_interpreters(self, target: Resolved) -> None:
-        """What the kernel starts with a program, or instead of it, must be one that may be started, too."""
-        program = reopen(target.descriptor, os.O_RDONLY | os.O_NONBLOCK)
+    def _interpreters(self, target: Resolved) -> list[bytes]:
+        """What the kernel starts with a program, or instead of it: it must be there for this call, to be started or read."""
+        found_all: list[bytes] = []
+        try:
+            program = reopen(target.descriptor, os.O_RDONLY | os.O_NONBLOCK)
+        except PermissionError:
+            if is_part_of_system(target.real):  # set-uid programs may be closed; tools can't make one of those
+                return found_all
+            raise
         try:
             for _ in range(_INTERPRETERS):
                 if (named := interpreter(program)) is None:
-                    return
+                    break
                 if not named.startswith(b"/"):  # it would be looked up from the working folder
                     self.files.deny(named, "an interpreter without its whole path")
                     raise OSError(errno.EACCES, "interpreter")
-                with self.files.walked(named, "execute") as found:
+                with self.files.walked(named, "see") as found:
+                    if not (self.files.access.may_execute(found.real) or self.files.access.may_read(found.real)):
+                        self.files.deny(named, "an interpreter that may not be used")
+                        raise OSError(errno.EACCES, "interpreter")
+                    found_all.append(found.real)
                     following = reopen(found.descriptor, os.O_RDONLY | os.O_NONBLOCK)
                 os.close(program)
                 program = following
         finally:
             os.close(program)
+        return found_all
 
     def _let_go(self, call: Notification) -> int | None:
         try:
@@ -434,12 +449,11 @@ class Broker:
 
     def check_program(self, call: Notification) -> None:
         """Whether what runs now may: by swapping the path, another program may have been started. Or none at all."""
-        before = self._started.pop(call.thread, None)
-        if (
-            before is not None
-            and (now := self.processes.program(call.thread)) != before
-            and not self.files.access.may_execute(now)
-        ):
+        if (started := self._started.pop(call.thread, None)) is None:
+            return
+        before, may_run = started
+        now = self.processes.program(call.thread)
+        if now != before and now not in may_run and not self.files.access.may_execute(now):
             raise WorkerOffence(f"it started {os.fsdecode(now)} by changing a path that was being checked")
 
     def kill(self, call: Notification, process: int, number: int) -> int:

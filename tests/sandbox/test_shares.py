@@ -67,6 +67,14 @@ def watches(keep):
         kept.append(made) if keep else made.close()
     return {"count": 100}
 
+@tool("start")
+def start(path):
+    import subprocess
+    try:
+        return {"code": subprocess.run([path], stdout=subprocess.PIPE).returncode}
+    except OSError as e:
+        return {"code": errno.errorcode[e.errno]}
+
 @tool("threads")
 def threads(count):
     threading.stack_size(65536)
@@ -161,6 +169,24 @@ def test_nothing_is_mapped_to_be_shared_beside_a_device(bench: Bench, level: Lev
     access = Access(read=rule, write=rule, devices=(PathRule(b"/dev/zero"),))
     path = device or str(bench.folder / "file")
     assert bench.code("map", access, path=path, device=device, flags=flags) == code
+
+
+def test_a_program_may_be_granted_alone(bench: Bench, level: Level):
+    """Its loader, and the interpreter of a script, are parts of the system, which need no grant; another program does."""
+    if level.name == "L1":
+        pytest.skip("no program is started there")
+    script = bench.folder / "script"
+    script.write_text("#!/bin/sh\nexit 7\n")
+    script.chmod(0o755)
+    hidden = bench.folder / "hidden"
+    hidden.write_text(f"#!{bench.folder.parent}/nothing\n")
+    hidden.chmod(0o755)
+    programs = tuple(PathRule(os.fsencode(path)) for path in (os.path.realpath("/usr/bin/true"), script, hidden))
+    access = Access(read=(PathRule(os.fsencode(bench.folder)),), execute=programs)
+    assert bench.code("start", access, path="/usr/bin/true") == 0
+    assert bench.code("start", access, path=str(script)) == 7
+    assert bench.code("start", access, path="/usr/bin/false") == "EACCES"
+    assert bench.code("start", access, path=str(hidden)) == "ENOENT"
 
 
 def test_timers_leave_those_of_others_alone(bench: Bench, level: Level):
