@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from agentd_sandbox.paths import Nearby
+from agentd_sandbox.nearby import Nearby
 
 from agentd.errors import AgentdError
 from agentd.journal.images import Image

@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from agentd_sandbox.paths import Nearby
+from agentd_sandbox.nearby import Nearby
 
 from agentd.audit import Event, FileOperation, FileTouched
 from agentd.journal.state import ABSENT, PathState, look_anyhow

@@ -14,7 +14,8 @@ import stat
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from agentd_sandbox.paths import Nearby, Resolved, WalkError, resolve
+from agentd_sandbox.nearby import Nearby
+from agentd_sandbox.paths import Resolved, WalkError, resolve
 
 from agentd.untrusted import one_line
 

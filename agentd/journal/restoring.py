@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import kernel
-from agentd_sandbox.paths import Nearby, WalkError
+from agentd_sandbox.nearby import Nearby
+from agentd_sandbox.paths import WalkError
 
 from agentd.errors import JournalError
 from agentd.journal.flushing import make_all_durable

@@ -19,7 +19,8 @@ from agentd.journal.places import reach, reach_ours
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from agentd_sandbox.paths import Nearby, Resolved
+    from agentd_sandbox.nearby import Nearby
+    from agentd_sandbox.paths import Resolved
 
     from agentd.journal.contents import Contents
     from agentd.journal.places import Granting

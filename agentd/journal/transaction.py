@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from agentd_sandbox import Refusal
-from agentd_sandbox.paths import Nearby, WalkError
+from agentd_sandbox.paths import WalkError
 
 from agentd.errors import AgentdError, JournalError, Reason
 from agentd.journal.contents import INLINE_BYTES, Contents, TooLarge
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from agentd_sandbox import Change
+    from agentd_sandbox.nearby import Nearby
     from agentd_sandbox.recorder import Operation
 
     from agentd.audit import Event, FileTouched

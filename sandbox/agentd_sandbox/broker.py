@@ -11,9 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 import struct
-import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,28 +20,20 @@ from agentd_sandbox.connecting import Connections
 from agentd_sandbox.errors import WorkerOffence
 from agentd_sandbox.filters import profile
 from agentd_sandbox.forms import FORMS
-from agentd_sandbox.interpreters import interpreter
 from agentd_sandbox.limits import Limits
-from agentd_sandbox.paths import reopen
 from agentd_sandbox.processes import AT_FDCWD, share_no_processor, signed
 from agentd_sandbox.recorder import Refusal
-from agentd_sandbox.system import is_part_of_system
+from agentd_sandbox.starting import Starting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from agentd_sandbox.files import Files
     from agentd_sandbox.kernel import Notification
     from agentd_sandbox.network import Network
-    from agentd_sandbox.paths import Resolved
     from agentd_sandbox.processes import Processes
     from agentd_sandbox.proxy import Proxy
-    from agentd_sandbox.reach import Right
 
 _ATTRIBUTE_BYTES = 65536  # XATTR_SIZE_MAX
 _CLONE_THREAD, _CLONE_VM = 0x0001_0000, 0x100
-_DECIDING_S, _DECIDE_AGAIN_S = 2.0, 0.001
-_INTERPRETERS = 6  # one after another: the kernel takes 5 scripts
 _SA_RESTART = 0x1000_0000
 _WORD = struct.Struct("@L")
 _SIGNALS = 65  # 0 to 64: signal(7)
@@ -71,18 +61,16 @@ class Broker:
     _pairs: int = 0
     _watches: int = 0
     _alive: int = 1
-    _started: dict[int, tuple[bytes, set[bytes]]] = field(default_factory=dict)
-    """By thread: what it ran before, and interpreters that it may run now."""
-    _lent: set[int] = field(default_factory=set)
-    """Processes whose child has their memory; they wait for it."""
     _undelivered: dict[int, tuple[int, tuple[int, ...], int, int]] = field(default_factory=dict)
     connections: Connections = field(init=False)
+    starting: Starting = field(init=False)
     _names: dict[int, str] = field(default_factory=lambda: profile().names)
 
     def __post_init__(self) -> None:
         self.connections = Connections(
             self.listener, self.processes, self.network, self.proxy, self.files.deny, self.limits.connections
         )
+        self.starting = Starting(self.listener, self.processes, self.files, self.path)
 
     def serve_one(self) -> None:
         """Answer one waiting call. A call that is gone before its answer is no error. Raises WorkerOffence."""
@@ -93,13 +81,11 @@ class Broker:
         self.calls += 1
         self.files.require_granted()
         name = self.busy = self.files.call = self._names[call.number]
-        self.files.walks.end(call.thread)
-        self._lent.discard(call.thread)
+        self.starting.goes_on(call.thread)
         if self._undelivered and self._answer_again(call):
             return
         try:
-            if call.thread in self._started:
-                self.check_program(call)
+            self.starting.check_program(call)
             value, code = FORMS[name](self, call, *call.arguments), 0
         except Refusal as e:
             self.files.deny("", str(e))
@@ -265,7 +251,7 @@ class Broker:
         """A new thread or process: counted, and let through, as all there is to it are values."""
         if not flags & _CLONE_THREAD:
             return self.fork(call, lends=bool(flags & _CLONE_VM))
-        self._require_own_memory(call, "clone")
+        self.starting.require_own_memory(call, "clone")
         self._threads += 1
         if self._threads > self.limits.threads:
             self._threads = self.processes.threads() + 1
@@ -326,7 +312,7 @@ class Broker:
     def fork(self, call: Notification, *, lends: bool = False) -> int | None:
         """`lends`: the new process has the memory of this one, which waits until it starts a program or ends (vfork)."""
         if lends:
-            self._lend(call)
+            self.starting.lend(call)
         self._forks += 1
         if not self.processes.many:
             self.processes.many = True
@@ -340,121 +326,6 @@ class Broker:
                 self.files.deny("fork", f"more than {self.limits.processes} processes at a time")
                 raise OSError(errno.EAGAIN, "processes")
         return self.let_through(call)
-
-    def _lend(self, call: Notification) -> None:
-        """At most two processes have one memory, and the one that lent it waits: then whoever asks is alone in it."""
-        self._require_own_memory(call, "vfork")
-        if not self.processes.is_alone(call.thread):
-            self.files.deny("vfork", "it has several threads")
-            raise OSError(errno.EPERM, "shared")
-        self._lent.add(call.thread)
-
-    def _require_own_memory(self, call: Notification, what: str) -> None:
-        """Memory that was lent goes back to the one who waits for it only once nobody else has it."""
-        if self._lent and self.processes.parent(call.thread) in self._lent and self.processes.shares_memory(call.thread):
-            self.files.deny(what, "its memory is its parent's, which waits for it")
-            raise OSError(errno.EPERM, "shared")
-
-    def execute(self, call: Notification, path: int) -> int | None:
-        """What the kernel does then is what is decided on here; and once more when the program makes its first call."""
-
-        may_run: set[bytes] = set()
-
-        def require_program(target: Resolved) -> None:
-            if not stat.S_ISREG(target.status.st_mode):
-                raise OSError(errno.EACCES, "no program")
-            may_run.update(self._interpreters(target))
-
-        self._let_walk(call, path, "execute", require_program)
-        self._started[call.thread] = self.processes.program(call.thread), may_run
-        self.processes.forget_one(call.thread)
-        return self._let_go(call)
-
-    def _interpreters(self, target: Resolved) -> list[bytes]:
-        """What the kernel starts with a program, or instead of it: it must be there for this call, to be started or read."""
-        found_all: list[bytes] = []
-        try:
-            program = reopen(target.descriptor, os.O_RDONLY | os.O_NONBLOCK)
-        except PermissionError:
-            if is_part_of_system(target.real):  # set-uid programs may be closed; tools can't make one of those
-                return found_all
-            raise
-        try:
-            for _ in range(_INTERPRETERS):
-                if (named := interpreter(program)) is None:
-                    break
-                if not named.startswith(b"/"):  # it would be looked up from the working folder
-                    self.files.deny(named, "an interpreter without its whole path")
-                    raise OSError(errno.EACCES, "interpreter")
-                with self.files.walked(named, "see") as found:
-                    if not (self.files.access.may_execute(found.real) or self.files.access.may_read(found.real)):
-                        self.files.deny(named, "an interpreter that may not be used")
-                        raise OSError(errno.EACCES, "interpreter")
-                    found_all.append(found.real)
-                    following = reopen(found.descriptor, os.O_RDONLY | os.O_NONBLOCK)
-                os.close(program)
-                program = following
-        finally:
-            os.close(program)
-        return found_all
-
-    def _let_go(self, call: Notification) -> int | None:
-        try:
-            self.let_through(call)
-        except OSError:  # it is gone
-            self.files.walks.end(call.thread)
-            raise
-        self.files.walks.let_through(call.thread)
-        return None
-
-    def change_folder(self, call: Notification, path: int) -> int | None:
-        def require_directory(target: Resolved) -> None:
-            if not target.is_folder:
-                raise OSError(errno.ENOTDIR, "folder")
-            if not os.access(f"/proc/self/fd/{target.descriptor}", os.X_OK):
-                raise OSError(errno.EACCES, "mode")
-
-        self._let_walk(call, path, "see", require_directory)
-        return self._let_go(call)
-
-    def _let_walk(self, call: Notification, path: int, right: Right, require: Callable[[Resolved], None]) -> None:
-        """Decide on a path that the kernel reads and walks once more. Nobody can change either meanwhile, from here on.
-
-        First nobody else must have this memory, then it is opened anew, and only then is it read: what was read before, and
-        whose memory the number of this thread once stood for, does not count.
-        """
-        if not self.processes.is_alone(call.thread):
-            self.files.deny(self.busy, "where somebody else could change the path meanwhile")
-            raise OSError(errno.EPERM, "shared")
-        self.processes.forget_one(call.thread)
-        deadline = time.monotonic() + _DECIDING_S
-        while True:
-            seen = self.files.walks.changes
-            place = self.path(call, AT_FDCWD, path)
-            if not kernel.still_waiting(self.listener, call.id):
-                raise OSError(errno.EINTR, "gone")
-            if not self.processes.is_private(
-                call.thread, path, len(self.string(call, path)) + 1, self.files.walks.may_be_written
-            ):
-                self.files.deny(place, "its path lies where somebody else could change it")
-                raise OSError(errno.EPERM, "shared")
-            with self.files.walked(place, right) as target:
-                require(target)
-                ways = target.ways
-            if self.files.walks.begin(id(self.files), call.thread, call.number, ways, seen):
-                return
-            if time.monotonic() > deadline:
-                raise OSError(errno.EBUSY, "names on the way change all the time")
-            time.sleep(_DECIDE_AGAIN_S)
-
-    def check_program(self, call: Notification) -> None:
-        """Whether what runs now may: by swapping the path, another program may have been started. Or none at all."""
-        if (started := self._started.pop(call.thread, None)) is None:
-            return
-        before, may_run = started
-        now = self.processes.program(call.thread)
-        if now != before and now not in may_run and not self.files.access.may_execute(now):
-            raise WorkerOffence(f"it started {os.fsdecode(now)} by changing a path that was being checked")
 
     def kill(self, call: Notification, process: int, number: int) -> int:
         """kill(2): a process, its own group (0), a group (negative) or all (-1): of this session only."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from agentd_sandbox.errors import WorkerRevoked
+from agentd_sandbox.nearby import Walker, is_crooked
 from agentd_sandbox.outcome import Denial
-from agentd_sandbox.paths import Absent, Resolved, Sight, Walker, WalkError, is_crooked
+from agentd_sandbox.paths import Absent, Resolved, Sight, WalkError
 from agentd_sandbox.system import is_part_of_system
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from agentd_sandbox.paths import Sight, Walker, WalkError, everything, resolve
+from agentd_sandbox.nearby import Walker
+from agentd_sandbox.paths import Sight, WalkError, everything, resolve
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from agentd_sandbox import Access, BrokerStuck, Job, PathRule, Sandbox, kernel, probe, sdk, serving
 from agentd_sandbox.levels import WITHOUT
-from agentd_sandbox.paths import Sight, Walker, WalkError, everything
+from agentd_sandbox.nearby import Walker
+from agentd_sandbox.paths import Sight, WalkError, everything
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
