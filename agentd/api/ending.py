@@ -45,7 +45,9 @@ class Ending:
         requests = self._doorkeeper.turn_out(principal)
         going = [run for run in self._runs.going_on() if run.principal == principal]
         await asyncio.gather(*(self._cancel(run.id) for run in going))
-        ended = Ended(tokens, grants, approvals, len(going), requests)
+        # Once more: an answer that was on its way may have made a grant meanwhile.
+        more_tokens, more_grants = await asyncio.to_thread(self._revoke, principal, by)
+        ended = Ended(tokens + more_tokens, grants + more_grants, approvals, len(going), requests)
         detail = {"principal": principal, **asdict(ended)}
         await asyncio.to_thread(self._audit.record, Event(kind="principal.revoke", principal=by, detail=detail))
         return ended

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from agentd.grants import Approval, Approvals, Grants
     from agentd.principals import Tokens
 
-_PRINCIPAL = re.compile(r"(token|unix|tls|automation):[^\s*?]{1,128}")
+_PRINCIPAL = re.compile(r"(token|unix|tls|automation):.{1,128}")  # compared as it stands, never as a pattern
 _DECISIONS = {grant_pb2.Grant.DECISION_ASK: "ask", grant_pb2.Grant.DECISION_DENY: "deny"}
 
 
@@ -200,7 +200,7 @@ class TokenServicer(token_pb2_grpc.TokenServiceServicer):
     async def RevokePrincipal(  # noqa: N802
         self, request: token_pb2.RevokePrincipalRequest, context: Any
     ) -> token_pb2.RevokePrincipalResponse:
-        if not _PRINCIPAL.fullmatch(request.principal):
+        if not (_PRINCIPAL.fullmatch(request.principal) and request.principal.isprintable()):
             hint = "`agentd token list` shows tokens; other principals are unix:USER, tls:NAME and automation:NAME."
             raise RequestError(Reason.BAD_FIELD, f"{request.principal!r} is no principal.", hint=hint, field="principal")
         ended = await self._ending.end(request.principal, caller().name)

@@ -122,6 +122,7 @@ class Relay:
             task = asyncio.create_task(self._serve(client, Peer(uid, pid, _login(pid)), made), name="relayed connection")
             self._open[task] = made
             task.add_done_callback(self._open.pop)
+            await asyncio.sleep(0)  # those that were ended are gone before the next one comes
 
     def _has_room(self, uid: int) -> bool:
         """Other users never keep out those to whom the daemon belongs."""
@@ -131,7 +132,8 @@ class Relay:
     def _make_room(self, uid: int) -> bool:
         """Whether one has been ended that says nothing; of others only, if it is for one of those."""
         now = time.monotonic()
-        may = {task: each.since(now) for task, each in self._open.items() if _is_own(uid) or not _is_own(each.uid)}
+        there = [(task, each) for task, each in self._open.items() if not task.cancelling()]
+        may = {task: each.since(now) for task, each in there if _is_own(uid) or not _is_own(each.uid)}
         longest = max(may, key=may.__getitem__, default=None)
         if longest is None or may[longest] < 0:
             return False

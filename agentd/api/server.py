@@ -80,7 +80,7 @@ _OUTSIDE = (
     ("grpc.max_connection_idle_ms", 30_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
-"""What can be held before anybody has shown who they are: 32 connections, each with 8 requests of 1 MiB, for 30 s at rest."""
+"""What can be held before anybody has shown who they are: 32 connections, each with 8 requests of 1 MiB."""
 _REQUESTS_OUTSIDE = 64
 """At the inner socket, with room for those that are being closed, and at TCP; there nobody has shown yet who they are."""
 

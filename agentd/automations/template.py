@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 LONGEST_VALUE = 4096
-_OTHER_RULES = ("`", "<<", "$((", "$'")
+_OTHER_RULES = ("`", "<<", "((", "$'", "$[", "[[", "let ", "eval ")
 _FORMATTER = string.Formatter()
 
 
@@ -47,18 +47,24 @@ def require_quotable(text: str) -> None:
     for mark in _OTHER_RULES:
         if mark in whole:
             raise ValueError(f"{_short(text)!r} has {mark} in it, where no value can be quoted: use $( ) or a script")
-    quote = ""
+    quote, before = "", " "
     for literal, name in parts:
-        quote = _open_quote(literal, quote)
+        quote = _open_quote(literal, quote, before)
+        before = "x" if name is not None else literal[-1:]
         if name is not None and quote:
             where = {"#": "in a comment", "\\": "behind a backslash"}.get(quote, f"within {quote}")
             raise ValueError(f"the command {_short(text)!r} has {{{name}}} {where}: write it alone, it is quoted by itself")
 
 
-def _open_quote(text: str, quote: str) -> str:
-    """What is open after a piece of a command: a quotation mark, a backslash, a comment, or nothing."""
-    before = " "
+def _open_quote(text: str, quote: str, before: str) -> str:
+    """What is open after a piece of a command: a quotation mark, a backslash, a comment, or nothing. Raises ValueError for what
+    begins anew within quotation marks, `"$(...)"`: where it ends, only a shell can tell.
+    """
     for character in text:
+        if quote == '"' and before == "$" and character in "({":
+            raise ValueError(
+                f"the command has ${character} within quotation marks, where no value can be quoted: use a variable"
+            )
         if quote == "\\":
             quote = ""
         elif quote == '"\\':
@@ -69,7 +75,7 @@ def _open_quote(text: str, quote: str) -> str:
             quote = '"\\'
         elif quote in ("'", '"'):
             quote = "" if character == quote else quote
-        elif character in "'\"\\" or (character == "#" and before in " \t\n;&|("):
+        elif character in "'\"\\" or (character == "#" and before in " \t\n;&|()"):
             quote = character
         before = character
     return quote

@@ -197,13 +197,15 @@ class Calls:
     async def _in_turn(self, prepared: Prepared, ended: Callable[[], None] = lambda: None) -> CallResult:
         try:
             give_up = await self._turns.take(prepared.request.principal)
-        except asyncio.CancelledError:
+        except BaseException:
             ended()
             raise
 
         def over() -> None:
-            give_up()
-            ended()
+            try:
+                give_up()
+            finally:
+                ended()
 
         return await self._in_thread(prepared, over)
 

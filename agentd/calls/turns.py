@@ -55,9 +55,7 @@ class Turns:
         try:
             await waits
         except asyncio.CancelledError:
-            if waits.cancelled() or not waits.done():
-                self._queues.get(principal, deque()).remove(waits)
-            else:
+            if not waits.cancelled():  # it had just been given a place
                 self._give_up(principal, None)
             raise
         begun = time.monotonic()
@@ -72,16 +70,21 @@ class Turns:
     def _fill(self) -> None:
         """Give free places to those who wait, one each, and again from the front."""
         most = max(1, self._at_once - 1)
+        for queue in self._queues.values():
+            while queue and queue[0].done():  # it was cancelled
+                queue.popleft()
         while self._running.total() < self._at_once:
             ready = (name for name, queue in self._queues.items() if queue and self._running[name] < most)
             chosen = min(ready, key=self._running.__getitem__, default=None)
             if chosen is None:
                 return
             queue = self._queues.pop(chosen)
-            self._running[chosen] += 1
-            queue.popleft().set_result(None)
+            waits = queue.popleft()
             if queue:
                 self._queues[chosen] = queue  # behind the others
+            if not waits.done():
+                self._running[chosen] += 1
+                waits.set_result(None)
 
     def _next_s(self, principal: str) -> float:
         """About how long until one of its calls has ended."""

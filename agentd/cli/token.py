@@ -96,5 +96,7 @@ def revoke_principal(socket: Path | None, principal: str, *, as_json: bool) -> N
     counts = as_dict(ended)
     said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "it had nothing"
     console.print(f"[green]ended[/] {shown(principal)}: {said}")
+    if principal.startswith("automation:"):
+        console.print("[dim]It is triggered again unless it is paused (agentd automations pause NAME).[/]")
     if principal.startswith(("unix:", "tls:")):
         console.print("[dim]It may come back with the roles that agentd.toml gives it ([[principals]]).[/]")

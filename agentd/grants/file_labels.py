@@ -38,7 +38,7 @@ class FileLabels:
             with contextlib.suppress(OSError):
                 status = os.lstat(path)
                 known = labels | self._of(path, status)
-                rows.append((path, status.st_dev, status.st_ino, json.dumps(known.untrusted), json.dumps(known.private)))
+                rows.append((path, *_which(status), json.dumps(known.untrusted), json.dumps(known.private)))
         if rows:
             insert = "INSERT OR REPLACE INTO file_label (path, device, inode, untrusted, private) VALUES (?, ?, ?, ?, ?)"
             self._store.write(lambda db: db.executemany(insert, rows))
@@ -67,7 +67,7 @@ class FileLabels:
         if start:
             asked.append((_BELOW, (start, start[:-1] + bytes([start[-1] + 1]))))
         if status:
-            asked.append((_IS, (status.st_dev, status.st_ino)))
+            asked.append((_IS, _which(status)))
 
         def read(db: apsw.Connection) -> list[tuple[str, str]]:
             return [(str(u), str(p)) for where, values in asked for u, p in db.execute(_LABELLED + where, values)]
@@ -76,3 +76,12 @@ class FileLabels:
         for untrusted, private in self._store.read(read):
             found |= Labels(tuple(json.loads(untrusted)), tuple(json.loads(private)))
         return found
+
+
+def _which(status: os.stat_result) -> tuple[int, int]:
+    """Device and inode as SQLite keeps numbers: some file systems use all 64 bits."""
+    return _signed(status.st_dev), _signed(status.st_ino)
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number

@@ -28,10 +28,14 @@ _AT_HOME = (
     *("bin", ".local/bin", ".local/lib"),
 )
 """By their paths from the home directory on: shells, logins, sessions, services, times, remote logins, programs in PATH."""
-_ANYWHERE = ("**/.git/hooks/**", "**/.git/hooks", "**/.git/config", "**/.git/modules/**/hooks/**", "**/.envrc")
+_IN_GIT = ("hooks", "config", "config.worktree", "commondir", "modules", "worktrees")
+_ANYWHERE = ("**/.git", *(f"**/.git/{name}{rest}" for name in _IN_GIT for rest in ("", "/**")), "**/.envrc")
 _MODULES = ("**/*.pth", "**/sitecustomize.py", "**/usercustomize.py")
 """What every Python of that directory runs when it starts (site)."""
-_NAMES = re.compile(r"/(\.git/(hooks|config|modules)|\.envrc|[^/]*\.pth|sitecustomize\.py|usercustomize\.py)(/|$)")
+_NAMES = re.compile(
+    r"/(\.git/(hooks|config|config\.worktree|commondir|modules|worktrees)|\.envrc|[^/]*\.pth|sitecustomize\.py|usercustomize\.py)(/|$)"
+    r"|/\.git$"
+)
 
 _GIT = re.compile(r"/\.git(/|$)")
 """A grant for all of it has meant that, too."""

@@ -197,7 +197,12 @@ def _listed(directory: bytes) -> _Listed:
         if not place.is_folder:
             return []
         with os.scandir(f"/proc/self/fd/{place.descriptor}") as entries:
-            return [(directory.rstrip(b"/") + b"/" + os.fsencode(e.name), e.stat(follow_symlinks=False)) for e in entries]
+            listed: _Listed = []
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # it has gone meanwhile
+                    path = directory.rstrip(b"/") + b"/" + os.fsencode(entry.name)
+                    listed.append((path, entry.stat(follow_symlinks=False)))
+            return listed
 
 
 def _seen(path: bytes) -> Seen | None:

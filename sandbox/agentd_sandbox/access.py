@@ -183,6 +183,14 @@ class Access:
     def may_execute(self, path: bytes) -> bool:
         return self._executing.cover(path) and not (self.hidden and self._hidden.cover(path))
 
+    def leads_later(self, path: bytes) -> bool:
+        """Whether a symlink of this name would lead to what runs later, which could then be written elsewhere."""
+        return bool(self.later) and self._later_alone.lie_below(path) and not self._named.cover(path)
+
+    @cached_property
+    def _later_alone(self) -> Rules:
+        return Rules(tuple(rule for rule in self.later if not rule.glob))
+
     def is_device(self, path: bytes) -> bool:
         return self._devices.cover(path) and not (self.hidden and self._hidden.cover(path))
 

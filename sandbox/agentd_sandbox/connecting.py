@@ -53,10 +53,13 @@ class Connections:
             os.close(own)
             raise OSError(errno.ENOTSOCK, "descriptor")
         template = socket.socket(fileno=own)
-        if not self._making.acquire(blocking=False):
+        try:
+            flags = self.processes.flags(call.thread, descriptor)
+            if not self._making.acquire(blocking=False):
+                raise OSError(errno.EAGAIN, "connections")
+        except OSError:
             template.close()
-            raise OSError(errno.EAGAIN, "connections")
-        flags = self.processes.flags(call.thread, descriptor)
+            raise
         arguments = (call, signed(descriptor), template, flags, (host, port))
         threading.Thread(target=self._connect, args=arguments, name="connect", daemon=True).start()
 

@@ -94,10 +94,11 @@ class Files(Reach):
         if target.trailing_slash:
             raise OSError(errno.EISDIR, "folder")
         self._record(("create", target.real))
-        self._made.add(target.real)
         self._grown.setdefault(target.real, 0)
         exact = flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(target.name, exact, mode & 0o777, dir_fd=target.parent)
+        made = os.open(target.name, exact, mode & 0o777, dir_fd=target.parent)
+        self._made.add(target.real)
+        return made
 
     def _open_existing(self, target: Resolved, flags: int) -> int:
         changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
@@ -256,26 +257,26 @@ class Files(Reach):
             if folder and not target.is_empty:
                 raise OSError(errno.ENOTEMPTY, "not empty")
             self._record(("remove", target.real))
-            self._made.discard(target.real)
-            self.unnamed = self.unnamed or target.real in self._grown
             with self._changing(target):
                 (os.rmdir if folder else os.unlink)(target.name, dir_fd=target.parent)
+            self._made.discard(target.real)
+            self.unnamed = self.unnamed or target.real in self._grown
 
     def make_folder(self, path: bytes, mode: int) -> None:
         with self._new(path) as target:
             self._record(("create", target.real))
-            self._made.add(target.real)
             with self._changing(target):
                 os.mkdir(target.name, mode & 0o777, dir_fd=target.parent)
+            self._made.add(target.real)
 
     def make_link(self, text: bytes, path: bytes) -> None:
         """A symbolic link, to where this call may go itself. Every use of it is decided anew."""
         with self._new(path) as target:
             self._leads_within(target.real, text)
             self._record(("create", target.real))
-            self._made.add(target.real)
             with self._changing(target):
                 os.symlink(text, target.name, dir_fd=target.parent)
+            self._made.add(target.real)
 
     def _leads_within(self, link: bytes, text: bytes) -> None:
         """Links are for others to follow too, who have no broker: they may lead only to where this call may go.
@@ -283,6 +284,9 @@ class Files(Reach):
         That is read from the text alone, so that nothing put in its way later changes it: with `..` at its beginning
         only, what it goes through are folders of the scopes, or links that lead within them themselves.
         """
+        if self.access.leads_later(link):
+            self.deny(link, "what runs later lies below it, and no grant names it")
+            raise OSError(errno.EACCES, "later")
         names = text.split(b"/")
         ups = next((n for n, name in enumerate(names) if name != b".."), len(names))
         end = os.path.normpath(os.path.join(os.path.dirname(link), text))

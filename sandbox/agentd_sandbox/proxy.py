@@ -126,9 +126,10 @@ class Proxy:
         try:
             self.serve(worker)
         finally:
-            for end in [end for end in self._open if end.fileno() < 0]:
-                self._open.remove(end)
             self._places.release()
+            for end in [end for end in self._open if end.fileno() < 0]:
+                with contextlib.suppress(ValueError):  # another one was quicker
+                    self._open.remove(end)
 
     def stop(self) -> None:
         """End what is under way: whoever waits on a socket of this call stops waiting."""

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 MOST = 256
 """Ways of one walk that are remembered: what leads over more is refused."""
 _PATIENCE_S, _LOOK_AGAIN_S = 2.0, 0.0005
+_REMEMBERED = 1024  # changes of names: more of them between a decision and its walk, and it is decided again
 _ON_PROCESSOR_NS = 250_000_000
 """The longest walk that never waits for a disk: 4096 bytes of path and 40 links take a Raspberry Pi a tenth of that."""
 
@@ -46,6 +48,8 @@ class Walks:
 
     changes: int = 0
     """How many changes of names there have been: decide, and `begin` with the number from before."""
+    _changed: deque[tuple[bytes, ...]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    """The names of the last changes."""
     _changing: list[_Change] = field(default_factory=list)
     _walking: dict[int, _Walk] = field(default_factory=dict)
     _writing: dict[int, Callable[[bytes], bool]] = field(default_factory=dict)
@@ -72,10 +76,14 @@ class Walks:
         """
         kept = _deepest(ways)
         with self._lock:
-            if seen != self.changes or any(_meet(kept, change.names) for change in self._changing):
+            if self._has_changed(kept, seen) or any(_meet(kept, change.names) for change in self._changing):
                 return False
             self._walking[thread] = _Walk(owner, number, kept)
             return True
+
+    def _has_changed(self, ways: tuple[bytes, ...], seen: int) -> bool:
+        since = self.changes - seen
+        return since > len(self._changed) or any(_meet(ways, self._changed[-n]) for n in range(1, since + 1))
 
     def let_through(self, thread: int) -> None:
         """From now on it can come to its end."""
@@ -101,6 +109,7 @@ class Walks:
         finally:
             with self._lock:
                 self._changing.remove(change)
+                self._changed.append(names)
                 self.changes += 1
 
     def _await(self, change: _Change) -> None:

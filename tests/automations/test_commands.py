@@ -80,6 +80,12 @@ REFUSED = (
     "true # {name}",
     'echo "$(echo {name})"',
     'echo "a\\"{name}"',
+    'x="$(basename "{name}")"',
+    'x="${{y:-"{name}"}}"',
+    "echo {name}#'\n{name}\n'",
+    "(make)# it's {name}",
+    "[[ {name} -gt 1 ]]",
+    "eval echo {name}",
 )
 
 

@@ -321,6 +321,10 @@ def test_what_runs_later_is_not_changed_by_who_may_change_what_is_around_it(tmp_
         "ln -s ../../a .git/hooks/link",
         "echo x > evil.pth",
         "echo x > m && mv m .envrc",
+        "mkdir g sub && ln -s ../g sub/.git",
+        "echo 'gitdir: ../g' > sub/.git",
+        "echo ../g > .git/commondir",
+        "mkdir -p .git/modules/x && echo x > .git/modules/x/config",
     )
     grants = [("*", "exec:/usr", "allow"), ("*", f"read:{root}", "allow"), ("*", f"write:{root}", "allow")]
 
