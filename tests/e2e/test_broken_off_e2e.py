@@ -33,7 +33,9 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 def started(daemon: DaemonProcess, *arguments: str, terminal: int | None = None) -> subprocess.Popen[bytes]:
     """A run that waits for a person's answer."""
-    command = [sys.executable, "-m", "agentd", "--socket", str(daemon.socket), "run", PROMPT, *arguments]
+    # What starts the tests may have ignored these signals (nohup, `&` in a script), and a child inherits that.
+    heard = ["env", "--default-signal=INT,HUP"]
+    command = [*heard, sys.executable, "-m", "agentd", "--socket", str(daemon.socket), "run", PROMPT, *arguments]
     streams = {"stdin": terminal, "stdout": terminal or subprocess.PIPE, "stderr": terminal or subprocess.PIPE}
     environment = os.environ | {"TERM": "dumb"}
     process = subprocess.Popen(command, start_new_session=True, env=environment, **streams)  # type: ignore[call-overload]
