@@ -85,8 +85,12 @@ class Archive:
     def _from(self, segment: Segment, at: int) -> Iterator[Row | Jump]:
         try:
             yield from (row for row in self._read(segment) if row[0] > at)
+            whole = self._digest(segment) == segment.digest
         except (OSError, ValueError, zstandard.ZstdError):
-            yield Jump(segment.last, segment.chain, segment.peaks)
+            whole = False
+        if not whole:
+            absent = segment.last - max(at, segment.first - 1)
+            yield Jump(segment.last, absent, segment.chain, segment.peaks)
 
     def prune(self, keep: int, principal: str, least: int = LEAST) -> Segment | None:
         """Move what is older than the newest `keep` events into a file, up to the last checkpoint before that.
@@ -156,6 +160,11 @@ class Archive:
                 hint="Check the disk.",
                 metadata={"path": str(self._folder)},
             ) from e
+
+    def _digest(self, segment: Segment) -> str:
+        """Raises OSError."""
+        with (self._folder / segment.name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def _read(self, segment: Segment) -> Iterator[Row]:
         """Raises OSError, ValueError, ZstdError."""

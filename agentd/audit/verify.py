@@ -61,9 +61,12 @@ class Witnessed:
 
 @dataclass(frozen=True, slots=True)
 class Jump:
-    """In the place of events up to `last` that are not at hand: the chain value after them, and the tree's peaks."""
+    """In the place of events up to `last`: the chain value after them, and the tree's peaks. `absent` of them are in a file
+    that is not there, or is not the one that was written; those that could be read of it have been looked at.
+    """
 
     last: int
+    absent: int
     chain: bytes
     peaks: bytes
 
@@ -189,7 +192,7 @@ class _Walk:
         """The first event that is not what was written, and why, if it is found here."""
         body = b""
         if isinstance(row, Jump):
-            self.absent += row.last - self.tree.size
+            self.absent += row.absent
             self.chain, self.tree = row.chain, Tree.kept(row.last, row.peaks)
         else:
             seq, body, stored = row

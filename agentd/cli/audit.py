@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
-
 
 @click.group(
     cls=Lazy,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from google.protobuf.timestamp_pb2 import Timestamp
 
-TAMPERED, TRUNCATED, UNATTESTED = 3, 4, 5  # exit statuses
+TAMPERED, TRUNCATED, UNATTESTED, ABSENT = 3, 4, 5, 6  # exit statuses
 
 
 @click.command(epilog="Example: agentd audit verify --anchor /mnt/usb/agentd-anchor")
@@ -37,7 +37,7 @@ def verify(socket: Path | None, anchors: tuple[Path, ...], *, as_json: bool) -> 
     """Recompute the hash chain of the whole log, and what checkpoints have signed.
 
     Exit status: 0 if it is whole; 3 if something was changed; 4 if the end is missing; 5 if it is whole, but some events are
-    newer than the newest checkpoint in the anchors given.
+    newer than the newest checkpoint in the anchors given; 6 if an archive is missing, or is not the file that was written.
     """
     from agentd.audit.anchors import read_notes  # noqa: PLC0415 - the other commands must start fast
 
@@ -50,6 +50,8 @@ def verify(socket: Path | None, anchors: tuple[Path, ...], *, as_json: bool) -> 
         _print_verification(found, with_anchors=bool(anchors))
     if found.first_bad_sequence or found.lost_events:
         sys.exit(TAMPERED if found.first_bad_sequence else TRUNCATED)
+    if found.absent_events:
+        sys.exit(ABSENT)
     sys.exit(UNATTESTED if anchors and found.anchored_events < found.valid_events else 0)
 
 
@@ -73,7 +75,7 @@ def _print_verification(found: audit_pb2.Verification, *, with_anchors: bool) ->
     else:
         console.print(f"[green]whole:[/] {found.valid_events} events, head {found.head.hex()}")
     if found.absent_events:
-        console.print(f"[yellow]not looked at:[/] {found.absent_events} events are in archives that are missing or damaged")
+        console.print(f"[yellow]not all there:[/] {found.absent_events} events are in archives that are missing or damaged")
     if found.attested_events:
         upto = f"up to {_moment(found.attested_time)}"
         console.print(f"[dim]signed by {shown(found.attested_by)}: the first {found.attested_events} events, {upto}[/]")
