@@ -56,7 +56,11 @@ class Files(Reach):
 
     def __post_init__(self) -> None:
         Reach.__post_init__(self)
-        self.walks.enter(id(self), self.access.may_write)
+        try:
+            self.walks.enter(id(self), self.access.may_write)
+        except BaseException:
+            Reach.close(self)
+            raise
 
     def close(self) -> None:
         """To be called when nothing is served any more."""

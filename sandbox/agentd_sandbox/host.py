@@ -132,7 +132,11 @@ class Sandbox:
         revoked = revoked or threading.Event()
         started = time.monotonic()
         worker = self._take()
-        broker = self._broker(worker, access, recorder, started + job.deadline_s, revoked)
+        try:
+            broker = self._broker(worker, access, recorder, started + job.deadline_s, revoked)
+        except BaseException:
+            worker.discard()
+            raise
         serving = Serving(broker, worker)
         try:
             try:

@@ -143,15 +143,20 @@ class Starting:
             place = self.path(call, AT_FDCWD, path)
             if not kernel.still_waiting(self.listener, call.id):
                 raise OSError(errno.EINTR, "gone")
-            if not self.processes.is_private(
-                call.thread, path, len(self.processes.string(call.thread, path)) + 1, self.files.walks.may_be_written
-            ):
+            lies_in: list[bytes] = []
+
+            def may_write(file: bytes, lies_in: list[bytes] = lies_in) -> bool:
+                lies_in.append(file)
+                return self.files.walks.may_be_written(file)
+
+            length = len(self.processes.string(call.thread, path)) + 1
+            if not self.processes.is_private(call.thread, path, length, may_write):
                 self.files.deny(place, "its path lies where somebody else could change it")
                 raise OSError(errno.EPERM, "shared")
             with self.files.walked(place, right) as target:
                 require(target)
                 ways = target.ways
-            if self.files.walks.begin(id(self.files), call.thread, call.number, ways, seen):
+            if self.files.walks.begin(id(self.files), call.thread, call.number, ways, seen, lies_in):
                 return
             if time.monotonic() > deadline:
                 raise OSError(errno.EBUSY, "names on the way change all the time")

@@ -14,6 +14,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from agentd_sandbox.errors import SandboxFailure
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -33,6 +35,8 @@ class _Walk:
     """The system call."""
     ways: tuple[bytes, ...]
     """Real paths that it leads over, without those above them."""
+    files: tuple[bytes, ...] = ()
+    """Mapped files that the path lies in: the kernel reads it there."""
     spent_ns: int | None = None
     """What its thread had had of a processor when it was let through; None before that: until then it can't be over."""
 
@@ -56,8 +60,19 @@ class Walks:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, call: int, may_write: Callable[[bytes], bool]) -> None:
-        """A call begins that may write to these paths. `leave` is its end."""
-        self._writing[call] = may_write
+        """A call begins that may write to these paths, once no walk goes on whose path lies in one of them. `leave` is its end.
+
+        Raises SandboxFailure if that does not come about.
+        """
+        with self._lock:
+            self._writing[call] = may_write
+            walking = [(t, walk) for t, walk in self._walking.items() if any(may_write(file) for file in walk.files)]
+        deadline = time.monotonic() + _PATIENCE_S
+        while self._goes_on(walking):
+            if time.monotonic() > deadline:
+                self.leave(call)
+                raise SandboxFailure("another call starts a program by a path in a file that this call may write")
+            time.sleep(_LOOK_AGAIN_S)
 
     def leave(self, call: int) -> None:
         """Nothing of it goes on any more."""
@@ -69,8 +84,11 @@ class Walks:
         """Whether any call may write to it now."""
         return any(may_write(path) for may_write in list(self._writing.values()))
 
-    def begin(self, owner: int, thread: int, number: int, ways: Iterable[bytes], seen: int) -> bool:
-        """Whether the kernel may walk these ways for a thread now. If not, names have changed since `seen`: decide again.
+    def begin(
+        self, owner: int, thread: int, number: int, ways: Iterable[bytes], seen: int, files: Iterable[bytes] = ()
+    ) -> bool:
+        """Whether the kernel may walk these ways for a thread now, by a path that lies in `files`. If not, names have changed
+        since `seen`, or a call has begun that may write to one of the files: decide again.
 
         Then `let_through` is to be called. Raises OSError: ELOOP if there are too many.
         """
@@ -78,7 +96,10 @@ class Walks:
         with self._lock:
             if self._has_changed(kept, seen) or any(_meet(kept, change.names) for change in self._changing):
                 return False
-            self._walking[thread] = _Walk(owner, number, kept)
+            lies_in = tuple(files)
+            if any(map(self.may_be_written, lies_in)):
+                return False
+            self._walking[thread] = _Walk(owner, number, kept, lies_in)
             return True
 
     def _has_changed(self, ways: tuple[bytes, ...], seen: int) -> bool:
@@ -127,6 +148,9 @@ class Walks:
                 if any(_meet(each.names, change.names) or _meet(change.names, each.names) for each in before):
                     return True
             walking = [(t, walk) for t, walk in self._walking.items() if _meet(walk.ways, change.names)]
+        return self._goes_on(walking)
+
+    def _goes_on(self, walking: list[tuple[int, _Walk]]) -> bool:
         for thread, walk in walking:
             if _is_over(thread, walk):
                 self.end(thread)

@@ -280,8 +280,6 @@ def recycled(root: str, mine: str, its: str) -> Told:
 @tool("mapped")
 def mapped(root: str, name: str, seconds: float) -> Told:
     """The path lies in a private mapping of a file that this call may only read, and another one may write."""
-    while not os.path.exists(root + "/w/writing"):  # one that begins only after the decision is not noticed yet
-        time.sleep(0.001)
     file = os.open(root + "/w/path", os.O_RDONLY)
     at = libc.mmap(None, ctypes.c_size_t(4096), mmap.PROT_READ, mmap.MAP_PRIVATE, file, ctypes.c_long(0))
     return go(root, name, ctypes.c_void_p(at), seconds, lambda: nothing)
@@ -289,7 +287,6 @@ def mapped(root: str, name: str, seconds: float) -> Told:
 
 @tool("write_in_turn")
 def write_in_turn(root: str, seconds: float) -> Told:
-    Path(root + "/w/writing").touch()
     file, end = os.open(root + "/w/path", os.O_WRONLY), time.monotonic() + seconds
     while time.monotonic() < end:
         for letter in b"wh" * 50:
