@@ -24,6 +24,7 @@ from agentd_sandbox import Access, BrokerStuck, Job, PathRule, Sandbox, kernel, 
 from agentd_sandbox.levels import WITHOUT
 from agentd_sandbox.nearby import Walker
 from agentd_sandbox.paths import Sight, WalkError, everything
+from agentd_sandbox.walks import Walks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -458,3 +459,19 @@ def test_a_file_is_absent_or_protected_by_its_other_name(right: str, ground: Gro
     assert set(lookups.values()) == ({"ENOENT"} if right == "absent" else {"done"})
     assert {told["change"][name] for name in ("append", "truncate", "chmod", "link", "rename")} <= {"ENOENT", "EACCES"}
     assert (ground.root / "k/file").read_text() == "canary"
+
+
+def test_a_call_that_may_write_to_the_path_begins_once_the_walk_is_over() -> None:
+    """And once it has begun, no walk does by what it may write to."""
+    walks, begun = Walks(), threading.Event()
+    assert walks.begin(1, 1, 59, [b"/w/run"], walks.changes, [b"/w/path"])
+    walks.enter(2, lambda path: path == b"/w/other")
+    writer = threading.Thread(target=lambda: (walks.enter(3, lambda path: path == b"/w/path"), begun.set()))
+    writer.start()
+    assert not begun.wait(0.2)
+    walks.end(1)
+    assert begun.wait(2)
+    writer.join()
+    assert not walks.begin(1, 1, 59, [b"/w/run"], walks.changes, [b"/w/path"])
+    walks.leave(3)
+    assert walks.begin(1, 1, 59, [b"/w/run"], walks.changes, [b"/w/path"])
